@@ -1,0 +1,24 @@
+"""TDM: Trajectory Distribution Matching (arXiv 2503.06674) for Diffusers and ComfyUI.
+
+``import tdm`` is light: torch, diffusers, gradio and comfy are imported when a name that needs them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pipelines.scheduler import TDMScheduler
+    from .pipelines.tdm_pipeline import TDMPipeline
+
+__version__ = "0.1.0"
+__all__ = ["TDMPipeline", "TDMScheduler"]
+
+_HOMES = {"TDMPipeline": ".pipelines.tdm_pipeline", "TDMScheduler": ".pipelines.scheduler"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
