@@ -1,0 +1,51 @@
+# Everything is set up in .venv from Python 3.11 and the package registries; nothing is installed by hand.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+export TRANSFORMERS_VERBOSITY ?= error
+export DIFFUSERS_VERBOSITY ?= error
+
+.PHONY: demo test test-slow lint types eval teacher clean
+
+demo: .venv/demo
+	$(BIN)/tdm generate --compare --force --out outputs/demo.png \
+	  "two red stars above a blue ball at night" "a green heart on the beach" \
+	  "three yellow rings left of a purple square in the snow" "an orange moon over the waves" \
+	  "two pink triangles right of a blue cross in a meadow" "one red heart under two green boxes at sea"
+
+test: .venv/test lint types
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/test
+	$(BIN)/mypy
+
+eval: .venv/demo
+	$(BIN)/tdm eval --force
+
+# Hours on CPUs. Stopped at any moment, the second and the last command go on from their last checkpoint.
+teacher: .venv/demo
+	$(BIN)/python -m tdm.training.teacher.vae --out runs/teacher
+	$(BIN)/python -m tdm.training.teacher.denoiser --out runs/teacher
+	$(BIN)/python -m tdm.training.teacher.bundle --run runs/teacher --out runs/bundled
+
+# torch first and pinned: a plain "torch" would bring the CUDA build and gigabytes with it on a machine without a GPU.
+.venv/demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/test: .venv/demo
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,189 @@
+"""``tdm eval``: the teacher and its student on held-out prompts of the bundled world, as a table and a picture grid."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..pipelines.sheet import contact_sheet
+from ..pipelines.tdm_pipeline import TDMPipeline
+from .metrics import colour_ratios, distance, diversity
+from .world.captions import caption
+from .world.scene import Scene, scenes
+from .world.verify import Verdict, verify
+
+SEED = 20_000  # of the prompts and noises: far from those of any training run
+BATCH = 32
+TEACHER_STEPS = 50
+TEACHER_GUIDANCE = 3.0
+SEEDS_PER_PROMPT = 4  # of the diversity measure
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One row of the table: a name and how to draw."""
+
+    name: str
+    steps: int
+    guidance_scale: float
+    teacher: bool  # the base alone; False: with the student's adapter
+    own_scheduler: bool = False  # the teacher's own scheduler; False: the student's sampler and grid
+
+
+@dataclass
+class Row:
+    """What one sampler reached; see ``training/metrics.py`` for the measures."""
+
+    name: str
+    calls: float  # network calls per picture, guidance counted twice
+    seconds: float  # per picture, everything included
+    accuracy: float  # every attribute of the prompt right
+    attributes: dict[str, float]  # accuracy of each attribute
+    distance: float  # to pictures of the teacher at 50 guided steps, same prompts, other noise
+    diversity: float  # over that of the teacher at 50 guided steps
+    colours: dict[str, float] = field(default_factory=dict)  # over the teacher's
+
+
+def samplers(student_steps: Sequence[int]) -> list[Sampler]:
+    """The rows of the table: the teacher as it is meant to be run, undistilled at 4 calls, and the student."""
+    return [
+        Sampler(f"teacher, {TEACHER_STEPS} steps, guided", TEACHER_STEPS, TEACHER_GUIDANCE, True, own_scheduler=True),
+        Sampler("teacher, 4 steps", 4, 1.0, True),
+        *(Sampler(f"student, {k} step{'s' * (k > 1)}", k, 1.0, False) for k in student_steps),
+    ]
+
+
+@contextlib.contextmanager
+def counted_calls(module: torch.nn.Module) -> Iterator[list[int]]:
+    """Counts the rows that pass through a denoiser: one list entry a call, its batch size (guidance doubles it)."""
+    rows: list[int] = []
+    handle = module.register_forward_hook(lambda _m, _a, output: rows.append(len(output[0])))
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def draw(pipe: TDMPipeline, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
+    """uint8 pictures (N, 3, H, W) on the CPU, one seed a picture, ``BATCH`` at a time."""
+    made = []
+    with contextlib.ExitStack() as stack:
+        student_scheduler = pipe.scheduler
+        if sampler.teacher:
+            stack.enter_context(pipe.teacher())
+            if not sampler.own_scheduler:
+                pipe.scheduler = student_scheduler  # teacher() puts things back at its end
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            made.append(
+                pipe(
+                    prompt=list(prompts[part]),
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                    num_inference_steps=sampler.steps,
+                    guidance_scale=sampler.guidance_scale,
+                    output_type="pt",
+                    **call,
+                ).images.float().cpu()  # fmt: skip
+            )
+    return (torch.cat(made) * 255).round().to(torch.uint8)
+
+
+def held_out_prompts(count: int) -> tuple[list[str], list[Scene]]:
+    """``count`` prompts that name a combination no training picture showed, and their scenes."""
+    rng = random.Random(SEED)
+    wanted = list(islice(scenes(SEED, "held_out"), count))
+    return [caption(scene, rng) for scene in wanted], wanted
+
+
+def _shares(verdicts: list[Verdict]) -> dict[str, float]:
+    shares = {}
+    for name in ("background", "count", "colour", "kind", "relation"):
+        values = [getattr(v, name) for v in verdicts if getattr(v, name) is not None]
+        shares[name] = sum(values) / len(values)
+    return shares
+
+
+def evaluate(
+    pipe: TDMPipeline,
+    *,
+    prompts: int = 256,
+    student_steps: Sequence[int] = (1, 2, 4, 8),
+    report: Callable[[str], None] = print,
+) -> tuple[list[Row], Image.Image]:
+    """Measure teacher and student; returns the table and a grid of eight prompts drawn by every sampler.
+
+    ``pipe`` must be of the bundled world. Distances are to the guided teacher on the same prompts with other noise, so
+    that the teacher's own row shows the measure's floor. Diversity uses ``SEEDS_PER_PROMPT`` noises on an eighth of
+    the prompts.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    texts, wanted = held_out_prompts(prompts)
+    seeds = list(range(SEED, SEED + prompts))
+    several = [text for text in texts[: max(8, prompts // 8)] for _ in range(SEEDS_PER_PROMPT)]
+    several_seeds = list(range(3 * SEED, 3 * SEED + len(several)))
+    teacher, *others = samplers(student_steps)
+    reference = draw(pipe, teacher, texts, [s + SEED for s in seeds])
+    report(f"drew {prompts} reference pictures with the teacher")
+    rows: list[Row] = []
+    sheet = []
+    base_colours = base_diversity = None
+    for sampler in (teacher, *others):
+        begun = time.perf_counter()
+        with counted_calls(pipe.transformer) as calls:
+            made = draw(pipe, sampler, texts, seeds)
+        seconds = (time.perf_counter() - begun) / prompts
+        spread = diversity(
+            draw(pipe, sampler, several, several_seeds).view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
+        )
+        base_colours = made if base_colours is None else base_colours
+        base_diversity = spread if base_diversity is None else base_diversity
+        verdicts = verify(made, wanted)
+        rows.append(
+            Row(
+                name=sampler.name,
+                calls=sum(calls) / prompts,
+                seconds=seconds,
+                accuracy=sum(v.correct for v in verdicts) / prompts,
+                attributes=_shares(verdicts),
+                distance=distance(made, reference),
+                diversity=spread / base_diversity,
+                colours=colour_ratios(made, base_colours),
+            )
+        )
+        sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:8]])
+        report(f"{sampler.name}: accuracy {rows[-1].accuracy:.3f}")
+    labels = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
+    return rows, contact_sheet(sheet, labels, texts[:8])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    head = ("sampler", "calls", "s / picture", "accuracy", "distance", "diversity", "bright", "contrast", "saturation")
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for r in rows:
+        c = r.colours
+        cells = (
+            r.name, f"{r.calls:g}", f"{r.seconds:.3f}", f"{r.accuracy:.3f}", f"{r.distance:.4f}", f"{r.diversity:.2f}",
+            f"{c['brightness']:.3f}", f"{c['contrast']:.3f}", f"{c['saturation']:.3f}",
+        )  # fmt: skip
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write(rows: Sequence[Row], sheet: Image.Image, folder: Path) -> None:
+    """``eval.json``, ``eval.md`` and ``grid.png`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    (folder / "eval.md").write_text(table(rows) + "\n")
+    sheet.save(folder / "grid.png")

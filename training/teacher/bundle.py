@@ -1,0 +1,43 @@
+"""Turn a finished teacher into the bundled one: float16 weights, and a record of how it was made.
+
+    python -m tdm.training.teacher.bundle --run runs/teacher --out bundled
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import PixArtAlphaPipeline
+
+
+def bundle(run: Path, out: Path) -> Path:
+    """Write ``out/teacher`` from ``run/pipeline``; the folder appears whole or not at all."""
+    target = out / "teacher"
+    unfinished = out / f".teacher-{os.getpid()}"
+    pipe = PixArtAlphaPipeline.from_pretrained(run / "pipeline", dtype=torch.float16)
+    pipe.save_pretrained(unfinished)
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
+    (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n")
+    if target.exists():
+        shutil.rmtree(target)
+    unfinished.rename(target)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    target = bundle(args.run, args.out)
+    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+    print(f"{target}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
