@@ -24,7 +24,8 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 
 types: .venv/test
-	$(BIN)/mypy
+	mkdir -p .venv/types && ln -sfn ../.. .venv/types/tdm
+	MYPYPATH=.venv/types $(BIN)/mypy -p tdm
 
 eval: .venv/demo
 	$(BIN)/tdm eval --force

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise TDMError(f"{message} (see {self.prog} --help)")
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]  # noqa: ANN
+    def parse_known_args(self, args=None, namespace=None):
         found, extra = super().parse_known_args(args, namespace)
         for option in (text.split("=")[0] for text in extra if text.startswith("-")):
             near = difflib.get_close_matches(option, list(self._option_string_actions), n=1)

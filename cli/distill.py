@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import TDMError
+from .generate import quiet
 from .output import check_folder
 
 HELP = """\
@@ -49,11 +50,12 @@ def run(args: argparse.Namespace) -> None:
     from ..training.loop import distill
     from ..training.tasks import build_task
 
+    quiet()
     task = build_task(config.task)
     finished = distill(task, config, args.out, resume=args.resume)
     if curves := plot_curves(args.out):
         print(f"curves   {curves}")
-    if (previews := sorted((args.out / "previews").glob("*.png"))):
+    if previews := sorted((args.out / "previews").glob("*.png")):
         print(f"preview  {previews[-1]}")
     if student := export_student(finished, args.out / "student.safetensors"):
         print(f"student  {student}")

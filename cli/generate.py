@@ -50,10 +50,20 @@ def load(args: argparse.Namespace) -> TDMPipeline:
     """The pipeline that --model and --student name, with the bundled model as the default."""
     from ..pipelines.tdm_pipeline import TDMPipeline
 
+    quiet()
     source = args.model or args.student or "bundled"
     pipe = TDMPipeline.from_pretrained(source, student=args.student if args.model else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def quiet() -> None:
+    """No progress bars of loading: they would bury what a command says."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def parse_size(text: str | None) -> dict[str, int]:
@@ -122,7 +132,7 @@ def _compare(pipe: Any, args: argparse.Namespace, steps: int, size: dict[str, in
     from ..pipelines.sheet import contact_sheet
 
     student, teacher, seconds = [], [], {"student": 0.0, "teacher": 0.0}
-    _draw(pipe, args.prompts[0], 0, 1, size)  # the first call pays for warming up, in neither timing
+    _draw(pipe, args.prompts[0], 0, steps, size)  # the first call pays for warming up, in neither timing
     for i, prompt in enumerate(args.prompts):
         image, spent = _draw(pipe, prompt, args.seed + i, steps, size)
         student.append(image)

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..pipelines.sheet import contact_sheet
-from ..pipelines.tdm_pipeline import TDMPipeline
 from .metrics import colour_ratios, distance, diversity
 from .world.captions import caption
 from .world.scene import Scene, scenes
@@ -75,7 +74,7 @@ def counted_calls(module: torch.nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
-def draw(pipe: TDMPipeline, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
+def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
     """uint8 pictures (N, 3, H, W) on the CPU, one seed a picture, ``BATCH`` at a time."""
     made = []
     with contextlib.ExitStack() as stack:
@@ -94,7 +93,9 @@ def draw(pipe: TDMPipeline, sampler: Sampler, prompts: Sequence[str], seeds: Seq
                     guidance_scale=sampler.guidance_scale,
                     output_type="pt",
                     **call,
-                ).images.float().cpu()  # fmt: skip
+                )
+                .images.float()
+                .cpu()
             )
     return (torch.cat(made) * 255).round().to(torch.uint8)
 
@@ -115,7 +116,7 @@ def _shares(verdicts: list[Verdict]) -> dict[str, float]:
 
 
 def evaluate(
-    pipe: TDMPipeline,
+    pipe: Any,
     *,
     prompts: int = 256,
     student_steps: Sequence[int] = (1, 2, 4, 8),
@@ -123,9 +124,9 @@ def evaluate(
 ) -> tuple[list[Row], Image.Image]:
     """Measure teacher and student; returns the table and a grid of eight prompts drawn by every sampler.
 
-    ``pipe`` must be of the bundled world. Distances are to the guided teacher on the same prompts with other noise, so
-    that the teacher's own row shows the measure's floor. Diversity uses ``SEEDS_PER_PROMPT`` noises on an eighth of
-    the prompts.
+    ``pipe`` is a ``TDMPipeline`` of the bundled world. Distances are to the guided teacher on the same prompts with
+    other noise, so that the teacher's own row shows the measure's floor. Diversity uses ``SEEDS_PER_PROMPT`` noises on
+    an eighth of the prompts.
     """
     pipe.set_progress_bar_config(disable=True)
     texts, wanted = held_out_prompts(prompts)
@@ -143,9 +144,7 @@ def evaluate(
         with counted_calls(pipe.transformer) as calls:
             made = draw(pipe, sampler, texts, seeds)
         seconds = (time.perf_counter() - begun) / prompts
-        spread = diversity(
-            draw(pipe, sampler, several, several_seeds).view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
-        )
+        spread = diversity(draw(pipe, sampler, several, several_seeds).view(-1, SEEDS_PER_PROMPT, *made.shape[1:]))
         base_colours = made if base_colours is None else base_colours
         base_diversity = spread if base_diversity is None else base_diversity
         verdicts = verify(made, wanted)

@@ -21,8 +21,9 @@ def _random_network() -> nn.ModuleList:
     channels = 3
     for width in WIDTHS:
         layer = nn.Conv2d(channels, width, 4, stride=2, padding=1)
-        nn.init.normal_(layer.weight, std=(2 / (16 * channels)) ** 0.5, generator=generator)
-        nn.init.normal_(layer.bias, std=0.1, generator=generator)
+        for parameter, std in ((layer.weight, (2 / (16 * channels)) ** 0.5), (layer.bias, 0.1)):
+            assert parameter is not None
+            nn.init.normal_(parameter, std=std, generator=generator)
         layers.append(layer)
         channels = width
     return layers.requires_grad_(False)

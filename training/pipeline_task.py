@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -51,11 +51,10 @@ class PipelineTask:
         TDMError: an unsupported base, or a prompt file that is missing or empty.
     """
 
-    targets = TARGETS
+    targets: Sequence[str] | str = TARGETS
+    latent_shape: tuple[int, ...]
 
-    def __init__(
-        self, config: PipelineTaskConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, config: PipelineTaskConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.config = config
         folder = base_folder(config.model)
         self.family = family_of_base(folder)

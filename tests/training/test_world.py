@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-
 from tdm.training.teacher.data import pictures
 from tdm.training.world.captions import caption, vocabulary
 from tdm.training.world.draw import draw

@@ -1,6 +1,6 @@
 """Turn a finished teacher into the bundled one: float16 weights, and a record of how it was made.
 
-    python -m tdm.training.teacher.bundle --run runs/teacher --out bundled
+python -m tdm.training.teacher.bundle --run runs/teacher --out bundled
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import PixArtAlphaPipeline
@@ -19,7 +20,10 @@ def bundle(run: Path, out: Path) -> Path:
     """Write ``out/teacher`` from ``run/pipeline``; the folder appears whole or not at all."""
     target = out / "teacher"
     unfinished = out / f".teacher-{os.getpid()}"
-    pipe = PixArtAlphaPipeline.from_pretrained(run / "pipeline", dtype=torch.float16)
+    pipe: Any = PixArtAlphaPipeline.from_pretrained(run / "pipeline", dtype=torch.float16)
+    # transformers loads weights in the dtype they are stored in, diffusers in float32: stored in float16, the text
+    # encoder would not fit the rest of a pipeline that is loaded without a dtype.
+    pipe.text_encoder.float()
     pipe.save_pretrained(unfinished)
     records = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
     (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n")

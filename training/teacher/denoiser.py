@@ -15,6 +15,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
@@ -38,7 +39,7 @@ def build_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
 
 
-def build_text_encoder(vocab_size: int) -> T5EncoderModel:
+def build_text_encoder(vocab_size: int) -> Any:
     return T5EncoderModel(
         T5Config(
             vocab_size=vocab_size, d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4,
@@ -47,7 +48,7 @@ def build_text_encoder(vocab_size: int) -> T5EncoderModel:
     )  # fmt: skip
 
 
-def build_denoiser(latent_channels: int) -> PixArtTransformer2DModel:
+def build_denoiser(latent_channels: int) -> Any:
     return PixArtTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=32,
@@ -65,7 +66,7 @@ def build_denoiser(latent_channels: int) -> PixArtTransformer2DModel:
 class Model(nn.Module):
     """Text encoder and denoiser, trained as one; predicts the flow velocity epsilon - x0."""
 
-    def __init__(self, text_encoder: T5EncoderModel, denoiser: PixArtTransformer2DModel) -> None:
+    def __init__(self, text_encoder: Any, denoiser: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.denoiser = denoiser
@@ -84,7 +85,7 @@ class Model(nn.Module):
 class LatentStream:
     """Endless (latents, captions): drawn and encoded shard by shard on the first pass, kept in memory after it."""
 
-    def __init__(self, vae: AutoencoderKL, shards: int, seed: int) -> None:
+    def __init__(self, vae: Any, shards: int, seed: int) -> None:
         self.vae, self.shards, self.seed = vae, shards, seed
         self.kept: dict[int, tuple[Tensor, list[Scene]]] = {}
 
@@ -113,7 +114,8 @@ class LatentStream:
 
 def build_optimisers(model: Model, rate: float) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of the blocks, AdamW on the rest (measured far better than AdamW alone at this size)."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         in_block = ".transformer_blocks." in f".{name}" or ".block." in name
         (matrices if in_block and p.ndim == 2 and name.endswith(".weight") and "bias" not in name else rest).append(p)
@@ -128,9 +130,9 @@ def rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100, max(0.0, (steps - step) / (0.3 * steps)))
 
 
-def save_pipeline(folder: Path, model: Model, vae: AutoencoderKL, tokenizer: T5Tokenizer, dtype: torch.dtype) -> None:
+def save_pipeline(folder: Path, model: Model, vae: Any, tokenizer: T5Tokenizer, dtype: torch.dtype) -> None:
     """A complete diffusers pipeline: it loads and samples with stock diffusers alone."""
-    pipe = PixArtAlphaPipeline(
+    pipe: Any = PixArtAlphaPipeline(
         tokenizer=tokenizer,
         text_encoder=copy.deepcopy(model.text_encoder).to(dtype),
         vae=copy.deepcopy(vae).to(dtype),
@@ -148,7 +150,7 @@ def save_pipeline(folder: Path, model: Model, vae: AutoencoderKL, tokenizer: T5T
 
 def train(out: Path, steps: int, batch: int, rate: float, shards: int, seed: int, precision: Precision) -> None:
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
+    vae: Any = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
     tokenizer = build_tokenizer()
     model = Model(build_text_encoder(len(tokenizer)), build_denoiser(vae.config.latent_channels))
     ema = copy.deepcopy(model).requires_grad_(False)

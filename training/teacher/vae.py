@@ -1,7 +1,7 @@
 """Train the bundled VAE: 64x64 RGB to 8x8 latents of 16 channels (a diffusers ``AutoencoderKL``).
 
-    python -m tdm.training.teacher.vae --out runs/teacher                    encoder and decoder together
-    python -m tdm.training.teacher.vae --out runs/teacher --decoder-only     sharpen the decoder, latents unchanged
+python -m tdm.training.teacher.vae --out runs/teacher                    encoder and decoder together
+python -m tdm.training.teacher.vae --out runs/teacher --decoder-only     sharpen the decoder, latents unchanged
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -28,9 +29,10 @@ KL_WEIGHT = 1e-3  # on the mean over latent elements: enough to keep latents smo
 SHARD = 2048
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae() -> Any:
+    """An untrained ``AutoencoderKL``."""
     levels = len(WIDTHS)
-    vae = AutoencoderKL(
+    vae: Any = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -82,7 +84,7 @@ def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     """L1 and squared error on pixels, and L1 on their differences so that edges count and not only areas."""
-    edges = sum(F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True))
+    edges = torch.stack([F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True)]).sum()
     return F.l1_loss(output, target) + 2 * F.mse_loss(output, target) + edges
 
 
@@ -91,7 +93,7 @@ def _draw_shard(seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKL, sample: Tensor) -> tuple[float, float]:
+def measure_latents(vae: Any, sample: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the latents of ``sample``, for shift_factor and scaling_factor."""
     z = torch.cat([vae.encode(to_model(part)).latent_dist.mean for part in sample.split(64)])
     return float(z.mean()), float(z.std())
@@ -100,13 +102,13 @@ def measure_latents(vae: AutoencoderKL, sample: Tensor) -> tuple[float, float]:
 def train(out: Path, steps: int, batch: int, rate: float, shards: int, decoder_only: bool, seed: int) -> None:
     torch.manual_seed(seed)
     folder = out / "vae"
-    vae = AutoencoderKL.from_pretrained(folder) if decoder_only else build_vae()
+    vae: Any = AutoencoderKL.from_pretrained(folder) if decoder_only else build_vae()
     trained = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()] if decoder_only else [*vae.parameters()]
     optimiser = KernelMuon(trained, rate)
     start = time.time()
-    base = 50_000 * (1 + decoder_only) + seed
+    first_seed = 50_000 * (1 + decoder_only) + seed
     with ProcessPoolExecutor(2) as pool:
-        data = torch.cat(list(pool.map(_draw_shard, range(base, base + shards))))
+        data = torch.cat(list(pool.map(_draw_shard, range(first_seed, first_seed + shards))))
     print(f"drew {len(data)} pictures in {time.time() - start:.0f} s", flush=True)
     start = time.time()
     for step in range(steps):
@@ -126,9 +128,10 @@ def train(out: Path, steps: int, batch: int, rate: float, shards: int, decoder_o
         loss.backward()
         optimiser.step(min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps)))
         if step % 100 == 0 or step == steps - 1:
-            mse = F.mse_loss(output.float(), x).item()
-            left = (time.time() - start) / (step + 1) * (steps - step - 1)
-            print(f"step {step} loss {loss.item():.4f} psnr {10 * math.log10(4 / mse):.2f} eta {left:.0f} s", flush=True)
+            error = F.mse_loss(output.float(), x).item()
+            eta = (time.time() - start) / (step + 1) * (steps - step - 1)
+            psnr = 10 * math.log10(4 / error)
+            print(f"step {step} loss {loss.item():.4f} psnr {psnr:.2f} eta {eta:.0f} s", flush=True)
         if (step % 250 == 249 or step == steps - 1) and not decoder_only:
             mean, std = measure_latents(vae, data[:1024])
             vae.register_to_config(scaling_factor=1.0 / std, shift_factor=None)

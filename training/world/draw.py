@@ -185,8 +185,8 @@ def _place_group(rng: random.Random, count: int, box: tuple[float, float, float,
     length, depth = (x1 - x0, y1 - y0) if wide else (y1 - y0, x1 - x0)
     margin = 2 * RIM + 1.0
     largest = min((length / count - margin) / 2.24, (depth - margin) / 2.24)
-    radius = largest * rng.uniform(0.82, 1.0) if min(length, depth) < SIZE / 2 + 1 else min(
-        largest, rng.uniform(9.0, 17.0)
+    radius = (
+        largest * rng.uniform(0.82, 1.0) if min(length, depth) < SIZE / 2 + 1 else min(largest, rng.uniform(9.0, 17.0))
     )
     along = _spread(rng, count, (x0 if wide else y0), (x1 if wide else y1), radius * 1.12)
     across_lo, across_hi = (y0, y1) if wide else (x0, x1)
@@ -204,13 +204,14 @@ def _layout(rng: random.Random, scene: Scene) -> list[list[tuple[Point, float]]]
     # The group with more stickers gets a little more room.
     first, second = scene.groups[0].count, scene.groups[1].count
     cut = SIZE / 2 + rng.uniform(-1.5, 1.5)
-    low, high = ((0, cut), (cut, SIZE))
+    low, high = (0.0, cut), (cut, float(SIZE))
     if scene.relation in ("right of", "below"):
         low, high = high, low
+    boxes: list[tuple[float, float, float, float]]
     if scene.relation in ("left of", "right of"):
-        boxes = [(low[0], 0, low[1], SIZE), (high[0], 0, high[1], SIZE)]
+        boxes = [(low[0], 0.0, low[1], SIZE), (high[0], 0.0, high[1], SIZE)]
     else:
-        boxes = [(0, low[0], SIZE, low[1]), (0, high[0], SIZE, high[1])]
+        boxes = [(0.0, low[0], SIZE, low[1]), (0.0, high[0], SIZE, high[1])]
     return [_place_group(rng, n, box) for n, box in zip((first, second), boxes, strict=True)]
 
 

@@ -21,7 +21,9 @@ from torch import Tensor
 from .draw import MAX_TILT, PALETTE, SIZE, draw_sticker, paint_background
 from .scene import BACKGROUNDS, COLOURS, KINDS, Scene
 
-COLOUR_REACH = 44.0  # RGB distance to a palette colour up to which a pixel counts as it; red mixed with rim is 45 from pink
+COLOUR_REACH = (
+    44.0  # RGB distance to a palette colour up to which a pixel counts as it; red mixed with rim is 45 from pink
+)
 SMALLEST = 24  # pixels of the smallest blob that counts as a sticker
 SPECK = 10  # blobs of SPECK to SMALLEST pixels are debris that no drawn picture has
 LEAST_OVERLAP = 0.62  # overlap with the best template below which a blob is no sticker

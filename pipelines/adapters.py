@@ -1,0 +1,85 @@
+"""The adapters that peft put into a pipeline's networks: switch them off, read them, see past them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import TDMError
+from .lora import Lora
+
+
+def tuner_layers(module: nn.Module) -> list[Any]:
+    """The layers that peft wrapped, of any adapter type."""
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def require_unfused(modules: Iterable[nn.Module]) -> None:
+    """Raise TDMError if adapters are merged into the weights, where they can be neither switched off nor read."""
+    if any(layer.merged for module in modules for layer in tuner_layers(module)):
+        raise TDMError("adapters are fused into the weights; call unfuse_lora first")
+
+
+@contextmanager
+def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The base weights alone, for the length of a `with`. What was on, and what was trainable, is so again afterwards.
+
+    Raises:
+        TDMError: adapters are fused into the weights.
+    """
+    modules = list(modules)
+    require_unfused(modules)
+    layers = [layer for module in modules for layer in tuner_layers(module) if not layer.disable_adapters]
+    trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def adapters_hidden(module: nn.Module, adapter: str) -> Iterator[None]:
+    """`module.state_dict()` as it was before peft attached its only adapter, for the length of a `with`."""
+
+    def hide(_module: nn.Module, state_dict: dict[str, Any], _prefix: str, _metadata: Any) -> None:
+        for key in list(state_dict):
+            tensor = state_dict.pop(key)
+            if f".{adapter}." not in key:
+                state_dict[key.replace(".base_layer.", ".")] = tensor
+
+    hook = module.register_state_dict_post_hook(hide)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def lora_of(module: nn.Module, adapter: str) -> dict[str, Lora]:
+    """The LoRA of one adapter as it sits in a network, by layer; empty if it is not there.
+
+    Raises:
+        TDMError: its strength is not 1.0, or it is fused into the weights.
+    """
+    require_unfused([module])
+    layers: dict[str, Lora] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
+            if layer.scaling[adapter] != 1:
+                raise TDMError(f"the {adapter} is set to strength {layer.scaling[adapter]}; set it back to 1.0 first")
+            A, B = (_weight(half[adapter]) for half in (layer.lora_A, layer.lora_B))
+            layers[name] = Lora(A, B)
+    return layers
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.weight

@@ -1,0 +1,125 @@
+"""Where a base and a student are: a file, a folder, a hub repository, or the model bundled with this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+from ..errors import TDMError
+from .families import Family, family_of_pipeline
+from .student import STUDENT_FILE
+
+BUNDLED = "bundled"
+_INDEX = "model_index.json"
+
+Source = str | os.PathLike[str]
+
+
+def bundled_path() -> Path:
+    """The folder of the model that ships with this package: `teacher/` and `student.safetensors`.
+
+    Raises:
+        TDMError: this installation has none.
+    """
+    path = Path(__file__).parents[1] / BUNDLED
+    if not (path / "teacher" / _INDEX).is_file():
+        raise TDMError(f"this installation has no bundled model: {path / 'teacher'} is missing")
+    return path
+
+
+def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tuple[str | None, Path]:
+    """(base, student file) of the arguments of `TDMPipeline.from_pretrained`; base None: the student names it.
+
+    Args:
+        source: a base, a student, or a folder or repository with both.
+        student: the student, if `source` is a base alone.
+        hub: options of `hf_hub_download`, such as `cache_dir`.
+
+    Raises:
+        TDMError: nothing is there, or there is a base without a student.
+    """
+    if student is not None:
+        return str(source), student_file(student, hub)
+    if source == BUNDLED:
+        return None, bundled_path() / STUDENT_FILE
+    path = Path(source)
+    if path.is_file() or path.suffix == ".safetensors":
+        return None, path
+    if path.is_dir():
+        base, file = (path / _INDEX).is_file(), path / STUDENT_FILE
+        if file.is_file():
+            return (str(path) if base else None), file
+        if base:
+            raise TDMError(f"{path} is a base without a {STUDENT_FILE}; pass student=")
+        raise TDMError(f"{path} is neither a pipeline ({_INDEX}) nor a student ({STUDENT_FILE})")
+    index, downloaded = _download(source, _INDEX, hub), _download(source, STUDENT_FILE, hub)
+    if downloaded is None:
+        raise TDMError(f"{source} is a base without a {STUDENT_FILE}; pass student=" if index else _absent(source))
+    return (str(source) if index else None), downloaded
+
+
+def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
+    """The student file that `source` stands for: itself, or the `student.safetensors` of a folder or hub repository.
+
+    Raises:
+        TDMError: there is none.
+    """
+    if source == BUNDLED:
+        return bundled_path() / STUDENT_FILE
+    path = Path(source)
+    if path.is_file() or path.suffix == ".safetensors":
+        return path  # if it is missing or no student, reading it says so
+    if path.is_dir():
+        if not (path / STUDENT_FILE).is_file():
+            raise TDMError(f"{path} has no {STUDENT_FILE}")
+        return path / STUDENT_FILE
+    downloaded = _download(source, STUDENT_FILE, hub)
+    if downloaded is None:
+        raise TDMError(_absent(source))
+    return downloaded
+
+
+def base_folder(base: Source) -> str:
+    """What diffusers loads for a base's name: "bundled" becomes its folder, anything else stays."""
+    return str(bundled_path() / "teacher") if base == BUNDLED else str(base)
+
+
+def family_of_base(folder: str, **hub: Any) -> Family:
+    """The family of a base folder or hub repository, by its `model_index.json`.
+
+    Raises:
+        TDMError: there is no such pipeline, its family is not supported, or it has two denoisers (Wan 2.2).
+    """
+    try:
+        config: Any = DiffusionPipeline.load_config(folder, **hub)
+    except (OSError, ValueError) as error:
+        raise TDMError(
+            f"cannot read the base {folder!r} ({_first_line(error)}); pass one: (base, student=...)"
+        ) from None
+    if (config.get("transformer_2") or [None])[0] is not None:
+        raise TDMError(f"the base {folder} has two denoisers, and a student is one LoRA on one; it is not supported")
+    return family_of_pipeline(str(config.get("_class_name")))
+
+
+def _download(repository: Source, name: str, hub: Mapping[str, Any]) -> Path | None:
+    """One file of a hub repository, through the local cache; None if there is no such file or repository."""
+    try:
+        return Path(hf_hub_download(str(repository), name, **hub))
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+    except OSError as error:
+        raise TDMError(f"cannot reach the hub repository {repository} ({_first_line(error)})") from None
+
+
+def _absent(source: Source) -> str:
+    return f"{source}: no such file or folder, and no hub repository within reach has a {STUDENT_FILE} under that name"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,412 @@
+"""`TDMScheduler`: runs a few-step student on the timesteps it was trained on, inside any diffusers pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # diffusers' loader looks this name up here
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..errors import TDMError
+from .schedule import (
+    PREDICTION_TYPES,
+    NoiseSchedule,
+    PredictionType,
+    check_grid,
+    ddim_step,
+    expand,
+    grid_pairs,
+    predict_x0_eps,
+    respace_grid,
+    second_order_weights,
+    shift_sigma,
+    uniform_grid,
+)
+
+
+@dataclass
+class TDMSchedulerOutput(BaseOutput):
+    """What `TDMScheduler.step` returns.
+
+    Attributes:
+        prev_sample: the sample at the next (less noisy) timestep, in the dtype of the model output.
+        pred_original_sample: the clean sample x0 predicted at this step.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree on config_name
+    """A deterministic sampler whose config holds the trained timesteps of each step count K.
+
+    `set_timesteps(K)` runs exactly the timesteps trained for K. For another K it re-spaces the grid of the nearest
+    trained one and warns, once. Without `trained_timesteps` it is an ordinary DDIM / Euler (order 1) or DPM-Solver++ 2M
+    (order 2) scheduler on a uniform, trailing grid with the model's time shift: that is how a teacher runs.
+
+    In a `model_index.json` it is ``["tdm.pipelines.scheduler", "TDMScheduler"]``, which is what `save_pretrained` of a
+    pipeline writes and what a plain `from_pretrained` loads.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas: the table of a vp model ("linear" or
+            "scaled_linear"); without meaning on a flow model.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction".
+        rescale_betas_zero_snr: the vp table ends in pure noise (not with "epsilon": its x0 is undefined there).
+        snr_shift_scale: divides the SNR of the vp table (CogVideoX; 1 = off).
+        use_flow_sigmas: a flow model; None means ``prediction_type == "flow_prediction"``. A flow model that predicts
+            x0 is "sample" with `use_flow_sigmas=True`.
+        flow_shift: time shift of a flow model's uniform grid.
+        use_dynamic_shifting, time_shift_type: take the shift from `mu` instead: ``exp(mu)``, or mu itself if "linear".
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: the pipelines compute mu from them.
+        shift_terminal: stretch a uniform flow grid so that its last sigma is this (Qwen-Image).
+        trained_timesteps: a list of K timesteps, or a mapping from K to a list; strictly decreasing. On a flow model a
+            timestep is ``num_train_timesteps * sigma``, already shifted: no shift touches it.
+        solver_order: 1, or 2 for DPM-Solver++ 2M on the same grid (first and last step are of order 1).
+
+    Raises:
+        TDMError: arguments that contradict each other or name no schedule.
+    """
+
+    order = 1  # network calls per timestep, as diffusers counts them
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: PredictionType = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        snr_shift_scale: float = 1.0,
+        use_flow_sigmas: bool | None = None,
+        flow_shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: Literal["exponential", "linear"] = "exponential",
+        base_shift: float | None = 0.5,  # noqa: ARG002
+        max_shift: float | None = 1.15,  # noqa: ARG002
+        base_image_seq_len: int = 256,  # noqa: ARG002
+        max_image_seq_len: int = 4096,  # noqa: ARG002
+        shift_terminal: float | None = None,
+        trained_timesteps: Sequence[float] | Mapping[int, Sequence[float]] | None = None,
+        solver_order: Literal[1, 2] = 1,
+    ) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise TDMError(f"prediction_type {prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}")
+        if solver_order not in (1, 2):
+            raise TDMError(f"solver_order must be 1 or 2, got {solver_order}")
+        if time_shift_type not in ("exponential", "linear"):
+            raise TDMError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
+        if not flow_shift > 0:
+            raise TDMError(f"flow_shift must be above 0, got {flow_shift}")
+        flow = prediction_type == "flow_prediction" if use_flow_sigmas is None else use_flow_sigmas
+        if prediction_type != "sample" and flow != (prediction_type == "flow_prediction"):
+            raise TDMError(f"use_flow_sigmas={use_flow_sigmas} contradicts prediction_type={prediction_type!r}")
+        if flow and (rescale_betas_zero_snr or snr_shift_scale != 1):
+            raise TDMError("rescale_betas_zero_snr and snr_shift_scale belong to vp models; use flow_shift")
+        if not flow and (flow_shift != 1 or use_dynamic_shifting or shift_terminal):
+            raise TDMError("flow_shift, use_dynamic_shifting and shift_terminal belong to flow models")
+
+        if flow:
+            self.schedule = NoiseSchedule.flow(num_train_timesteps)
+        else:
+            betas = (beta_start, beta_end, beta_schedule, trained_betas)
+            self.schedule = NoiseSchedule.vp(num_train_timesteps, *betas, rescale_betas_zero_snr, snr_shift_scale)
+            assert self.schedule.alphas_cumprod is not None
+            if prediction_type == "epsilon" and self.schedule.alphas_cumprod[-1] == 0:
+                raise TDMError("prediction_type 'epsilon' leaves x0 undefined at zero terminal SNR; use 'v_prediction'")
+
+        self.trained_timesteps = _trained_grids(trained_timesteps, self.schedule)
+        self.register_to_config(trained_timesteps=self.trained_timesteps or None, use_flow_sigmas=flow)
+
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+        self._warned: set[int] = set()
+        self._reset([])
+
+    # ------------------------------------------------------------------ config
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build from the config of a `TDMScheduler` or of a stock scheduler; `kwargs` override it.
+
+        Of a stock scheduler, the noise schedule, the prediction type, the time shift and `solver_order` are followed;
+        its own spacing of the steps, its noise injection and its corrector are what this scheduler replaces.
+
+        Raises:
+            TDMError: the config has no schedule this class can follow, or a keyword argument is unknown.
+        """
+        if isinstance(config, Mapping):
+            own = config.get("_class_name") == cls.__name__ or "trained_timesteps" in config
+            known = set(cls._get_init_keys(cls)) | set(config)
+            unknown = [name for name in kwargs if name not in known]
+            if unknown:
+                raise TDMError(f"unknown scheduler arguments: {', '.join(unknown)}")
+            if not own:
+                config, kwargs = _from_stock(config, kwargs, cls._get_init_keys(cls)), {}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    # ------------------------------------------------------------------ grid
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the grid: one of a step count, `timesteps` or `sigmas`.
+
+        Args:
+            num_inference_steps: K. Trained: exactly its timesteps; else the nearest grid re-spaced, with a warning.
+            device: where `self.timesteps` goes.
+            sigmas: noise levels as the stock schedulers take them: on a flow model before the time shift, on a vp model
+                sigma / alpha; a final 0 may be there. ``linspace(1, 1/n, n)`` on a flow model is what pipelines pass
+                when the user gave no sigmas, so it means "n steps" and nothing else. To run that very grid on a
+                student, give it as `timesteps`.
+            mu: dynamic shift, used only if `use_dynamic_shifting` and only where a shift applies.
+            timesteps: the exact timesteps, strictly decreasing; on a flow model already shifted.
+
+        Raises:
+            TDMError: no grid or two grids were given, or it is not valid.
+        """
+        if timesteps is not None and sigmas is not None:
+            raise TDMError("give either timesteps or sigmas, not both")
+        levels = None if sigmas is None else _noisy_levels(sigmas)
+        explicit = timesteps if timesteps is not None else levels
+        if explicit is None and num_inference_steps is None:
+            raise TDMError("give num_inference_steps, timesteps or sigmas")
+        if explicit is not None and num_inference_steps not in (None, len(explicit)):
+            raise TDMError(f"num_inference_steps={num_inference_steps} contradicts the {len(explicit)} levels given")
+
+        if timesteps is not None:
+            grid = [float(t) for t in timesteps]
+        elif levels is not None and not self._is_pipeline_default(levels):
+            grid = self._grid_from_sigmas(levels, mu)
+        else:
+            grid = self._grid_for(len(levels) if levels is not None else num_inference_steps, mu)
+
+        alphas, pair_sigmas = grid_pairs(self.schedule, grid)
+        whole = self.schedule.kind == "vp" and all(t == int(t) for t in grid)
+        self.num_inference_steps = len(grid)
+        self.timesteps = torch.tensor(grid, dtype=torch.int64 if whole else torch.float32, device=device)
+        # As in diffusers: sigma on a flow model, sigma / alpha on a vp one; on the CPU, with the final 0.
+        self.sigmas = (pair_sigmas if self.schedule.kind == "flow" else pair_sigmas / alphas).float()
+        # Python floats: `step` reads no tensor, so it never waits for the device.
+        self._alphas, self._sigmas = alphas.tolist(), pair_sigmas.tolist()
+        self._weights = second_order_weights(alphas, pair_sigmas)
+        self._reset(grid)
+
+    def _reset(self, grid: list[float]) -> None:
+        self._grid = grid
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._previous_x0: Tensor | None = None
+
+    def _is_pipeline_default(self, sigmas: list[float]) -> bool:
+        n = len(sigmas)
+        return self.schedule.kind == "flow" and all(abs(s - (n - i) / n) < 1e-6 for i, s in enumerate(sigmas))
+
+    def _grid_for(self, k: Any, mu: float | None) -> list[float]:
+        if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
+            raise TDMError(f"num_inference_steps must be an integer of at least 1, got {k!r}")
+        k = int(k)
+        if k in self.trained_timesteps:
+            return self.trained_timesteps[k]
+        if self.trained_timesteps:
+            nearest = min(self.trained_timesteps, key=lambda trained: (abs(trained - k), -trained))
+            if k not in self._warned:
+                self._warned.add(k)
+                trained = ", ".join(map(str, sorted(self.trained_timesteps)))
+                warnings.warn(
+                    f"this student was trained for {trained} steps; {k} steps run on its {nearest}-step grid re-spaced",
+                    stacklevel=3,
+                )
+            return respace_grid(self.trained_timesteps[nearest], k, self.schedule)
+        if self.schedule.kind == "vp":
+            return uniform_grid(k, self.schedule)
+        return self._grid_from_sigmas([(k - i) / k for i in range(k)], mu)
+
+    def _grid_from_sigmas(self, sigmas: list[float], mu: float | None) -> list[float]:
+        """Timesteps of noise levels, with the time shift that a stock flow scheduler would apply to them."""
+        if self.schedule.kind == "flow":
+            shift = self._shift(mu)
+            sigmas = [shift_sigma(s, shift) for s in sigmas]
+            terminal = self.config["shift_terminal"]
+            if terminal and sigmas[-1] < 1:
+                stretch = (1 - terminal) / (1 - sigmas[-1])
+                sigmas = [1 - (1 - s) * stretch for s in sigmas]
+        return self.schedule.timestep_from_sigma(torch.tensor(sigmas, dtype=torch.float64)).tolist()
+
+    def _shift(self, mu: float | None) -> float:
+        if not self.config["use_dynamic_shifting"]:
+            return self.config["flow_shift"]
+        if mu is None:
+            raise TDMError("this model shifts its timesteps by image size: pass mu to set_timesteps")
+        shift = math.exp(mu) if self.config["time_shift_type"] == "exponential" else mu
+        if not 0 < shift < math.inf:
+            raise TDMError(f"mu = {mu} is no time shift")
+        return shift
+
+    # ------------------------------------------------------------------ step
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> TDMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Go from one timestep to the next; the last step returns x0. Deterministic, and without a host sync.
+
+        Args:
+            model_output: the network's output at `timestep`, the shape of `sample`.
+            timestep: only read to find where a run begins, if `set_begin_index` was not called.
+            sample: x_t. Halves are computed in float32 and cast back.
+            return_dict: False for the tuple (prev_sample, pred_original_sample).
+
+        Raises:
+            TDMError: `set_timesteps` was not called, the run is over, the shapes differ or the timestep is foreign.
+        """
+        if self.num_inference_steps is None:
+            raise TDMError("call set_timesteps before step")
+        if model_output.shape != sample.shape:
+            raise TDMError(
+                f"model output {tuple(model_output.shape)} and sample {tuple(sample.shape)} differ in shape; "
+                "split off a learned variance before step"
+            )
+        if self._step_index is None:
+            self._step_index = self._find_step(timestep) if self._begin_index is None else self._begin_index
+        i = self._step_index
+        if not 0 <= i < self.num_inference_steps:
+            raise TDMError(f"there is no step {i} among {self.num_inference_steps}; call set_timesteps to start again")
+
+        compute_dtype = torch.promote_types(model_output.dtype, torch.float32)
+        out, x = model_output.to(compute_dtype), sample.to(compute_dtype)
+        x0, eps = predict_x0_eps(self.config["prediction_type"], out, x, self._alphas[i], self._sigmas[i])
+        prev_sample = ddim_step(x0, eps, self._alphas[i + 1], self._sigmas[i + 1])
+        if self._previous_x0 is not None:  # None at order 1, and at the first step of order 2, wherever a run begins
+            prev_sample = prev_sample + self._weights[i] * (x0 - self._previous_x0)
+        if self.config["solver_order"] == 2:
+            self._previous_x0 = x0
+        self._step_index = i + 1
+
+        prev_sample, x0 = prev_sample.to(model_output.dtype), x0.to(model_output.dtype)
+        return TDMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+
+    def _find_step(self, timestep: float | Tensor) -> int:
+        """The index of `timestep`, once a run, and without reading device memory for what pipelines pass.
+
+        They iterate over `self.timesteps`: what arrives is a view of it, and its offset is the index. Only a tensor
+        from elsewhere has to be read.
+        """
+        own = self.timesteps
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.device == own.device:
+            same_memory = timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+            if same_memory and timestep.dtype == own.dtype:
+                return int(timestep.storage_offset())
+        t = float(timestep)
+        for i, entry in enumerate(self._grid):
+            if abs(entry - t) < 1e-3:
+                return i
+        raise TDMError(f"timestep {t} is not one of {self._grid}")
+
+    @property
+    def step_index(self) -> int | None:
+        """The index of the next step; None before the first one."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where the run begins, if `set_begin_index` was called."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at this step (image-to-image begins in the middle)."""
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """The sample itself: these models take x_t as it is."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t of clean samples (B, ...) at `timesteps` (B,) or (1,), in the dtype of the samples."""
+        x0 = original_samples.to(torch.promote_types(original_samples.dtype, torch.float32))
+        alpha, sigma = (expand(c, x0) for c in self.schedule.alpha_sigma(timesteps.cpu()))
+        return (alpha * x0 + sigma * noise.to(x0)).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` in the argument order of the flow pipelines."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+
+def _trained_grids(trained: Any, schedule: NoiseSchedule) -> dict[int, list[float]]:
+    """{K: timesteps} of a list, a mapping (its keys may be strings, as JSON makes them) or None."""
+    if trained is None:
+        return {}
+    if len(trained) == 0:
+        raise TDMError("trained_timesteps is empty; leave it out for a model that was not distilled")
+    if not isinstance(trained, Mapping):
+        trained = {len(trained): trained}
+    grids = {}
+    for key, timesteps in trained.items():
+        grid = check_grid(timesteps, schedule)
+        if str(key) != str(len(grid)):
+            raise TDMError(f"trained_timesteps has {len(grid)} timesteps for K = {key}: {grid}")
+        grids[len(grid)] = grid
+    return dict(sorted(grids.items()))
+
+
+def _noisy_levels(sigmas: Sequence[float]) -> list[float]:
+    """The sigmas without the final 0 that some schedulers count and others do not."""
+    levels = [float(s) for s in sigmas]
+    if levels and levels[-1] == 0:
+        levels.pop()
+    if not levels:
+        raise TDMError("sigmas needs at least one level above 0")
+    return levels
+
+
+def _from_stock(config: Mapping[str, Any], overrides: Mapping[str, Any], arguments: set[str]) -> dict[str, Any]:
+    """`TDMScheduler` arguments of a stock scheduler's config.
+
+    Goes by keys, not by class: the config of a live scheduler does not name its class.
+    """
+    stock = getattr(diffusers, str(config.get("_class_name")), None)
+    defaults = {}
+    if inspect.isclass(stock):  # a file may lack keys that the class has gained since
+        parameters = inspect.signature(stock.__init__).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    merged = {**defaults, **config, **overrides}
+    translated = {name: merged[name] for name in arguments if name in merged}
+
+    if "beta_schedule" not in merged:
+        if "shift" not in merged:
+            raise TDMError("cannot follow this scheduler config: it has neither beta_schedule nor shift")
+        translated = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, **translated}
+        if "flow_shift" not in overrides:
+            translated["flow_shift"] = merged["shift"]
+    if "snr_shift_scale" in merged:
+        merged["clip_sample"] = False  # CogVideoX's schedulers have the option and never use it
+    for name, value, reason in (
+        ("thresholding", True, "it clips x0"),
+        ("clip_sample", True, "it clips x0; pass clip_sample=False if that was only a default"),
+        ("invert_sigmas", True, "its time runs backwards"),
+        ("timestep_type", "continuous", "its network takes log sigma for a timestep"),
+    ):
+        if merged.get(name) == value:
+            raise TDMError(f"cannot follow {name}={value!r} of the scheduler config: {reason}")
+    return translated

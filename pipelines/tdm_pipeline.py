@@ -1,0 +1,275 @@
+"""`TDMPipeline`: a stock diffusers pipeline with a few-step student in it, and its teacher one context away."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from ..errors import TDMError
+from .adapters import adapters_hidden, adapters_off, lora_of, require_unfused, tuner_layers
+from .families import Family
+from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
+from .lora import Lora, match_layers, pair_layers, peft_config, state_dict_of
+from .scheduler import TDMScheduler
+from .student import STUDENT_FILE, StudentRecipe, fields_of, read_header, read_tensors, save_student
+
+STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+_logger = logging.getLogger(__name__)
+
+
+class TDMPipeline(DiffusionPipeline):
+    """A few-step student, ready to call. Build one with `TDMPipeline.from_pretrained`.
+
+    The object is an instance of the base's own pipeline class (`isinstance(pipe, StableDiffusionXLPipeline)`), with
+    every method of it. What is added: the student's LoRA as the adapter "student", a `TDMScheduler` with its trained
+    timesteps, and the student's step count, guidance and size as defaults of the call.
+
+        pipe = TDMPipeline.from_pretrained("student.safetensors", dtype=torch.bfloat16).to("cuda")
+        image = pipe("a red cube").images[0]
+        with pipe.teacher():
+            reference = pipe("a red cube").images[0]
+
+    Attributes:
+        recipe: how the loaded student is run.
+    """
+
+    recipe: StudentRecipe
+    _family: Family
+    _base: str
+    _teacher_scheduler: Any
+    _teaching = False
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        base_or_student: Source = BUNDLED,
+        *,
+        student: Source | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> TDMPipeline:
+        """Load a base and its student.
+
+        Args:
+            base_or_student: a student (file, or a folder or hub repository with `student.safetensors`) whose metadata
+                names its base; a folder written by `save_pretrained`; or, with `student`, a base. The default is the
+                small model that ships with this package.
+            student: the student for the base: file, folder or hub repository.
+            recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
+                and `prediction_type` need not be given: the base itself says them.
+            dtype, torch_dtype: two spellings of one argument, the dtype of the weights.
+            kwargs: anything else that the stock `from_pretrained` takes, such as `variant` or whole components.
+
+        Raises:
+            TDMError: no student or no base there; metadata that is missing (all is listed) or wrong; a student of
+                another family or prediction type; LoRA layers that do not fit the base; NaN; an unsupported base.
+        """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        base, file = locate(base_or_student, student, hub)
+        fields = {**fields_of(read_header(file)), **(recipe or {})}
+        base = base or fields.get("base_model")
+        if not base:
+            raise TDMError(f"{file} does not name its base; pass it: from_pretrained(base, student=...)")
+        folder = base_folder(base)
+
+        # A wrong pair is refused here, before gigabytes are read; `load_student` checks this again, and the layers.
+        if "revision" in kwargs:
+            hub["revision"] = kwargs["revision"]
+        family = family_of_base(folder, **hub)
+        if kwargs.get("scheduler") is not None:
+            config = kwargs["scheduler"].config
+        else:
+            config = TDMScheduler.load_config(folder, subfolder="scheduler", **hub)
+        _recipe_for(base, family, config, fields)
+
+        loader: Any = super(TDMPipeline, _student_class(family))
+        pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype, **kwargs)
+        pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
+        pipe.load_student(file, recipe=recipe)
+        return pipe
+
+    def load_student(self, student: Source, *, recipe: Mapping[str, Any] | None = None) -> None:
+        """Put a student into the pipeline, in the place of the one it has. Other adapters stay as they are.
+
+        Args:
+            student: file, folder with `student.safetensors`, or hub repository.
+            recipe: fields that complete or replace its metadata.
+
+        Raises:
+            TDMError: as in `from_pretrained`; the pipeline is then left as it was.
+        """
+        file = student_file(student, {})
+        config, denoiser = self._teacher_scheduler.config, self._denoiser
+        new = _recipe_for(self._base, self._family, config, {**fields_of(read_header(file)), **(recipe or {})})
+        layers = match_layers(pair_layers(read_tensors(file)), denoiser, self._family.denoiser)
+        scheduler = _student_scheduler(new, config)
+
+        active: list[str] = next((layer.active_adapters for layer in tuner_layers(denoiser)), [])
+        if STUDENT_ADAPTER in getattr(denoiser, "peft_config", {}):
+            denoiser.delete_adapters(STUDENT_ADAPTER)
+        denoiser.load_lora_adapter(
+            state_dict_of(layers),
+            prefix=None,
+            adapter_name=STUDENT_ADAPTER,
+            metadata=peft_config(layers),
+            low_cpu_mem_usage=True,
+            _pipeline=self,
+        )
+        for layer in tuner_layers(denoiser):  # the loader made the new adapter the only active one
+            layer.set_adapter([*(name for name in active if name != STUDENT_ADAPTER), STUDENT_ADAPTER])
+        self.scheduler, self.recipe = scheduler, new
+        _logger.info("%s: all %d LoRA layers match the %s", file, len(layers), type(denoiser).__name__)
+
+    @contextlib.contextmanager
+    def teacher(self) -> Iterator[Self]:
+        """The teacher, for the length of a `with`: all adapters off, the base's own scheduler, its stock defaults.
+
+        Only the size stays the student's, so that one seed gives pictures to lay side by side. The student is back
+        after the block, whatever happened in it.
+
+        Raises:
+            TDMError: adapters are fused into the weights, so that they cannot be switched off.
+        """
+        scheduler, teaching = self.scheduler, self._teaching
+        with adapters_off(self._modules()):
+            try:
+                self.scheduler, self._teaching = self._teacher_scheduler, True
+                yield self
+            finally:
+                self.scheduler, self._teaching = scheduler, teaching
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Source, *, force: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the clean base, with its own scheduler, and `student.safetensors` beside it.
+
+        `TDMPipeline.from_pretrained` reads the folder back to the same pipeline; a plain
+        `DiffusionPipeline.from_pretrained` gets the base. The folder appears whole or not at all.
+
+        Args:
+            save_directory: the folder to write.
+            force: replace a folder that is there.
+            kwargs: `safe_serialization`, `variant` and `max_shard_size` of diffusers.
+
+        Raises:
+            TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: adapters
+                beside the student, a student that is fused, unloaded or not at strength 1.0; or `push_to_hub` is given.
+        """
+        target = Path(save_directory).absolute()
+        if target.is_file():
+            raise TDMError(f"{target} is a file, not a folder")
+        if target.is_dir() and any(target.iterdir()) and not force:
+            raise TDMError(f"{target} exists; pass force=True to replace it")
+        if kwargs.pop("push_to_hub", False):
+            raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
+        student = self._only_student()
+        unfinished, replaced = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+        scheduler, self.scheduler = self.scheduler, self._teacher_scheduler
+        try:
+            with adapters_hidden(self._denoiser, STUDENT_ADAPTER):
+                super().save_pretrained(str(unfinished), **kwargs)
+            save_student(unfinished / STUDENT_FILE, state_dict_of(student), self.recipe, lora_alpha=None)
+            if target.exists():
+                target.rename(replaced)
+            unfinished.rename(target)
+        finally:
+            self.scheduler = scheduler
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            for leftover in (unfinished, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    @property
+    def _denoiser(self) -> Any:
+        denoiser = getattr(self, self._family.denoiser)
+        return getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
+
+    def _modules(self) -> list[nn.Module]:
+        return [component for component in self.components.values() if isinstance(component, nn.Module)]
+
+    def _only_student(self) -> dict[str, Lora]:
+        """The student's LoRA, if the pipeline holds no adapter beside it."""
+        require_unfused(self._modules())
+        attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
+        if other := attached - {STUDENT_ADAPTER}:
+            raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
+        student = lora_of(self._denoiser, STUDENT_ADAPTER)
+        if not student:
+            raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
+        return student
+
+    def _call_defaults(self) -> dict[str, Any]:
+        """What a call uses for arguments that were left out or given as None."""
+        recipe = self.recipe
+        defaults = {**self._family.call_defaults(self), "height": recipe.height, "width": recipe.width}
+        if recipe.num_frames is not None:
+            defaults["num_frames"] = recipe.num_frames
+        if not self._teaching:
+            defaults |= {"num_inference_steps": recipe.default_steps, **self._family.guidance(recipe.guidance_scale)}
+        return defaults
+
+
+@functools.cache
+def _student_class(family: Family) -> Any:
+    """`TDMPipeline` on top of a family's pipeline class, under its stock name: `save_pretrained` writes that down."""
+    stock = family.pipeline_class()
+    call: Any = stock.__call__
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        bound = signature.bind_partial(self, *args, **kwargs)
+        for argument, value in self._call_defaults().items():
+            if argument in signature.parameters and bound.arguments.get(argument) is None:
+                bound.arguments[argument] = value
+        return call(*bound.args, **bound.kwargs)
+
+    return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})
+
+
+def _recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> StudentRecipe:
+    """The recipe of a student's metadata on a base; what the base itself says fills the gaps, or must agree.
+
+    Args:
+        base: name or path of the base.
+        family: of the base.
+        config: of the base's scheduler.
+        fields: the student's metadata.
+
+    Raises:
+        TDMError: see `TDMPipeline.from_pretrained`.
+    """
+    prediction_type = TDMScheduler.from_config(config).config.prediction_type
+    facts = {"base_model": base, "family": family.name, "prediction_type": prediction_type}
+    recipe = StudentRecipe.from_fields({**facts, **fields})
+    for name in ("family", "prediction_type"):
+        trained, here = getattr(recipe, name), facts[name]
+        if trained != here:
+            raise TDMError(f"the student was trained for {name} {trained!r}, but the base {base} has {here!r}")
+    _student_scheduler(recipe, config)  # timesteps outside the base's schedule
+    return recipe
+
+
+def _student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> TDMScheduler:
+    """The student's sampler, on the noise schedule of its base's scheduler config."""
+    shift = {} if recipe.flow_shift is None else {"flow_shift": recipe.flow_shift}
+    return TDMScheduler.from_config(
+        config, trained_timesteps=recipe.trained_timesteps, solver_order=recipe.solver_order, **shift
+    )

@@ -1,0 +1,74 @@
+"""The bundled model: small, complete, usable with stock diffusers alone, and as good as the README says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from tdm import TDMPipeline
+from tdm.pipelines.locate import bundled_path
+from tdm.training.evaluate import draw, evaluate, held_out_prompts, samplers, table
+from tdm.training.world.verify import verify
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TDMPipeline:
+    pipe = TDMPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def accuracy(pipe: TDMPipeline, name: str, count: int) -> float:
+    prompts, wanted = held_out_prompts(count)
+    (sampler,) = (s for s in samplers([4]) if s.name == name)
+    made = draw(pipe, sampler, prompts, list(range(count)))
+    return sum(v.correct for v in verify(made, wanted)) / count
+
+
+def test_weights_are_small() -> None:
+    assert sum(f.stat().st_size for f in bundled_path().rglob("*") if f.is_file()) <= 25e6
+
+
+def test_base_is_a_stock_pipeline() -> None:
+    base = DiffusionPipeline.from_pretrained(bundled_path() / "teacher")
+    assert type(base) is PixArtAlphaPipeline
+    base.set_progress_bar_config(disable=True)
+    image = base("a red ball at sea", num_inference_steps=2, height=64, width=64, use_resolution_binning=False).images[
+        0
+    ]
+    assert image.size == (64, 64)
+
+
+def test_student_at_four_calls_draws_what_it_is_asked(pipe: TDMPipeline) -> None:
+    assert accuracy(pipe, "student, 4 steps", 64) >= 0.85
+
+
+def test_undistilled_network_at_four_calls_is_clearly_worse(pipe: TDMPipeline) -> None:
+    assert accuracy(pipe, "teacher, 4 steps", 64) <= accuracy(pipe, "student, 4 steps", 64) - 0.2
+
+
+def test_a_seed_is_one_picture_alone_or_in_a_batch(pipe: TDMPipeline) -> None:
+    def one(prompts: list[str], seeds: list[int]) -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(s) for s in seeds]
+        return pipe(prompts, generator=generator, output_type="pt").images
+
+    batch = one(["a red ball at sea", "two blue stars in the snow"], [1, 2])
+    torch.testing.assert_close(one(["two blue stars in the snow"], [2])[0], batch[1], atol=1e-4, rtol=0)
+    assert torch.equal(batch, one(["a red ball at sea", "two blue stars in the snow"], [1, 2]))
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme(pipe: TDMPipeline, tmp_path: Path) -> None:
+    rows, sheet = evaluate(pipe, prompts=256)
+    sheet.save(tmp_path / "grid.png")
+    print(table(rows))
+    teacher, undistilled, *students = rows
+    four = next(r for r in students if r.calls == 4)
+    assert teacher.accuracy >= 0.95
+    assert undistilled.accuracy <= teacher.accuracy - 0.2
+    assert undistilled.distance >= 3 * four.distance
+    assert four.accuracy >= teacher.accuracy - 0.02
+    assert four.diversity >= 0.8
+    assert all(abs(ratio - 1) <= 0.05 for ratio in four.colours.values())

@@ -1,0 +1,136 @@
+"""One update: its cost in network passes, what it changes, and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from tdm.pipelines.schedule import NoiseSchedule
+from tdm.training.config import DistillConfig, load_config
+from tdm.training.roles import ROLES, AdapterRoles
+from tdm.training.trajectory import Trajectory
+from tdm.training.update import Batch, tdm_update
+from torch.optim import SGD
+
+FLOW = NoiseSchedule.flow()
+
+
+class Bench:
+    """A conditional linear model under the real update, counting every sample that goes through the network."""
+
+    def __init__(self, *overrides: str, seed: int = 0, batch: int = 8) -> None:
+        torch.manual_seed(0)
+        self.config: DistillConfig = load_config(
+            None, [f"batch_size={batch}", "trajectory.stages=sample", "student.rank=2", "critic.rank=2", *overrides]
+        )
+        self.base = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.passes = {"forward": 0, "with_grad": 0}
+        self.roles = AdapterRoles(
+            self.base,
+            self.call,
+            schedule=FLOW,
+            prediction_type="flow_prediction",
+            targets=["0", "2"],
+            rank={"student": 2, "critic": 2},
+            alpha={"student": None, "critic": None},
+            generator=self.generator,
+        )
+        self.trajectory = Trajectory(self.config.trajectory, FLOW)
+        self.optimizers = {role: SGD(self.roles.parameters(role), lr=0.1) for role in ROLES}
+        self.batches = 0
+
+    def call(self, base, x, timesteps, cond):
+        self.passes["forward"] += len(x)
+        self.passes["with_grad"] += len(x) * torch.is_grad_enabled()
+        return base(torch.cat([x, cond["c"]], 1)) * (0.5 + timesteps[:, None] / 1000)
+
+    def draw(self) -> Batch:
+        self.batches += 1
+        n = self.config.batch_size
+        cond = {"c": torch.ones(n, 1)}
+        return Batch(cond, {"c": torch.zeros(n, 1)}, torch.randn(n, 2, generator=self.generator))
+
+    def update(self, **kwargs):
+        args = (self.roles, self.trajectory, self.config, self.draw, self.optimizers, self.generator)
+        return tdm_update(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "forwards", "with_grad"),
+    [
+        (["objective.guidance_scale=4.5"], 6.5, 2),
+        ([], 5.5, 2),  # no guidance: no unconditional pass
+        (["objective.guidance_scale=4.5", "critic.per_student=2"], 10.0, 3),  # 1.5 prefix + student + critic more
+        (["objective.guidance_scale=4.5", "trajectory.steps=1"], 5.0, 2),
+        (["objective.guidance_scale=4.5", "trajectory.steps=2"], 5.5, 2),
+    ],
+)
+def test_passes_of_an_update(overrides, forwards, with_grad):
+    bench = Bench(*overrides)
+    for _ in range(10):
+        bench.update()
+    samples = 10 * bench.config.batch_size
+    assert bench.passes["forward"] / samples == forwards
+    assert bench.passes["with_grad"] / samples == with_grad
+
+
+def test_passes_are_the_same_on_average_with_one_stage_per_update():
+    bench = Bench("objective.guidance_scale=4.5", "trajectory.stages=update")
+    for _ in range(400):
+        bench.update()
+    assert bench.passes["forward"] / (400 * 8) == pytest.approx(6.5, abs=0.15)
+
+
+def test_both_roles_learn_and_the_base_is_bit_equal():
+    bench = Bench("objective.guidance_scale=2", "critic.target=subinterval")
+    trained = {id(p) for role in ROLES for p in bench.roles.parameters(role)}
+    frozen = {name: p.clone() for name, p in bench.base.named_parameters() if id(p) not in trained}
+    before = {role: bench.roles.state(role) for role in ROLES}
+    x, t, cond = torch.randn(4, 2), torch.full((4,), 500.0, dtype=torch.float64), {"c": torch.ones(4, 1)}
+    teacher = bench.roles.teacher(x, t, cond)[0]
+    metrics = [bench.update() for _ in range(3)][-1]
+    assert len(frozen) == 4
+    assert all(torch.equal(dict(bench.base.named_parameters())[name], p) for name, p in frozen.items())
+    assert torch.equal(bench.roles.teacher(x, t, cond)[0], teacher)
+    for role in ROLES:
+        assert any(not torch.equal(bench.roles.state(role)[key], value) for key, value in before[role].items())
+    stages = {f"gap_{i}" for i in range(4)}
+    assert set(metrics) == {"critic_loss", "critic_grad", "student_loss", "student_grad", "std_ratio"} | stages
+    assert all(value.ndim == 0 and value.isfinite() and not value.requires_grad for value in metrics.values())
+
+
+def test_head_start_trains_the_critic_alone():
+    bench = Bench()
+    student, critic = bench.roles.state("student"), bench.roles.state("critic")
+    metrics = bench.update(train_student=False)
+    assert all(torch.equal(value, student[key]) for key, value in bench.roles.state("student").items())
+    assert any(not torch.equal(value, critic[key]) for key, value in bench.roles.state("critic").items())
+    assert set(metrics) == {"critic_loss", "critic_grad"}
+    assert metrics["critic_grad"] > 0
+
+
+def test_each_critic_update_has_its_own_batch():
+    bench = Bench("critic.per_student=3")
+    bench.update()
+    assert bench.batches == 3
+
+
+def test_the_same_seed_is_the_same_update_bit_for_bit():
+    one, two, other = Bench(seed=1), Bench(seed=1), Bench(seed=2)
+    for bench in (one, two, other):
+        for _ in range(3):
+            bench.update()
+    for role in ROLES:
+        a, b, c = (bench.roles.state(role) for bench in (one, two, other))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_perfect_student_is_at_rest():
+    """With the student's states distributed as the teacher's and a critic equal to the teacher, nothing pushes it."""
+    bench = Bench()
+    bench.optimizers["critic"].param_groups[0]["lr"] = 0.0
+    before = copy.deepcopy(bench.roles.state("student"))
+    metrics = bench.update()  # both adapters still are the teacher: the direction is 0
+    assert metrics["student_grad"].item() == 0
+    assert all(torch.equal(value, before[key]) for key, value in bench.roles.state("student").items())

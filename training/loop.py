@@ -1,0 +1,269 @@
+"""The training loop: draws batches, updates, and writes what a person wants to see. The method itself is in
+update.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ..errors import TDMError
+from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
+from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
+from .config import DistillConfig, RoleConfig
+from .roles import AdapterRoles, Ema, Role
+from .trajectory import Condition, Trajectory, sample
+from .update import Batch, tdm_update
+
+Sampler = Callable[[Tensor, Condition], Tensor]
+"""``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, or the guided teacher on many
+steps.
+"""
+
+
+class Task(Protocol):
+    """What is distilled: everything that differs between a mixture of Gaussians and a text-to-image model."""
+
+    base: nn.Module  # the pretrained network, on its device; it is frozen
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    targets: Sequence[str] | str  # the layers that get adapters, as in peft
+    latent_shape: tuple[int, ...]  # of one sample
+
+    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        """The network's output for ``x`` ``[B, *latent_shape]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
+        parts in float32.
+        """
+        ...
+
+    def conditions(self, n: int, generator: torch.Generator) -> Condition:
+        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded, on the base's device; ``{}`` if
+        there are none.
+        """
+        ...
+
+    def null(self, cond: Condition) -> Condition:
+        """The unconditional counterpart of ``cond``, in the same shapes."""
+        ...
+
+    def preview(self, student: Sampler, teacher: Sampler) -> Any | None:
+        """A PIL image of teacher beside student from fixed seeds, or None."""
+        ...
+
+    def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
+        """The task's own measures, from fixed seeds."""
+        ...
+
+
+@dataclass
+class Run:
+    """A run as callbacks and callers see it. ``step`` counts updates done; ``ema.weights`` is the student to export."""
+
+    task: Task
+    config: DistillConfig
+    out_dir: Path
+    roles: AdapterRoles
+    trajectory: Trajectory
+    ema: Ema
+    step: int = 0
+
+    def student(self, noise: Tensor, cond: Condition) -> Tensor:
+        """Samples of the student (mean weights) on its trained grid."""
+        with self.ema.applied():
+            return sample(self.roles.student, self.task.schedule, self.trajectory.timesteps.tolist(), noise, cond)
+
+    def teacher(self, noise: Tensor, cond: Condition) -> Tensor:
+        """Samples of the teacher with the run's guidance on ``output.teacher_steps`` uniform steps."""
+        null, w = self.task.null(cond), self.config.objective.guidance_scale
+        grid = uniform_grid(self.config.output.teacher_steps, self.task.schedule, self.config.trajectory.shift)
+
+        def guided(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+            return self.roles.guided_teacher(x, timesteps, cond, null, w)
+
+        return sample(guided, self.task.schedule, grid, noise, cond)
+
+
+Callback = Callable[[Run, dict[str, float]], None]
+"""Called with the run and each line that goes to metrics.jsonl; raise from it to stop."""
+
+
+def distill(
+    task: Task,
+    config: DistillConfig,
+    out_dir: str | Path,
+    *,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    report: Callable[[str], None] | None = None,
+) -> Run:
+    """Distil ``task`` into a few-step student.
+
+    Writes ``metrics.jsonl``, ``previews/*.png`` and ``checkpoint.pt`` in ``out_dir``; ``resume`` continues from the
+    last.
+
+    Args:
+        report: takes the progress lines; None prints them.
+
+    Raises:
+        TDMError: the settings do not fit the task, ``out_dir`` already holds a run (or none, to resume), or the run
+            diverged.
+    """
+    out = Path(out_dir)
+    report = report or _print
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not resume:
+        raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
+    generator = torch.Generator().manual_seed(config.seed)
+    trajectory = Trajectory(config.trajectory, task.schedule)
+    roles = build_roles(task, config, generator)
+    optimizers: dict[Role, Optimizer] = {}
+    settings: dict[Role, RoleConfig] = {"student": config.student, "critic": config.critic}
+    for role, c in settings.items():
+        optimizers[role] = AdamW(roles.parameters(role), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
+    ema = Ema(roles, decay=config.ema.decay, warmup=config.ema.warmup)
+    run = Run(task, config, out, roles, trajectory, ema)
+    parts: dict[str, Any] = {"config": config, "roles": roles, "ema": ema, "optimizers": optimizers}
+    parts["generator"] = generator
+    if resume:
+        run.step = restore_checkpoint(checkpoint, **parts)
+    log = _Log(run, callbacks, report)
+    device = next(task.base.parameters()).device
+
+    def draw() -> Batch:
+        cond = task.conditions(config.batch_size, generator)
+        noise = torch.randn((config.batch_size, *task.latent_shape), generator=generator).to(device, non_blocking=True)
+        return Batch(cond, task.null(cond) if config.objective.guidance_scale != 1 else {}, noise)
+
+    output = config.output
+    while run.step < config.updates:
+        for role, c in settings.items():
+            for group in optimizers[role].param_groups:
+                group["lr"] = learning_rate(c, run.step, config.updates)
+        student_too = run.step >= config.critic.head_start
+        log.add(tdm_update(roles, trajectory, config, draw, optimizers, generator, train_student=student_too))
+        if student_too:
+            ema.update()
+        run.step += 1
+
+        if log.due(output.log_every):
+            log.flush()
+        if log.due(output.evaluate_every):
+            log.write({f"eval/{name}": value for name, value in task.evaluate(run.student, run.teacher).items()})
+        if log.due(output.preview_every) and (image := task.preview(run.student, run.teacher)) is not None:
+            (out / "previews").mkdir(exist_ok=True)
+            image.save(out / "previews" / f"{run.step:06d}.png")
+        if run.step == config.updates or log.due(output.checkpoint_every):
+            log.flush()  # a run that diverged must not replace its last good checkpoint
+            save_checkpoint(checkpoint, step=run.step, **parts)
+    return run
+
+
+def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> AdapterRoles:
+    """The task's base with fresh adapters, or those of ``config.start_from``."""
+    if config.gradient_checkpointing:
+        if config.precision == "bf16" and next(task.base.parameters()).device.type == "cpu":
+            raise TDMError(
+                "on a CPU bf16 cannot be checkpointed; set precision to fp32 or gradient_checkpointing to false"
+            )
+        enable = getattr(task.base, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise TDMError(f"{type(task.base).__name__} cannot checkpoint; set gradient_checkpointing to false")
+        enable()
+    roles = AdapterRoles(
+        task.base,
+        task.call,
+        schedule=task.schedule,
+        prediction_type=task.prediction_type,
+        targets=task.targets,
+        rank={"student": config.student.rank, "critic": config.critic.rank},
+        alpha={"student": config.student.alpha, "critic": config.critic.alpha},
+        generator=generator,
+        precision=config.precision,
+    )
+    if config.start_from is not None:
+        saved = read_checkpoint(Path(config.start_from))
+        roles.load("student", saved["ema"]["weights"])
+        if config.critic.start == "student":
+            roles.load("critic", saved["ema"]["weights"])
+        elif config.critic.start == "checkpoint":
+            roles.load("critic", saved["adapters"]["critic"])
+    return roles
+
+
+def learning_rate(config: RoleConfig, step: int, updates: int) -> float:
+    """Of update ``step`` (from 0): linear warm-up times the decay. A function of the step, so resuming needs no
+    state.
+    """
+    warm = min(1.0, (step + 1) / (config.warmup + 1))
+    done = step / updates
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
+    return config.lr * warm * (config.lr_end + (1 - config.lr_end) * left)
+
+
+class _Log:
+    """Means over a window of updates, read from the device once per window, as progress lines and metrics.jsonl."""
+
+    def __init__(self, run: Run, callbacks: Sequence[Callback], report: Callable[[str], None]) -> None:
+        self.run, self.callbacks, self.report = run, callbacks, report
+        self.window: list[dict[str, Tensor]] = []
+        self.path = run.out_dir / "metrics.jsonl"
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines(keepends=True) if run.step else []
+        self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= run.step))
+        self.start, self.first, self.since = time.monotonic(), run.step, time.monotonic()
+
+    def due(self, every: int) -> bool:
+        return every > 0 and (self.run.step % every == 0 or self.run.step == self.run.config.updates)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.window.append(metrics)
+
+    def flush(self) -> None:
+        if not self.window:
+            return
+        names = {name for metrics in self.window for name in metrics}
+        nan = torch.tensor(math.nan)
+        table = {
+            name: torch.stack([m.get(name, nan).to(self.window[0]["critic_loss"].device) for m in self.window]).cpu()
+            for name in sorted(names)
+        }
+        begin = self.run.step - len(self.window)
+        for i, metrics in enumerate(self.window):
+            for name in ("critic_loss", "critic_grad", "student_loss", "student_grad"):
+                if name in metrics and not table[name][i].isfinite():
+                    role = name.partition("_")[0]
+                    raise TDMError(
+                        f"{name} is {float(table[name][i])} at update {begin + i + 1}: lower {role}.lr, or raise "
+                        "objective.norm_min and trajectory.margin; the last checkpoint is kept"
+                    )
+        line = {name: value for name in table if not math.isnan(value := float(table[name].nanmean()))}
+        now = time.monotonic()
+        line["seconds_per_update"] = (now - self.since) / len(self.window)
+        self.window, self.since = [], now
+        self.write(line)
+
+    def write(self, line: dict[str, float]) -> None:
+        line = {"step": self.run.step, **line}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        pace = (time.monotonic() - self.start) / (self.run.step - self.first)
+        left = pace * (self.run.config.updates - self.run.step)
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in line.items() if k != "step" and not k.startswith("gap_"))
+        eta = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}  ETA {eta}")
+        for callback in self.callbacks:
+            callback(self.run, line)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,114 @@
+"""The losses of Trajectory Distribution Matching: pure functions, tensors in, scalar out.
+
+Everything is written on clean predictions ``x0``, so one code serves epsilon-, v-, x0- and flow-models. ``x0`` and
+``x_tau`` are ``[B, ...]``; ``alpha``, ``sigma``, ``b`` and weights are per sample, ``[B]``. Notation: ``x_tau = alpha
+x0 + sigma n``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..pipelines.schedule import expand
+
+Rho = Literal["pseudo_huber", "vector_huber", "mse"]
+CriticWeight = Literal["min_snr", "v"]
+
+
+def sample_mean(x: Tensor) -> Tensor:
+    """Mean over everything but the batch: ``[B, ...] -> [B]``."""
+    return x.flatten(1).mean(1)
+
+
+def guided(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance, ``c + (w - 1)(c - u)``: ``w = 1`` is the conditional prediction itself."""
+    return cond + (guidance_scale - 1.0) * (cond - uncond)
+
+
+def rho(residual: Tensor, kind: Rho, c: float | None = None) -> Tensor:
+    """The penalty of a residual ``[B, ...]``, per sample ``[B]``.
+
+    - ``pseudo_huber``: ``mean(sqrt(r^2 + c^2) - c)``, elementwise, ``c = 1e-3`` (the authors' PixArt demo).
+    - ``vector_huber``: ``sqrt(|r|^2 + c^2) - c`` of the whole vector, ``c = 0.00054 sqrt(d)`` (the paper).
+    - ``mse``: ``mean(r^2) / 2``, whose gradient is the residual itself (as DMD); ``c`` is not used.
+    """
+    if kind == "pseudo_huber":
+        c = 1e-3 if c is None else c
+        return sample_mean((residual.square() + c * c).sqrt() - c)
+    if kind == "vector_huber":
+        flat = residual.flatten(1)
+        c = 0.00054 * flat.shape[1] ** 0.5 if c is None else c
+        return (flat.square().sum(1) + c * c).sqrt() - c
+    if kind == "mse":
+        return sample_mean(residual.square()) / 2
+    raise ValueError(f"rho must be 'pseudo_huber', 'vector_huber' or 'mse', not {kind!r}")
+
+
+def generator_loss(
+    x0: Tensor,
+    x0_teacher: Tensor,
+    x0_critic: Tensor,
+    *,
+    kind: Rho = "pseudo_huber",
+    c: float | None = None,
+    normalise: bool = True,
+    norm_min: float = 1e-2,
+) -> Tensor:
+    """Move the student's ``x0`` along the difference of the two scores at ``x_tau`` (TDM, arXiv 2503.06674).
+
+        direction = x0_teacher - x0_critic          (the teacher's with guidance)
+        target    = stop_grad(x0 + direction)
+        norm      = max(mean |x0 - x0_teacher|, norm_min)      per sample, no gradient
+        loss      = mean( rho(x0 - target) / norm )
+
+    The value is that of ``rho(direction)``; only its gradient, through ``x0`` alone, means anything. ``norm`` evens
+    out the noise levels (DMD); ``norm_min`` keeps a state that already agrees with the teacher from taking a huge
+    step.
+
+    Args: ``x0`` the student's prediction, with gradient; ``x0_teacher``, ``x0_critic`` ``[B, ...]`` predictions at
+        ``x_tau``.
+    """
+    with torch.no_grad():
+        target = x0 + (x0_teacher - x0_critic)
+        norm = sample_mean((x0 - x0_teacher).abs()).clamp_min(norm_min) if normalise else x0.new_ones(len(x0))
+    return (rho(x0 - target, kind, c) / norm).mean()
+
+
+def critic_weight(alpha: Tensor, sigma: Tensor, kind: CriticWeight, limit: float = 5.0) -> Tensor:
+    """What an error in x0 costs at ``(alpha, sigma)``, ``[B] -> [B]``, at most ``limit``.
+
+    ``min_snr``: ``min(alpha^2 / sigma^2, limit)``, the error in epsilon (the demo). ``v``: ``min(1 / sigma^2,
+    limit)``, the error in velocity or v; it does not vanish at pure noise. Unweighted x0 errors give noise and blur.
+    """
+    if kind == "min_snr":
+        return (alpha / sigma).square().clamp_max(limit)
+    if kind == "v":
+        return sigma.square().reciprocal().clamp_max(limit)
+    raise ValueError(f"critic weight must be 'min_snr' or 'v', not {kind!r}")
+
+
+def critic_loss(x0_critic: Tensor, x0_target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted regression in x0 space: ``mean_B( weight * mean (x0_critic - x0_target)^2 )``; ``weight`` is ``[B]``.
+
+    Target *clean* is the student's own ``x0`` (the demo, the paper), target *subinterval* is
+    :func:`subinterval_target`.
+    """
+    return (weight.to(x0_critic.dtype) * sample_mean((x0_critic - x0_target).square())).mean()
+
+
+def subinterval_target(x_tau: Tensor, xi: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The critic's target when ``x_tau = r x_m + b xi`` started from the trajectory's own state ``x_m`` (Phased DMD).
+
+    Given ``x_m`` the score of ``x_tau`` is ``-xi / b``, so the epsilon target is ``sigma xi / b`` and in x0 space
+    ``(x_tau - sigma^2 xi / b) / alpha``. Its mean over ``xi`` given ``x_tau`` is the exact score of the student's
+    states; the clean target is exact only where ``x_m`` is clean, and leaves intermediate states too wide.
+
+    Returns ``(x0_target, factor)``: ``factor = (b / sigma)^2`` ``[B]`` multiplies the critic's weight, for the target's
+    variance grows as its inverse near ``b = 0``. At the last stage ``b = sigma``: target and weight equal the clean
+    ones.
+    """
+    x0_target = (x_tau - expand(sigma.square() / b, x_tau) * xi) / expand(alpha, x_tau)
+    return x0_target, (b / sigma).square()

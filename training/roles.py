@@ -1,0 +1,193 @@
+"""Teacher, student and critic on one frozen base: the teacher is the base itself, the other two are LoRA adapters.
+
+A role is an argument, never a state that somebody left behind: each call puts its own adapter in place first. Two
+traps of peft are closed here. ``set_adapter`` flips ``requires_grad`` (peft #2759): it is not used, the active
+adapter is set on the LoRA layers and gradients are fixed once. Gradient checkpointing recomputes a forward in the
+backward pass with whatever adapter is active then (peft #2832): a hook on each prediction puts its adapter back
+before its own backward pass, in any order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import TDMError
+from ..pipelines.schedule import NoiseSchedule, PredictionType, expand, predict_x0_eps
+from .losses import guided
+from .precision import Precision, autocast
+from .trajectory import Condition
+
+Role = Literal["student", "critic"]
+ROLES: tuple[Role, ...] = ("student", "critic")
+Denoiser = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+"""``(base, x [B, ...], timesteps [B] float32, cond) -> model output [B, ...]``: what differs between model families."""
+
+
+class AdapterRoles:
+    """Three roles on one frozen network.
+
+    ``student``, ``critic`` and ``teacher`` each map ``(x, timesteps, cond)`` to ``(x0, eps)`` in float32;
+    ``timesteps`` is ``[B]`` float64 on the CPU.
+
+    Args:
+        base: the pretrained network, any ``nn.Module`` with linear (or convolution) layers. It is frozen and put in
+            eval mode.
+        call: how to call it.
+        targets: names (endings) of the layers that get an adapter, or one regular expression, as in peft.
+        rank, alpha: per role; alpha defaults to the rank, which is a scale of 1.
+        generator: of the adapters' initial weights. Both start as the teacher: the second factor of a LoRA starts at 0.
+        precision: of the network's own arithmetic; adapters, predictions and losses are float32.
+
+    Raises:
+        TDMError: no layer matches ``targets``.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        call: Denoiser,
+        *,
+        schedule: NoiseSchedule,
+        prediction_type: PredictionType,
+        targets: Sequence[str] | str,
+        rank: dict[Role, int],
+        alpha: dict[Role, float | None],
+        generator: torch.Generator,
+        precision: Precision = "fp32",
+    ) -> None:
+        self.base, self.call, self.schedule, self.prediction_type = base, call, schedule, prediction_type
+        self.precision: Precision = precision
+        for role in ROLES:
+            scale = alpha[role] if alpha[role] is not None else rank[role]
+            lora = LoraConfig(
+                r=rank[role],
+                lora_alpha=scale,  # type: ignore[arg-type]  # peft annotates int, and divides
+                target_modules=targets if isinstance(targets, str) else list(targets),
+            )
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
+                    inject_adapter_in_model(lora, base, adapter_name=role)
+            except ValueError as error:
+                raise TDMError(f"no {role} adapter fits the base: {error}") from error
+        self._layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        base.eval().requires_grad_(False)
+        self._weights = {role: self._find(role) for role in ROLES}
+        for role in ROLES:
+            for name, weight in self._weights[role].items():
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+                if "lora_A" in name:  # peft draws from the global generator: draw again from ours, by the same law
+                    drawn = torch.empty(weight.shape)
+                    nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+                    weight.data.copy_(drawn)
+
+    def _find(self, role: Role) -> dict[str, Tensor]:
+        mark = f".{role}."
+        return {
+            name.replace(mark, "."): p for name, p in self.base.named_parameters() if "lora_" in name and mark in name
+        }
+
+    def _activate(self, role: Role | None) -> None:
+        for layer in self._layers:
+            layer._active_adapter = [] if role is None else [role]
+
+    def _predict(self, role: Role | None, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        self._activate(role)
+        with autocast(self.precision, x.device.type):
+            output = self.call(self.base, x, timesteps.to(x.device, torch.float32), cond).float()
+        if output.requires_grad:  # runs before any recomputation of this forward (the second trap above)
+            output.register_hook(lambda _: self._activate(role))
+        alpha, sigma = self.schedule.alpha_sigma(timesteps)
+        return predict_x0_eps(self.prediction_type, output, x, expand(alpha, x), expand(sigma, x))
+
+    def student(self, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """The student's ``(x0, eps)`` at ``x``."""
+        return self._predict("student", x, timesteps, cond)
+
+    def critic(self, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """The critic's ``(x0, eps)`` at ``x``: the fake score."""
+        return self._predict("critic", x, timesteps, cond)
+
+    @torch.no_grad()
+    def teacher(self, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        """The base's ``(x0, eps)``, without guidance and without gradient."""
+        return self._predict(None, x, timesteps, cond)
+
+    @torch.no_grad()
+    def guided_teacher(
+        self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition, guidance_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The teacher's ``(x0, eps)`` with classifier-free guidance, both halves in one batch; ``w = 1`` makes one
+        pass.
+        """
+        if guidance_scale == 1:
+            return self.teacher(x, timesteps, cond)
+        both = {key: torch.cat([cond[key], null[key]]) for key in cond}
+        x0, eps = self.teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both)
+        n = len(x)
+        return guided(x0[:n], x0[n:], guidance_scale), guided(eps[:n], eps[n:], guidance_scale)
+
+    def parameters(self, role: Role) -> list[Tensor]:
+        """The trained weights of a role, and of no other."""
+        return list(self._weights[role].values())
+
+    def state(self, role: Role) -> dict[str, Tensor]:
+        """A copy of a role's weights under the base's own names, ``<layer>.lora_A.weight``, without the adapter's
+        name.
+        """
+        return {name: weight.detach().clone() for name, weight in self._weights[role].items()}
+
+    @torch.no_grad()
+    def load(self, role: Role, state: dict[str, Tensor]) -> None:
+        """Copy ``state`` (from :meth:`state`) into a role's weights.
+
+        Raises:
+            TDMError: other layers or another rank.
+        """
+        weights = self._weights[role]
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        if shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
+            raise TDMError(f"these {role} weights are for other layers or another rank than this model's adapters")
+        for name, weight in weights.items():
+            weight.copy_(state[name])
+
+
+class Ema:
+    """The running mean of a role's weights. ``decay`` 0 is the last weights themselves.
+
+    With ``warmup`` the memory starts short, ``min(decay, (1 + n) / (10 + n))``, so that early weights are soon
+    forgotten.
+    """
+
+    def __init__(
+        self, roles: AdapterRoles, role: Role = "student", *, decay: float = 0.99, warmup: bool = True
+    ) -> None:
+        self.roles, self.role, self.decay, self.warmup = roles, role, decay, warmup
+        self.count = 0
+        self.weights = roles.state(role)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the role's current weights."""
+        decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
+        self.count += 1
+        torch._foreach_lerp_(list(self.weights.values()), self.roles.parameters(self.role), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the role runs on its mean weights; after, on its own again."""
+        own = self.roles.state(self.role)
+        self.roles.load(self.role, self.weights)
+        try:
+            yield
+        finally:
+            self.roles.load(self.role, own)
