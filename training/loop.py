@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -201,9 +202,7 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
 
 
 def learning_rate(config: RoleConfig, step: int, updates: int) -> float:
-    """Of update ``step`` (from 0): linear warm-up times the decay. A function of the step, so resuming needs no
-    state.
-    """
+    """Of update ``step``, from 0: linear warm-up times the decay. A function of the step, so never saved."""
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     done = step / updates
     left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
@@ -218,8 +217,13 @@ class _Log:
         self.window: list[dict[str, Tensor]] = []
         self.path = run.out_dir / "metrics.jsonl"
         run.out_dir.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines(keepends=True) if run.step else []
-        self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= run.step))
+        kept = ""
+        if run.step:  # resuming: forget what came after the checkpoint, and a line that a killed run left half written
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(kept)
+        os.replace(temporary, self.path)
         self.start, self.first, self.since = time.monotonic(), run.step, time.monotonic()
 
     def due(self, every: int) -> bool:
@@ -248,7 +252,7 @@ class _Log:
                     )
         line = {name: value for name in table if not math.isnan(value := float(table[name].nanmean()))}
         now = time.monotonic()
-        line["seconds_per_update"] = (now - self.since) / len(self.window)
+        line["seconds_per_update"] = (now - self.since) / len(self.window)  # of the clock, previews and all
         self.window, self.since = [], now
         self.write(line)
 

@@ -127,6 +127,7 @@ def test_image_to_image_runs_the_end_of_the_grid(family, pipeline, grid):
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     seen = timesteps_seen(pipe, family, image=image, strength=0.5)
     assert seen == pytest.approx(grid[2:], abs=2e-4)
+    assert pipe.scheduler.step_index == 4  # stepped with the levels of those timesteps, not with the first two
 
 
 def test_explicit_timesteps_and_sigmas_reach_the_network():

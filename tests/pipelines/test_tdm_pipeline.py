@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,13 @@ def test_the_recipes_guidance_and_solver_are_used(make: Make) -> None:
     assert torch.equal(short_call(pipe, "sd15"), latents(pipe, "sd15", guidance_scale=3.0))
 
 
+def test_qwen_images_true_guidance_is_off_even_with_a_negative_prompt(make: Make) -> None:
+    pipe = load(make("qwenimage"))
+    negative = latents(pipe, "qwenimage", negative_prompt="blurry")
+    assert torch.equal(negative, latents(pipe, "qwenimage"))
+    assert not torch.equal(negative, latents(pipe, "qwenimage", negative_prompt="blurry", true_cfg_scale=4.0))
+
+
 def test_the_recipes_shift_reaches_the_scheduler(make: Make) -> None:
     assert load(make("sd3")).scheduler.config.flow_shift == 3.0  # the base's
     assert load(make("sd3", "shifted.safetensors", flow_shift=6.0)).scheduler.config.flow_shift == 6.0
@@ -412,7 +420,9 @@ def test_a_lora_without_metadata_needs_the_missing_values(make: Make, bases: Cal
     assert (pipe.recipe.family, pipe.recipe.prediction_type) == ("pixart", "epsilon")
 
 
-def test_given_values_replace_the_metadata(make: Make) -> None:
+def test_given_values_replace_the_metadata(make: Make, bases: Callable[[str], Path]) -> None:
+    moved = make("sd15", "moved.safetensors", base_model="gone")
+    assert load(moved, recipe={"base_model": str(bases("sd15"))}).recipe.base_model == str(bases("sd15"))
     pipe = load(make("sd15"), recipe={"guidance_scale": 2.0, "trained_timesteps": {3: [900, 600, 300]}})
     assert pipe.recipe.guidance_scale == 2.0
     assert pipe.recipe.default_steps == 3
@@ -494,9 +504,22 @@ def test_components_and_options_reach_the_stock_loader(make: Make, bases: Callab
     assert pipe.vae is None
     with pipe.teacher():
         assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    v_student = make("sd15", prediction_type="v_prediction")
+    with pytest.raises(TDMError, match="prediction_type"):
+        load(v_student)
+    v_scheduler = TDMScheduler.from_config(plain(bases("sd15")).scheduler.config, prediction_type="v_prediction")
+    assert load(v_student, scheduler=v_scheduler).scheduler.config.prediction_type == "v_prediction"
 
 
 # ---------------------------------------------------------------------- save_pretrained
+
+
+def test_a_saved_folder_needs_no_other_folder(make: Make, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(bases("sd15"), tmp_path / "base")
+    pipe = load(make("sd15", base_model=str(tmp_path / "base")))
+    pipe.save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "base")
+    assert torch.equal(short_call(load(tmp_path / "saved"), "sd15"), short_call(pipe, "sd15"))
 
 
 def test_a_folder_that_exists_stays_without_force(make: Make, tmp_path: Path) -> None:
@@ -592,11 +615,7 @@ def test_the_loaded_class_is_found_by_diffusers_own_dispatch(make: Make) -> None
 
 
 def test_the_bundled_model_is_the_default() -> None:
-    try:
-        folder = bundled_path()
-    except TDMError:
-        pytest.skip("this checkout has no bundled model")
     pipe = load()
-    assert read_student(folder / "student.safetensors")[0] == pipe.recipe
+    assert read_student(bundled_path() / "student.safetensors")[0] == pipe.recipe
     assert pipe.recipe.base_model == "bundled"
     assert len(pipe("a red cube", output_type="latent")[0]) == 1

@@ -20,7 +20,7 @@ SMALL = [
     "ema.decay=0.9",
     "trajectory.stages=sample",
 ]
-QUIET = ["output.preview_every=0", "output.evaluate_every=0", "output.checkpoint_every=6"]
+QUIET = ["output.teacher_steps=3", "output.preview_every=0", "output.evaluate_every=0", "output.checkpoint_every=6"]
 
 
 class Picture:
@@ -110,6 +110,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, decay):
     with pytest.raises(KilledError):
         go(tmp_path / "cut", *options, callbacks=[kill_at(8)])
     assert read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"] == 6
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "student')  # killed while writing
     resumed = go(tmp_path / "cut", *options, resume=True)
     assert states_equal(whole, resumed)
     assert all(torch.equal(whole.ema.weights[key], value) for key, value in resumed.ema.weights.items())

@@ -51,43 +51,46 @@ def test_coverage_is_one_on_true_samples_and_sees_a_lost_mode():
     assert mixture.coverage(lost)[3] == 0
 
 
-def undistilled(task: MixtureTask, steps: int, n: int) -> torch.Tensor:
+def undistilled(task: MixtureTask, timesteps: list[float], n: int) -> torch.Tensor:
     def teacher(x, timesteps, _cond):
         alpha, sigma = task.schedule.alpha_sigma(timesteps)
         with torch.no_grad():
             output = task.base(x, timesteps.float())
         return predict_x0_eps(task.prediction_type, output, x, expand(alpha, x), expand(sigma, x))
 
-    noise = torch.randn(n, 2, generator=seeded(2))
-    return sample(teacher, task.schedule, uniform_grid(steps, task.schedule), noise, {})
+    return sample(teacher, task.schedule, timesteps, torch.randn(n, 2, generator=seeded(2)), {})
 
 
 @pytest.mark.parametrize("kind", ["flow", "vp"])
 def test_the_base_is_the_true_distribution_on_many_steps_and_far_off_on_four(kind):
     task = MixtureTask(kind)
     true = task.mixture.sample(5000, seeded(1))
-    assert energy_distance(undistilled(task, 100, 5000), true) < 0.002
-    assert energy_distance(undistilled(task, 4, 5000), true) > 0.04
+    for steps, low, high in ((100, -0.002, 0.002), (4, 0.04, 0.1)):
+        x = undistilled(task, uniform_grid(steps, task.schedule), 5000)
+        assert low < energy_distance(x, true) < high
 
 
 RECIPE = Path(__file__).parents[2] / "training/configs/mixture.yaml"
 
 
-def distance_over_training(tmp_path, *overrides):
+def distance_over_training(task, tmp_path, *overrides):
     """Per evaluation: energy distance over the undistilled base's on the same 4 steps, and the least covered mode."""
-    task, curve = MixtureTask(), {}
-    before = energy_distance(undistilled(task, 4, task.samples), task.mixture.sample(task.samples, seeded(1)))
+    true, curve = task.mixture.sample(task.samples, seeded(1)), {}
+    before = None
 
     def keep(run, line):
+        nonlocal before
+        before = before or energy_distance(undistilled(task, run.trajectory.timesteps.tolist(), task.samples), true)
         if "eval/energy" in line:
             curve[run.step] = (line["eval/energy"] / before, line["eval/least_mode"])
 
     distill(task, load_config(RECIPE, overrides), tmp_path, callbacks=[keep], report=lambda _: None)
+    print({step: tuple(round(v, 3) for v in values) for step, values in curve.items()})
     return curve
 
 
 def test_four_steps_reach_a_fifth_of_the_base_distance(tmp_path):
-    curve = distance_over_training(tmp_path, "updates=500", "output.evaluate_every=500")
+    curve = distance_over_training(MixtureTask(), tmp_path, "updates=500", "output.evaluate_every=500")
     ratio, least = curve[500]
     assert ratio <= 1 / 5
     assert least > 0.5
@@ -97,9 +100,14 @@ def test_four_steps_reach_a_fifth_of_the_base_distance(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_seed_gets_there_keeps_every_mode_and_stays(tmp_path, seed):
     """From update 500 on, and for twice as many again."""
-    curve = distance_over_training(tmp_path, f"seed={seed}")
+    curve = distance_over_training(MixtureTask(), tmp_path, f"seed={seed}")
     assert max(curve) == 1500
-    for step, (ratio, least) in curve.items():
-        if step >= 500:
-            assert ratio <= 1 / 5, curve
-            assert least > 0.5, curve
+    assert all(ratio <= 1 / 5 and least > 0.5 for step, (ratio, least) in curve.items() if step >= 500), curve
+
+
+@pytest.mark.slow
+def test_a_v_model_on_its_own_grid_gets_there_too(tmp_path):
+    """SD's table. Its uniform grid ends in a step from sigma / alpha = 0.7, too far for one small network: 1/4."""
+    grid = "trajectory.timesteps=[999, 600, 300, 100]"
+    curve = distance_over_training(MixtureTask("vp"), tmp_path, "updates=1000", grid)
+    assert all(ratio <= 1 / 5 and least > 0.5 for step, (ratio, least) in curve.items() if step >= 500), curve
