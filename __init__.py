@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["TDMPipeline", "TDMScheduler"]
 
-_HOMES = {"TDMPipeline": ".pipelines.tdm_pipeline", "TDMScheduler": ".pipelines.scheduler"}
+_HOMES = {
+    "TDMPipeline": ".pipelines.tdm_pipeline",
+    "TDMScheduler": ".pipelines.scheduler",
+    # Not ours: diffusers looks it up here to load ["tdm", "TDMScheduler"] of a model_index.json.
+    "SchedulerMixin": ".pipelines.scheduler",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -72,7 +72,7 @@ class TDMPipeline(DiffusionPipeline):
             student: the student for the base: file, folder or hub repository.
             recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
                 and `prediction_type` need not be given: the base itself says them.
-            dtype, torch_dtype: two spellings of one argument, the dtype of the weights.
+            dtype, torch_dtype: two spellings of one argument, the dtype of the weights; float32 if not given.
             kwargs: anything else that the stock `from_pretrained` takes, such as `variant` or whole components.
 
         Raises:
@@ -100,7 +100,8 @@ class TDMPipeline(DiffusionPipeline):
         _recipe_for(base, family, config, fields)
 
         loader: Any = super(TDMPipeline, _student_class(family))
-        pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype, **kwargs)
+        # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
+        pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
         pipe.load_student(file, recipe=recipe)
         return pipe

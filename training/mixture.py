@@ -9,6 +9,7 @@ image model: this file only says what ``training.loop.Task`` asks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,8 +127,9 @@ class MixtureTask:
         samples: how many samples an evaluation takes.
     """
 
-    targets = ("inner", "hidden1", "hidden2", "outer")
-    latent_shape = (2,)
+    base: nn.Module
+    targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
+    latent_shape: tuple[int, ...] = (2,)
 
     def __init__(
         self, kind: str = "flow", width: int = 128, samples: int = 10_000, mixture: Mixture | None = None

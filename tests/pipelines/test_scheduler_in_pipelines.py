@@ -91,6 +91,14 @@ def test_a_saved_pipeline_loads_as_plain_diffusers(family, tmp_path):
     torch.testing.assert_close(latents(loaded, family), latents(pipe, family), rtol=1e-4, atol=1e-4)
 
 
+def test_the_short_name_in_a_model_index_loads_too(tmp_path):
+    student("sd3").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["scheduler"] = ["tdm", "TDMScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert DiffusionPipeline.from_pretrained(tmp_path).scheduler.trained_timesteps == {4: trained_grid("sd3")}
+
+
 @pytest.mark.parametrize("family", [f for f in FLOW_FAMILIES if f not in ("sana", "wan")])
 def test_without_trained_timesteps_it_is_the_stock_flow_scheduler(family):
     """A teacher: the same shift, dynamic or not, and the same terminal as FlowMatchEuler. SD3 passes no sigmas."""

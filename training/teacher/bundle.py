@@ -25,6 +25,10 @@ def bundle(run: Path, out: Path) -> Path:
     # encoder would not fit the rest of a pipeline that is loaded without a dtype.
     pipe.text_encoder.float()
     pipe.save_pretrained(unfinished)
+    for path in unfinished.rglob("*.json"):  # diffusers notes the folder a part was loaded from
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n")
     records = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
     (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n")
     if target.exists():
