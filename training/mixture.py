@@ -71,7 +71,7 @@ def energy_distance(x: Tensor, y: Tensor, block: int = 2000) -> float:
     """
 
     def total(a: Tensor, b: Tensor) -> float:
-        return sum(float(torch.cdist(part, b).double().sum()) for part in a.split(block))
+        return sum(float(torch.cdist(part, b).sum(dtype=torch.float64)) for part in a.split(block))
 
     n, m = len(x), len(y)
     return 2 * total(x, y) / (n * m) - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))

@@ -4,7 +4,8 @@
 
 Needs ``runs/teacher/vae`` (see :mod:`.vae`). Stopped at any moment, the same command goes on from the last
 checkpoint. The rate is constant and falls to zero over the last 30 % of ``--steps``; until then ``--steps`` may be
-changed. Ends with a complete diffusers pipeline in ``runs/teacher/pipeline``.
+changed. Ends with a complete diffusers pipeline in ``runs/teacher/pipeline``. ``--start-from bundled/teacher`` begins
+with the weights of a finished pipeline instead of random ones (its VAE must be ``runs/teacher/vae``).
 """
 
 from __future__ import annotations
@@ -174,11 +175,24 @@ def save_pipeline(folder: Path, model: Model, vae: Any, tokenizer: T5Tokenizer, 
     temporary.rename(folder)
 
 
-def train(out: Path, steps: int, batch: int, rate: float, shards: int, seed: int, precision: Precision) -> None:
+def train(
+    out: Path,
+    steps: int,
+    batch: int,
+    rate: float,
+    shards: int,
+    seed: int,
+    precision: Precision,
+    start_from: Path | None,
+) -> None:
     torch.manual_seed(seed)
     vae: Any = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
     tokenizer = build_tokenizer()
-    model = Model(build_text_encoder(len(tokenizer)), build_denoiser(vae.config.latent_channels))
+    if start_from is None:
+        model = Model(build_text_encoder(len(tokenizer)), build_denoiser(vae.config.latent_channels))
+    else:
+        pipe: Any = PixArtAlphaPipeline.from_pretrained(start_from, dtype=torch.float32, vae=None)
+        model = Model(pipe.text_encoder, pipe.transformer)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimisers = build_optimisers(model, rate)
     for group in (group for optimiser in optimisers for group in optimiser.param_groups):
@@ -250,9 +264,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.02, help="of Muon; AdamW takes a tenth")
     parser.add_argument("--shards", type=int, default=30, help="pictures to draw, in shards of 4096")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-from", type=Path, help="folder of a finished pipeline to begin with")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     args = parser.parse_args()
-    train(args.out, args.steps, args.batch, args.rate, args.shards, args.seed, args.precision)
+    train(args.out, args.steps, args.batch, args.rate, args.shards, args.seed, args.precision, args.start_from)
 
 
 if __name__ == "__main__":
