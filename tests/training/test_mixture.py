@@ -33,12 +33,12 @@ def test_posterior_mean_is_tweedies_formula(sigma):
 
 def test_energy_distance_is_unbiased_and_grows_with_the_shift():
     """In one dimension, for unit normals a shift apart: ``2 E|X - Y| - 2 E|X - X'|`` in closed form."""
-    x, y = (torch.randn(20_000, 1, generator=seeded(s), dtype=torch.float64) for s in (0, 1))
-    assert abs(energy_distance(x, y)) < 1e-3
+    x, y = (torch.randn(5000, 1, generator=seeded(s), dtype=torch.float64) for s in (0, 1))
+    assert abs(energy_distance(x, y)) < 2e-3
     shift = torch.tensor(1.0, dtype=torch.float64)
     normal = torch.distributions.Normal(torch.zeros_like(shift), 1.0)
     apart = 2 * torch.exp(-(shift**2) / 4) / torch.pi**0.5 + shift * (2 * normal.cdf(shift / 2**0.5) - 1)
-    assert energy_distance(x, y + shift) == pytest.approx(float(2 * apart - 4 / torch.pi**0.5), abs=0.02)
+    assert energy_distance(x, y + shift) == pytest.approx(float(2 * apart - 4 / torch.pi**0.5), abs=0.05)
     assert energy_distance(x, y, block=777) == pytest.approx(energy_distance(x, y), abs=1e-9)
 
 
