@@ -63,7 +63,7 @@ class Mixture:
         return torch.bincount(nearest, minlength=len(self.weights)) / len(x) / self.weights
 
 
-def energy_distance(x: Tensor, y: Tensor, block: int = 2000) -> float:
+def energy_distance(x: Tensor, y: Tensor, block: int = 500) -> float:
     """Unbiased ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` (Szekely and Rizzo) of ``[n, D]`` and ``[m, D]``; 0 only for
     equal laws.
 
