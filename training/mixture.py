@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..pipelines.schedule import NoiseSchedule, PredictionType, predict_output
 from .loop import Sampler
+from .metrics import energy_distance
 from .trajectory import Condition
 
 
@@ -61,20 +62,6 @@ class Mixture:
         """
         nearest = torch.cdist(x, self.means).argmin(1)
         return torch.bincount(nearest, minlength=len(self.weights)) / len(x) / self.weights
-
-
-def energy_distance(x: Tensor, y: Tensor, block: int = 500) -> float:
-    """Unbiased ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` (Szekely and Rizzo) of ``[n, D]`` and ``[m, D]``; 0 only for
-    equal laws.
-
-    May be slightly negative for equal ones. Pairs are made ``block`` rows at a time.
-    """
-
-    def total(a: Tensor, b: Tensor) -> float:
-        return sum(float(torch.cdist(part, b).sum(dtype=torch.float64)) for part in a.split(block))
-
-    n, m = len(x), len(y)
-    return 2 * total(x, y) / (n * m) - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))
 
 
 class MixtureDenoiser(nn.Module):
