@@ -13,7 +13,7 @@ HELP = """\
 Distil a few-step student by Trajectory Distribution Matching: prompts only, no pictures. Student and critic are two
 LoRA adapters on the one frozen base; the teacher is the base itself.
 
-CONFIG is a YAML file; without it the bundled teacher is distilled (about ten minutes on two CPU cores). Any setting
+CONFIG is a YAML file; without it the bundled teacher is distilled (some minutes on two CPU cores). Any setting
 can be given as key=value after it; training/config.py explains each. Out of memory: lower batch_size, then
 gradient_checkpointing=true, then student.rank and critic.rank.
 

@@ -24,8 +24,6 @@ examples:
   tdm generate --compare "a blue ring in the snow" --out compare.png      teacher beside student, with timings
   tdm generate "a red cube" --model stabilityai/... --student my_student.safetensors
 """
-TEACHER_STEPS = 50
-TEACHER_GUIDANCE = 3.0  # of the bundled teacher; `tdm eval` uses the same
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +128,7 @@ def _draw(pipe: Any, prompt: str, seed: int, steps: int, size: dict[str, int], *
 
 def _compare(pipe: Any, args: argparse.Namespace, steps: int, size: dict[str, int], file: Path) -> None:
     from ..pipelines.sheet import contact_sheet
+    from ..training.evaluate import TEACHER_GUIDANCE, TEACHER_STEPS
 
     student, teacher, seconds = [], [], {"student": 0.0, "teacher": 0.0}
     _draw(pipe, args.prompts[0], 0, steps, size)  # the first call pays for warming up, in neither timing

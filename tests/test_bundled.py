@@ -42,11 +42,11 @@ def test_base_is_a_stock_pipeline() -> None:
 
 
 def test_student_at_four_calls_draws_what_it_is_asked(pipe: TDMPipeline) -> None:
-    assert accuracy(pipe, "student, 4 steps", 64) >= 0.75
+    assert accuracy(pipe, "student, 4 steps", 64) >= 0.85
 
 
 def test_undistilled_network_at_four_calls_is_worse(pipe: TDMPipeline) -> None:
-    assert accuracy(pipe, "teacher, 4 steps", 64) <= accuracy(pipe, "student, 4 steps", 64) - 0.05
+    assert accuracy(pipe, "teacher, 4 steps", 64) <= accuracy(pipe, "student, 4 steps", 64) - 0.15
 
 
 def test_a_seed_is_one_picture_alone_or_in_a_batch(pipe: TDMPipeline) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PixArtAlphaPipeline
+
+from .data import replace_folder
 
 
 def bundle(run: Path, out: Path) -> Path:
@@ -31,9 +32,7 @@ def bundle(run: Path, out: Path) -> Path:
             path.write_text(json.dumps(content, indent=2) + "\n")
     records = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
     (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    unfinished.rename(target)
+    replace_folder(unfinished, target)
     return target
 
 

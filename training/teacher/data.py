@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,3 +38,10 @@ def to_model(pictures_u8: Tensor) -> Tensor:
 def to_u8(pictures_float: Tensor) -> Tensor:
     """Float [-1, 1] to uint8 [0, 255], clipped."""
     return ((pictures_float.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def replace_folder(finished: Path, target: Path) -> None:
+    """Put a finished folder in the place of ``target``; what was there goes only once the new one is complete."""
+    if target.exists():
+        shutil.rmtree(target)
+    finished.rename(target)

@@ -26,7 +26,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from ..precision import Precision, autocast
 from ..world.captions import caption, vocabulary
 from ..world.scene import Scene
-from .data import pictures, to_model
+from .data import pictures, replace_folder, to_model
 
 MAX_TOKENS = 24
 SHARD = 4096
@@ -170,9 +170,7 @@ def save_pipeline(folder: Path, model: Model, vae: Any, tokenizer: T5Tokenizer, 
     )
     temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
     pipe.save_pretrained(temporary)
-    if folder.exists():
-        folder.rename(folder.with_name(f".{folder.name}-old-{time.time_ns()}"))
-    temporary.rename(folder)
+    replace_folder(temporary, folder)
 
 
 def train(

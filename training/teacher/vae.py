@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import pictures, to_model
+from .data import pictures, replace_folder, to_model
 
 WIDTHS = (24, 48, 96, 128)
 LATENT_CHANNELS = 16
@@ -139,9 +139,7 @@ def train(out: Path, steps: int, batch: int, rate: float, shards: int, decoder_o
         if step % 250 == 249 or step == steps - 1:
             temporary = out / f".vae-{os.getpid()}"
             vae.save_pretrained(temporary)
-            if folder.exists():
-                folder.rename(out / f".vae-old-{os.getpid()}-{step}")
-            temporary.rename(folder)
+            replace_folder(temporary, folder)
     record = {"steps": steps, "batch": batch, "seed": seed, "minutes": round((time.time() - start) / 60, 1)}
     (out / f"vae{'-decoder' if decoder_only else ''}.json").write_text(json.dumps(record))
 
