@@ -14,7 +14,8 @@ Measure the guided 50-step teacher, the teacher at 4 steps and the student, on p
 training picture showed. Prints a table and writes eval.json, eval.md and a picture grid.
 
   accuracy    share of pictures in which everything the prompt says is right, read back from the pixels
-  distance    to the teacher's pictures: energy distance on random features; the teacher's own row is the floor
+  distance    to the teacher's pictures of the same prompt: energy distance on random features, with its standard
+              error; the teacher's own row is the floor
   diversity   of pictures of one prompt over seeds, over the teacher's
   bright, contrast, saturation    over the teacher's: 1 is equal
 

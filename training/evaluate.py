@@ -26,7 +26,7 @@ SEED = 20_000  # of the prompts and noises: far from those of any training run
 BATCH = 32
 TEACHER_STEPS = 50
 TEACHER_GUIDANCE = 3.0
-SEEDS_PER_PROMPT = 4  # of the diversity measure
+SEEDS_PER_PROMPT = 4  # of distance and diversity, which compare pictures of one prompt
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Row:
     seconds: float  # per picture, everything included
     accuracy: float  # every attribute of the prompt right
     attributes: dict[str, float]  # accuracy of each attribute
-    distance: float  # to pictures of the teacher at 50 guided steps, for other prompts of the same kind
+    distance: float  # to other pictures of the teacher at 50 guided steps, prompt by prompt
+    distance_error: float  # its standard error
     diversity: float  # over that of the teacher at 50 guided steps
     colours: dict[str, float] = field(default_factory=dict)  # over the teacher's
 
@@ -124,30 +125,32 @@ def evaluate(
 ) -> tuple[list[Row], Image.Image]:
     """Measure teacher and student; returns the table and a grid of eight prompts drawn by every sampler.
 
-    ``pipe`` is a ``TDMPipeline`` of the bundled world. Distances are to the guided teacher on as many other held-out
-    prompts (sharing prompts would bias the estimate below 0): its own row shows the measure's floor. Diversity uses
-    ``SEEDS_PER_PROMPT`` noises on an eighth of the prompts.
+    ``pipe`` is a ``TDMPipeline`` of the bundled world. Distance and diversity come from ``SEEDS_PER_PROMPT`` noises on
+    a quarter of the prompts; the reference of the distance has other noises, so the teacher's own row is its floor.
     """
     pipe.set_progress_bar_config(disable=True)
-    texts, wanted = held_out_prompts(2 * prompts)
-    texts, others_texts, wanted = texts[:prompts], texts[prompts:], wanted[:prompts]
-    seeds = list(range(SEED, SEED + prompts))
-    several = [text for text in texts[: max(8, prompts // 8)] for _ in range(SEEDS_PER_PROMPT)]
-    several_seeds = list(range(3 * SEED, 3 * SEED + len(several)))
+    texts, wanted = held_out_prompts(prompts)
+    several = [text for text in texts[: max(8, prompts // 4)] for _ in range(SEEDS_PER_PROMPT)]
+
+    def draw_several(sampler: Sampler, first_seed: int) -> Tensor:
+        made = draw(pipe, sampler, several, range(first_seed, first_seed + len(several)))
+        return made.view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
+
     teacher, *others = samplers(student_steps)
-    reference = draw(pipe, teacher, others_texts, [s + SEED for s in seeds])
-    report(f"drew {prompts} reference pictures with the teacher")
+    reference = draw_several(teacher, 2 * SEED)
+    report(f"drew {len(several)} reference pictures with the teacher")
     rows: list[Row] = []
     sheet = []
     base_colours = base_diversity = None
     for sampler in (teacher, *others):
         begun = time.perf_counter()
         with counted_calls(pipe.transformer) as calls:
-            made = draw(pipe, sampler, texts, seeds)
+            made = draw(pipe, sampler, texts, range(SEED, SEED + prompts))
         seconds = (time.perf_counter() - begun) / prompts
-        spread = diversity(draw(pipe, sampler, several, several_seeds).view(-1, SEEDS_PER_PROMPT, *made.shape[1:]))
+        again = draw_several(sampler, 3 * SEED)
+        apart, error = distance(again, reference)
         base_colours = made if base_colours is None else base_colours
-        base_diversity = spread if base_diversity is None else base_diversity
+        base_diversity = base_diversity or diversity(again)
         verdicts = verify(made, wanted)
         rows.append(
             Row(
@@ -156,8 +159,9 @@ def evaluate(
                 seconds=seconds,
                 accuracy=sum(v.correct for v in verdicts) / prompts,
                 attributes=_shares(verdicts),
-                distance=distance(made, reference),
-                diversity=spread / base_diversity,
+                distance=apart,
+                distance_error=error,
+                diversity=diversity(again) / base_diversity,
                 colours=colour_ratios(made, base_colours),
             )
         )
@@ -174,7 +178,8 @@ def table(rows: Sequence[Row]) -> str:
     for r in rows:
         c = r.colours
         cells = (
-            r.name, f"{r.calls:g}", f"{r.seconds:.3f}", f"{r.accuracy:.3f}", f"{r.distance:.4f}", f"{r.diversity:.2f}",
+            r.name, f"{r.calls:g}", f"{r.seconds:.3f}", f"{r.accuracy:.3f}",
+            f"{r.distance:.3f} ± {r.distance_error:.3f}", f"{r.diversity:.2f}",
             f"{c['brightness']:.3f}", f"{c['contrast']:.3f}", f"{c['saturation']:.3f}",
         )  # fmt: skip
         lines.append(" | ".join(cells))

@@ -1,7 +1,7 @@
 """Measures of pictures that need no downloaded weights. All are pure functions of tensors.
 
-``distance`` is an energy distance on the features of a random network with a fixed seed: good for ranking samplers of
-one model against each other, not comparable with FID.
+Pictures are seen through random filters with a fixed seed on a Laplacian pyramid: how much of each pattern, at each
+scale, a picture holds. Good for ranking samplers of one model against each other, not comparable with FID.
 """
 
 from __future__ import annotations
@@ -9,37 +9,43 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-WIDTHS = (32, 64, 128)
+LEVELS = 4
+FILTERS = 48
+FILTER_SIZE = 5
 
 
 @functools.cache
-def _random_network() -> nn.ModuleList:
-    generator = torch.Generator().manual_seed(0)
-    layers = nn.ModuleList()
-    channels = 3
-    for width in WIDTHS:
-        layer = nn.Conv2d(channels, width, 4, stride=2, padding=1)
-        for parameter, std in ((layer.weight, (2 / (16 * channels)) ** 0.5), (layer.bias, 0.1)):
-            assert parameter is not None
-            nn.init.normal_(parameter, std=std, generator=generator)
-        layers.append(layer)
-        channels = width
-    return layers.requires_grad_(False)
+def _filters() -> tuple[Tensor, Tensor]:
+    """The blur of the pyramid (3, 1, 5, 5), and the random filters (FILTERS, 3, 5, 5)."""
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    random = torch.randn(FILTERS, 3, FILTER_SIZE, FILTER_SIZE, generator=torch.Generator().manual_seed(0))
+    return torch.outer(row, row).expand(3, 1, 5, 5), random / (3 * FILTER_SIZE**2) ** 0.5
 
 
 @torch.no_grad()
-def features(pictures: Tensor) -> Tensor:
-    """What the random network sees: uint8 pictures (N, 3, H, W) to float32 (N, 4 * sum(WIDTHS)).
+def features(pictures: Tensor, cells: int = 1) -> Tensor:
+    """Mean and root mean square of every filter's answer in each of ``cells ** 2`` parts of the picture.
 
-    Each layer's activations are averaged over the four quarters of the picture, so that place counts.
+    ``cells = 1`` says what a picture shows, wherever it stands; more cells say where.
+
+    Args:
+        pictures: uint8 (N, 3, H, W), H and W at least 64.
+
+    Returns:
+        float32 (N, 2 * LEVELS * FILTERS * cells ** 2).
     """
+    blur, random = _filters()
     x = pictures.float() / 127.5 - 1.0
     seen = []
-    for layer in _random_network():
-        x = torch.relu(layer(x))
-        seen.append(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+    for level in range(LEVELS):
+        low = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), blur, groups=3)
+        answer = F.conv2d(x - low if level < LEVELS - 1 else x, random)
+        seen.append(F.adaptive_avg_pool2d(answer.abs(), cells).flatten(1))
+        seen.append(F.adaptive_avg_pool2d(answer.square(), cells).sqrt().flatten(1))
+        x = low[..., ::2, ::2]
     return torch.cat(seen, 1)
 
 
@@ -57,17 +63,30 @@ def energy_distance(x: Tensor, y: Tensor, block: int = 500) -> float:
     return 2 * total(x, y) / (n * m) - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))
 
 
-def distance(pictures: Tensor, reference: Tensor) -> float:
-    """Energy distance of two sets of uint8 pictures on random features, standardised by the reference's."""
-    a, b = features(pictures), features(reference)
-    mean, std = b.mean(0), b.std(0).clamp_min(1e-6)
-    return energy_distance((a - mean) / std, (b - mean) / std) / a.shape[1] ** 0.5
+def distance(pictures: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Mean over prompts of the energy distance between two samplers' pictures of that prompt.
+
+    Prompt by prompt it sees wrong contents as well as wrong looks, and differences between prompts, which would drown
+    both, cancel. Features are standardised by the reference's and the result is per root of a dimension.
+
+    Args:
+        pictures, reference: uint8 (prompts, seeds, 3, H, W), the same prompts, other seeds; at least 2 of each.
+
+    Returns:
+        The distance, about 0 for equal samplers (it may be slightly negative), and its standard error over prompts.
+    """
+    prompts = len(reference)
+    x, y = (features(p.flatten(0, 1)) for p in (pictures, reference))
+    mean, std = y.mean(0), y.std(0).clamp_min(1e-6)
+    x, y = (((f - mean) / std).view(prompts, -1, f.shape[1]) for f in (x, y))
+    each = torch.tensor([energy_distance(a, b) for a, b in zip(x, y, strict=True)]) / x.shape[2] ** 0.5
+    return float(each.mean()), float(each.std() / prompts**0.5)
 
 
 def diversity(pictures: Tensor) -> float:
-    """Mean feature distance of pictures of one prompt: uint8 (prompts, seeds, 3, H, W)."""
+    """Mean feature distance of pictures of one prompt, place included: uint8 (prompts, seeds, 3, H, W)."""
     prompts, seeds = pictures.shape[:2]
-    seen = features(pictures.flatten(0, 1)).view(prompts, seeds, -1)
+    seen = features(pictures.flatten(0, 1), cells=4).view(prompts, seeds, -1)
     return float(torch.cdist(seen, seen).sum() / (prompts * seeds * (seeds - 1)))
 
 

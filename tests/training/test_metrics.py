@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tdm.training.metrics import colour_ratios, distance, diversity, energy_distance
 from tdm.training.teacher.data import pictures
+from tdm.training.world.draw import draw
+from tdm.training.world.scene import Scene
+from torch.nn import functional as F
 
 
 def normal(n: int, mean: float, seed: int) -> torch.Tensor:
@@ -26,13 +32,27 @@ def test_energy_distance_of_normals_is_the_closed_form(shift: float) -> None:
     assert measured == pytest.approx(2 * mean_gap(shift) - 2 * mean_gap(0.0), abs=0.01 + 0.05 * shift)
 
 
-def test_distance_ranks_pictures() -> None:
-    reference, other = pictures(128, 1)[0], pictures(128, 2)[0]
-    darker = (other.float() * 0.8).to(torch.uint8)
-    noise = torch.randint(0, 256, other.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    floor = distance(other, reference)
-    assert abs(floor) < 0.02
-    assert floor + 0.02 < distance(darker, reference) < distance(noise, reference)
+def of_prompts(scenes: list[Scene], seed: int, seeds: int = 4) -> torch.Tensor:
+    """Drawn pictures (scenes, seeds, 3, 64, 64)."""
+    rng = random.Random(seed)
+    drawn = np.stack([[np.asarray(draw(scene, rng)) for _ in range(seeds)] for scene in scenes])
+    return torch.from_numpy(drawn).permute(0, 1, 4, 2, 3).contiguous()
+
+
+def test_distance_sees_looks_and_contents() -> None:
+    wanted = pictures(24, 1)[2]
+    reference, same = of_prompts(wanted, 0), of_prompts(wanted, 1)
+    floor, error = distance(same, reference)
+    assert abs(floor) < 3 * error < 0.15
+    darker = (same.float() * 0.8).to(torch.uint8)
+    blurred = F.avg_pool2d(same.flatten(0, 1).float(), 3, 1, 1).to(torch.uint8).view_as(same)
+    # One sticker kind in another's place, colours, numbers and background as before.
+    changed = [
+        replace(s, groups=(replace(s.groups[0], kind="cross" if s.groups[0].kind == "ball" else "ball"), *s.groups[1:]))
+        for s in wanted
+    ]
+    for worse in (darker, blurred, of_prompts(changed, 1)):
+        assert distance(worse, reference)[0] > 0.05
 
 
 def test_diversity_is_zero_for_one_picture_and_grows_with_difference() -> None:
