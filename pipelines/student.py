@@ -245,10 +245,11 @@ def _open(path: str | os.PathLike[str]) -> Any:
         raise TDMError(f"{path} is a folder; pass the .safetensors file in it")
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise TDMError(f"cannot read {path}: {error.strerror}") from None
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    # A safetensors file begins with its header's length, in 8 bytes that may look like a pickle, and a brace.
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[5:] != b"\0\0\0{":
         raise TDMError(f"{path} is a pickle (.pt, .ckpt, .bin), not a .safetensors file; convert it first")
     try:
         return safe_open(path, framework="pt", device="cpu")

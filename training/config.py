@@ -20,7 +20,6 @@ import yaml
 
 from ..errors import TDMError
 from .losses import CriticWeight, Rho
-from .precision import Precision
 
 T = TypeVar("T")
 
@@ -114,7 +113,8 @@ class DistillConfig:
     seed: int = 0  # of all randomness; the same seed is the same run, bit for bit, on a CPU
     updates: int = 1000  # student updates
     batch_size: int = 16  # samples per update; lower on out of memory, best a multiple of trajectory.steps
-    precision: Precision = "fp32"  # bf16: autocast; adapters, losses and optimisers stay float32
+    # bf16: autocast; adapters, losses and optimisers stay float32. auto: bf16 where the device is faster with it.
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False  # recompute instead of storing activations: less memory, about 30 % slower
     start_from: str | None = None  # checkpoint.pt of an earlier run, whose adapters to begin with; None: the teacher
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)

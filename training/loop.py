@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
 from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
+from .precision import Precision, best_precision
 from .roles import AdapterRoles, Ema, Role
 from .trajectory import Condition, Trajectory, sample
 from .update import Batch, tdm_update
@@ -124,6 +125,8 @@ def distill(
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
+    if config.precision == "auto":  # settled here, so that the checkpoint says which it was
+        config = replace(config, precision=_best_precision(task, config))
     generator = torch.Generator().manual_seed(config.seed)
     trajectory = Trajectory(config.trajectory, task.schedule)
     roles = build_roles(task, config, generator)
@@ -169,6 +172,11 @@ def distill(
     return run
 
 
+def _best_precision(task: Task, config: DistillConfig) -> Precision:
+    device = next(task.base.parameters()).device.type
+    return "fp32" if device == "cpu" and config.gradient_checkpointing else best_precision(device)
+
+
 def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> AdapterRoles:
     """The task's base with fresh adapters, or those of ``config.start_from``."""
     if config.gradient_checkpointing:
@@ -180,6 +188,7 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         if enable is None:
             raise TDMError(f"{type(task.base).__name__} cannot checkpoint; set gradient_checkpointing to false")
         enable()
+    assert config.precision != "auto"
     roles = AdapterRoles(
         task.base,
         task.call,

@@ -13,6 +13,14 @@ from torch.overrides import TorchFunctionMode
 Precision = Literal["fp32", "bf16"]
 
 
+def best_precision(device: str) -> Precision:
+    """bf16 where the device multiplies it in hardware, fp32 elsewhere (on such CPUs bf16 would only be slower)."""
+    if device == "cpu":
+        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+    return "bf16" if device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
 class Float32Attention(TorchFunctionMode):
     """Runs ``scaled_dot_product_attention`` in float32, whatever autocast says.
 

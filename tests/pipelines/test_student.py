@@ -54,6 +54,16 @@ def with_header(path: Path, fields: Any) -> Path:
 # ---------------------------------------------------------------------- round trip
 
 
+def test_no_length_of_the_header_is_taken_for_a_pickle(tmp_path: Path) -> None:
+    lengths = set()
+    for i in range(0, 264, 8):  # headers are padded to 8 bytes
+        recipe = dataclasses.replace(RECIPE, notes={"n": "x" * i})
+        path = save_student(tmp_path / f"{i}.safetensors", tensors(), recipe, lora_alpha=4)
+        lengths.add(path.read_bytes()[0])
+        assert read_student(path)[0] == recipe
+    assert 0x80 in lengths
+
+
 def test_a_file_comes_back_bit_equal(file: Path) -> None:
     recipe, read = read_student(file)
     assert recipe == RECIPE

@@ -10,6 +10,7 @@ from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import RoleConfig, load_config
 from tdm.training.loop import distill, learning_rate
 from tdm.training.mixture import MixtureTask
+from tdm.training.precision import best_precision
 
 SMALL = [
     "updates=12",
@@ -210,6 +211,15 @@ def test_checkpointing_needs_a_base_that_can(tmp_path):
         go(tmp_path, "gradient_checkpointing=true")
     with pytest.raises(TDMError, match="on a CPU bf16 cannot be checkpointed"):
         go(tmp_path, "gradient_checkpointing=true", "precision=bf16")
+
+
+def test_automatic_precision_is_settled_before_the_first_update(tmp_path, monkeypatch):
+    assert go(tmp_path / "here", "precision=auto").config.precision == best_precision("cpu")
+    for found, precision in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert go(tmp_path / precision, "precision=auto").config.precision == precision
+        saved = read_checkpoint(tmp_path / precision / "checkpoint.pt")["config"]
+        assert saved["precision"] == precision
 
 
 def test_learning_rate_follows_the_update(tmp_path):

@@ -12,7 +12,6 @@ import math
 import os
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +87,6 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(output, target) + 2 * F.mse_loss(output, target) + edges
 
 
-def _draw_shard(seed: int) -> Tensor:
-    return pictures(SHARD, seed)[0]
-
-
 @torch.no_grad()
 def measure_latents(vae: Any, sample: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the latents of ``sample``, for shift_factor and scaling_factor."""
@@ -107,8 +102,7 @@ def train(out: Path, steps: int, batch: int, rate: float, shards: int, decoder_o
     optimiser = KernelMuon(trained, rate)
     start = time.time()
     first_seed = 50_000 * (1 + decoder_only) + seed
-    with ProcessPoolExecutor(2) as pool:
-        data = torch.cat(list(pool.map(_draw_shard, range(first_seed, first_seed + shards))))
+    data = torch.cat([pictures(SHARD, shard)[0] for shard in range(first_seed, first_seed + shards)])
     print(f"drew {len(data)} pictures in {time.time() - start:.0f} s", flush=True)
     start = time.time()
     for step in range(steps):

@@ -1,0 +1,42 @@
+"""Fixtures of the tests of `TDMPipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tdm.pipelines.families import family_of_name
+from tdm.pipelines.student import save_student
+from tdm.tests import tiny
+from tdm.tests.pipelines.students import (
+    Make,
+    lora_for,
+    recipe_for,
+)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny base, built once."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def base(family: str) -> Path:
+        if not (root / family).exists():
+            tiny.build(family).save_pretrained(root / family)
+        return root / family
+
+    return base
+
+
+@pytest.fixture
+def make(bases: Callable[[str], Path], tmp_path: Path) -> Make:
+    """Writes a student file for a tiny base, and returns its path."""
+
+    def student(base: str, name: str = "student.safetensors", seed: int = 0, **changes: Any) -> Path:
+        denoiser = getattr(tiny.build(base), family_of_name(base).denoiser)
+        recipe = recipe_for(base, bases(base), **changes)
+        return save_student(tmp_path / name, lora_for(denoiser, seed), recipe, lora_alpha=4, force=True)
+
+    return student

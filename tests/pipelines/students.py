@@ -1,0 +1,77 @@
+"""Tiny bases, random students for them, and calls of both, for the tests of `TDMPipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from tdm import TDMPipeline, TDMScheduler
+from tdm.pipelines.student import StudentRecipe
+from tdm.tests import tiny
+from torch import Tensor, nn
+
+GRIDS = {1: [900.0], 2: [900.0, 450.0], 4: [900.0, 700.0, 500.0, 300.0]}
+NO_GUIDANCE = {"zimage": {"guidance_scale": 0.0}, "qwenimage": {"true_cfg_scale": 1.0}}  # others: guidance_scale=1.0
+MAIN = ("sd15", "sdxl", "pixart", "sd3")
+
+Make = Callable[..., Path]
+
+
+def lora_for(denoiser: nn.Module, seed: int = 0, rank: int = 2) -> dict[str, Tensor]:
+    """A small random LoRA on the attention projections."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, layer in denoiser.named_modules():
+        if isinstance(layer, nn.Linear) and name.endswith(("to_q", "to_v", "to_out.0")):
+            state[f"{name}.lora_A.weight"] = torch.randn(rank, layer.in_features, generator=generator) * 0.2
+            state[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, rank, generator=generator) * 0.2
+    return state
+
+
+def recipe_for(tiny_family: str, base: Path, **changes: Any) -> StudentRecipe:
+    scheduler = TDMScheduler.from_config(TDMScheduler.load_config(base, subfolder="scheduler"))
+    call = tiny.call_kwargs(tiny_family)
+    fields: dict[str, Any] = {
+        "base_model": str(base),
+        "family": tiny_family,
+        "prediction_type": scheduler.config.prediction_type,
+        "trained_timesteps": GRIDS,
+        "guidance_scale": 1.0,
+        "height": call["height"],
+        "width": call["width"],
+        "num_frames": call.get("num_frames"),
+    }
+    return StudentRecipe(**(fields | changes))
+
+
+def load(*args: Any, **kwargs: Any) -> TDMPipeline:
+    pipe = TDMPipeline.from_pretrained(*args, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def plain(folder: Path) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
+    out = pipe(**{**tiny.call_kwargs(family), **kwargs})[0]
+    return out if isinstance(out, Tensor) else torch.stack(list(out))
+
+
+def short_call(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
+    """A call without what the student is to know: steps, guidance, size and length."""
+    known = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames"}
+    known |= {"use_resolution_binning", "clean_caption"}
+    given = {name: value for name, value in tiny.call_kwargs(family).items() if name not in known}
+    out = pipe(**given, **kwargs)[0]
+    return out if isinstance(out, Tensor) else torch.stack(list(out))
+
+
+def state(pipe: TDMPipeline) -> tuple[Any, ...]:
+    return pipe.recipe, pipe.scheduler, type(pipe.scheduler), pipe.get_list_adapters(), pipe.get_active_adapters()
