@@ -13,7 +13,8 @@ HELP = """\
 Measure the guided 50-step teacher, the teacher at 4 steps and the student, on prompts that name combinations no
 training picture showed. Prints a table and writes eval.json, eval.md and a picture grid.
 
-  accuracy    share of pictures in which everything the prompt says is right, read back from the pixels
+  accuracy    share of pictures in which everything the prompt says is right, read back from the pixels, with its
+              standard error
   distance    to the teacher's pictures of the same prompt: energy distance on random features, with its standard
               error; the teacher's own row is the floor
   diversity   of pictures of one prompt over seeds, over the teacher's
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     check_folder(args.out)
     from ..training.evaluate import evaluate, table, write
 
-    rows, sheet = evaluate(load(args), prompts=args.prompts, student_steps=steps, report=lambda s: print(s, flush=True))
+    rows, sheet = evaluate(load(args), prompts=args.prompts, student_steps=steps)
     write(rows, sheet, args.out)
     print(table(rows))
     print(f"wrote {args.out}/eval.json, eval.md and grid.png")

@@ -6,7 +6,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..pipelines.sheet import contact_sheet
 from .metrics import colour_ratios, distance, diversity
@@ -39,6 +40,11 @@ class Sampler:
     teacher: bool  # the base alone; False: with the student's adapter
     own_scheduler: bool = False  # the teacher's own scheduler; False: the student's sampler and grid
 
+    @property
+    def calls(self) -> int:
+        """Network calls per picture."""
+        return self.steps * (1 + (self.guidance_scale != 1))
+
 
 @dataclass
 class Row:
@@ -48,6 +54,7 @@ class Row:
     calls: float  # network calls per picture, guidance counted twice
     seconds: float  # per picture, everything included
     accuracy: float  # every attribute of the prompt right
+    accuracy_error: float  # its standard error
     attributes: dict[str, float]  # accuracy of each attribute
     distance: float  # to other pictures of the teacher at 50 guided steps, prompt by prompt
     distance_error: float  # its standard error
@@ -65,14 +72,18 @@ def samplers(student_steps: Sequence[int]) -> list[Sampler]:
 
 
 @contextlib.contextmanager
-def counted_calls(module: torch.nn.Module) -> Iterator[list[int]]:
-    """Counts the rows that pass through a denoiser: one list entry a call, its batch size (guidance doubles it)."""
-    rows: list[int] = []
-    handle = module.register_forward_hook(lambda _m, _a, output: rows.append(len(output[0])))
-    try:
-        yield rows
-    finally:
-        handle.remove()
+def progress(denoiser: torch.nn.Module, total: int) -> Iterator[Any]:
+    """A bar with ETA that counts network calls as they happen: one a picture in the batch, two with guidance."""
+    with tqdm(total=total, unit=" calls", mininterval=1.0) as bar:
+
+        def count(_module: Any, _inputs: Any, output: Any) -> None:
+            bar.update(len(output[0]))
+
+        handle = denoiser.register_forward_hook(count)
+        try:
+            yield bar
+        finally:
+            handle.remove()
 
 
 def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
@@ -121,7 +132,6 @@ def evaluate(
     *,
     prompts: int = 256,
     student_steps: Sequence[int] = (1, 2, 4, 8),
-    report: Callable[[str], None] = print,
 ) -> tuple[list[Row], Image.Image]:
     """Measure teacher and student; returns the table and a grid of eight prompts drawn by every sampler.
 
@@ -132,41 +142,45 @@ def evaluate(
     texts, wanted = held_out_prompts(prompts)
     several = [text for text in texts[: max(8, prompts // 4)] for _ in range(SEEDS_PER_PROMPT)]
 
+    teacher, *others = samplers(student_steps)
+    pictures = prompts + len(several)
+    total = teacher.calls * len(several) + sum(s.calls * pictures for s in (teacher, *others))
+
     def draw_several(sampler: Sampler, first_seed: int) -> Tensor:
         made = draw(pipe, sampler, several, range(first_seed, first_seed + len(several)))
         return made.view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
 
-    teacher, *others = samplers(student_steps)
-    reference = draw_several(teacher, 2 * SEED)
-    report(f"drew {len(several)} reference pictures with the teacher")
     rows: list[Row] = []
     sheet = []
-    base_colours = base_diversity = None
-    for sampler in (teacher, *others):
-        begun = time.perf_counter()
-        with counted_calls(pipe.transformer) as calls:
+    with progress(pipe.transformer, total) as bar:
+        reference = draw_several(teacher, 2 * SEED)
+        base_colours = base_diversity = None
+        for sampler in (teacher, *others):
+            begun, called = time.perf_counter(), bar.n
             made = draw(pipe, sampler, texts, range(SEED, SEED + prompts))
-        seconds = (time.perf_counter() - begun) / prompts
-        again = draw_several(sampler, 3 * SEED)
-        apart, error = distance(again, reference)
-        base_colours = made if base_colours is None else base_colours
-        base_diversity = base_diversity or diversity(again)
-        verdicts = verify(made, wanted)
-        rows.append(
-            Row(
-                name=sampler.name,
-                calls=sum(calls) / prompts,
-                seconds=seconds,
-                accuracy=sum(v.correct for v in verdicts) / prompts,
-                attributes=_shares(verdicts),
-                distance=apart,
-                distance_error=error,
-                diversity=diversity(again) / base_diversity,
-                colours=colour_ratios(made, base_colours),
+            seconds, calls = time.perf_counter() - begun, bar.n - called
+            again = draw_several(sampler, 3 * SEED)
+            apart, distance_error = distance(again, reference)
+            base_colours = made if base_colours is None else base_colours
+            base_diversity = base_diversity or diversity(again)
+            verdicts = verify(made, wanted)
+            accuracy = sum(v.correct for v in verdicts) / prompts
+            rows.append(
+                Row(
+                    name=sampler.name,
+                    calls=calls / prompts,
+                    seconds=seconds / prompts,
+                    accuracy=accuracy,
+                    accuracy_error=(accuracy * (1 - accuracy) / prompts) ** 0.5,
+                    attributes=_shares(verdicts),
+                    distance=apart,
+                    distance_error=distance_error,
+                    diversity=diversity(again) / base_diversity,
+                    colours=colour_ratios(made, base_colours),
+                )
             )
-        )
-        sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:8]])
-        report(f"{sampler.name}: accuracy {rows[-1].accuracy:.3f}")
+            sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:8]])
+            bar.write(f"{sampler.name}: accuracy {accuracy:.3f}")
     labels = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
     return rows, contact_sheet(sheet, labels, texts[:8])
 
@@ -178,7 +192,7 @@ def table(rows: Sequence[Row]) -> str:
     for r in rows:
         c = r.colours
         cells = (
-            r.name, f"{r.calls:g}", f"{r.seconds:.3f}", f"{r.accuracy:.3f}",
+            r.name, f"{r.calls:g}", f"{r.seconds:.3f}", f"{r.accuracy:.3f} ± {r.accuracy_error:.3f}",
             f"{r.distance:.3f} ± {r.distance_error:.3f}", f"{r.diversity:.2f}",
             f"{c['brightness']:.3f}", f"{c['contrast']:.3f}", f"{c['saturation']:.3f}",
         )  # fmt: skip
