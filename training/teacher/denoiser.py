@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import random
 import time
@@ -252,6 +253,10 @@ def train(
             running = 0.0
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save(step + 1)
+    record: dict[str, Any] = {"updates": steps, "batch": batch, "seed": seed, "minutes": round(seconds / 60, 1)}
+    if start_from is not None and (before := start_from / "training.json").exists():
+        record["started_from"] = json.loads(before.read_text())
+    (out / "denoiser.json").write_text(json.dumps(record))
 
 
 def main() -> None:

@@ -134,7 +134,7 @@ def train(out: Path, steps: int, batch: int, rate: float, shards: int, decoder_o
             temporary = out / f".vae-{os.getpid()}"
             vae.save_pretrained(temporary)
             replace_folder(temporary, folder)
-    record = {"steps": steps, "batch": batch, "seed": seed, "minutes": round((time.time() - start) / 60, 1)}
+    record = {"updates": steps, "batch": batch, "seed": seed, "minutes": round((time.time() - start) / 60, 1)}
     (out / f"vae{'-decoder' if decoder_only else ''}.json").write_text(json.dumps(record))
 
 
