@@ -37,7 +37,7 @@ def layer_shapes(network: nn.Module) -> dict[str, LayerShape]:
 
 def _layer_shapes(module: nn.Module, prefix: str) -> Iterator[tuple[str, LayerShape]]:
     for name, child in module.named_children():
-        layer = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        layer: Any = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
         if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             if layer.groups == 1:
                 yield prefix + name, LayerShape(layer.in_channels, layer.out_channels, tuple(layer.kernel_size))

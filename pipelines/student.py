@@ -217,7 +217,8 @@ def save_student(
             B = (B.float() * (lora_alpha / A.shape[0])).to(dtype or B.dtype)
         component, layer = _component(name, denoiser)
         components.setdefault(component, {})[layer] = Lora(_stored(A, dtype), _stored(B, dtype))
-    tensors, adapter = {}, {}
+    tensors: dict[str, Tensor] = {}
+    adapter: dict[str, Any] = {}
     for component, layers in components.items():
         tensors |= {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
         adapter |= {f"{component}.{key}": value for key, value in peft_config(layers).items()}

@@ -24,8 +24,9 @@ from .locate import BUNDLED, Source, base_folder, family_of_base, locate, studen
 from .lora import Lora, peft_config, state_dict_of
 from .lora_file import LoraFile, read_lora_file
 from .lora_places import Placed, flat, place
+from .presets import known_of
 from .scheduler import TDMScheduler
-from .student import STUDENT_FILE, StudentRecipe, fields_of, save_student
+from .student import STUDENT_FILE, StudentRecipe, save_student
 
 STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
 
@@ -70,8 +71,9 @@ class TDMPipeline(DiffusionPipeline):
 
         Args:
             base_or_student: a student (file, or a folder or hub repository with `student.safetensors`) whose metadata
-                names its base; a folder written by `save_pretrained`; or, with `student`, a base. The default is the
-                small model that ships with this package.
+                names its base; a released student by its repository id alone (see `presets.py`); a folder written by
+                `save_pretrained`; or, with `student`, a base. The default is the small model that ships with this
+                package.
             student: the student for the base: file, folder or hub repository.
             recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
                 and `prediction_type` need not be given: the base itself says them.
@@ -87,7 +89,7 @@ class TDMPipeline(DiffusionPipeline):
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         base, file = locate(base_or_student, student, hub)
         lora = read_lora_file(file)
-        fields = {**fields_of(lora.metadata), **(recipe or {})}
+        fields = {**known_of(lora)[0], **(recipe or {})}
         base = base or fields.get("base_model")
         if not base:
             raise TDMError(f"{file} does not name its base; pass it: from_pretrained(base, student=...)")
@@ -101,7 +103,7 @@ class TDMPipeline(DiffusionPipeline):
             config = kwargs["scheduler"].config
         else:
             config = TDMScheduler.load_config(folder, subfolder="scheduler", **hub)
-        _recipe_for(base, family, config, fields)
+        recipe_for(base, family, config, fields)
 
         loader: Any = super(TDMPipeline, _student_class(family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
@@ -114,19 +116,20 @@ class TDMPipeline(DiffusionPipeline):
         """Put a student into the pipeline, in the place of the one it has. Other adapters stay as they are.
 
         Args:
-            student: file, folder with `student.safetensors`, or hub repository.
+            student: file (a LoRA of any layout), folder with `student.safetensors`, or hub repository.
             recipe: fields that complete or replace its metadata.
 
         Raises:
             TDMError: as in `from_pretrained`; the pipeline is then left as it was.
         """
         lora = read_lora_file(student_file(student, {}))
-        self._load(lora, {**fields_of(lora.metadata), **(recipe or {})})
+        self._load(lora, {**known_of(lora)[0], **(recipe or {})})
 
     def _load(self, lora: LoraFile, fields: Mapping[str, Any]) -> None:
         config = self._teacher_scheduler.config
-        new = _recipe_for(self._base, self._family, config, fields)
-        placed = place(lora, self._family, self._adaptable())
+        new = recipe_for(self._base, self._family, config, fields)
+        preset = known_of(lora)[1]
+        placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
         scheduler = _student_scheduler(new, config)
 
         active = {name: active_adapters(network) for name, network in self._adaptable().items()}
@@ -148,7 +151,7 @@ class TDMPipeline(DiffusionPipeline):
         if component == self._family.denoiser:
             network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
         else:
-            load: Any = self.load_lora_into_text_encoder  # type: ignore[attr-defined]
+            load: Any = self.load_lora_into_text_encoder
             load(state, None, network, prefix=component, metadata=settings, **options)
 
     def _detach(self) -> None:
@@ -232,7 +235,7 @@ class TDMPipeline(DiffusionPipeline):
 
     def _adaptable(self) -> dict[str, Any]:
         """The networks that can take a LoRA, by component: the denoiser, and text encoders that diffusers supports."""
-        names: list[str] = self._lora_loadable_modules  # type: ignore[attr-defined]
+        names: list[str] = self._lora_loadable_modules
         encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
         return {self._family.denoiser: self._denoiser} | {k: v for k, v in encoders.items() if v is not None}
 
@@ -277,7 +280,7 @@ def _student_class(family: Family) -> Any:
     return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})
 
 
-def _recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> StudentRecipe:
+def recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> StudentRecipe:
     """The recipe of a student's metadata on a base; what the base itself says fills the gaps, or must agree.
 
     Args:
