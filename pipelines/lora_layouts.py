@@ -42,6 +42,21 @@ class NamedLoras:
     scales: dict[Address, float]
 
 
+@dataclass(frozen=True)
+class Positional:
+    """What an EMA list without names is laid on: peft's parameters of these layers, of this rank and scale.
+
+    Attributes:
+        targets: ends of layer names, as peft's `target_modules`.
+        rank: of every layer.
+        scale: alpha / rank of the training.
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    scale: float
+
+
 _PREFIXES: tuple[tuple[str, str | None, str], ...] = (  # (prefix, component, layout); the first that fits counts
     ("unet.", "unet", "diffusers (unet.)"),
     ("transformer.", "transformer", "diffusers (transformer.)"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -12,7 +11,7 @@ from .families import Family
 from .layer_names import LayerShape, layer_shapes, names_of
 from .lora import Lora, pair
 from .lora_file import LoraFile
-from .lora_layouts import parse
+from .lora_layouts import Positional, parse
 
 Placed = dict[str, dict[str, Lora]]  # component -> layer -> its LoRA
 
@@ -20,21 +19,6 @@ Placed = dict[str, dict[str, Lora]]  # component -> layer -> its LoRA
 def flat(placed: Placed) -> dict[str, Lora]:
     """The layers by one name, `<component>.<layer>`, as a student file has them."""
     return {f"{component}.{layer}": lora for component, layers in placed.items() for layer, lora in layers.items()}
-
-
-@dataclass(frozen=True)
-class Positional:
-    """What an EMA list without names is laid on: peft's parameters of these layers, of this rank and scale.
-
-    Attributes:
-        targets: ends of layer names, as peft's `target_modules`.
-        rank: of every layer.
-        scale: alpha / rank of the training.
-    """
-
-    targets: tuple[str, ...]
-    rank: int
-    scale: float
 
 
 def place(

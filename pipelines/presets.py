@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .lora_file import LoraFile
-from .lora_places import Positional
+from .lora_layouts import Positional
 from .student import fields_of
 
 

@@ -15,8 +15,8 @@ from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.lora import pair_layers
 from tdm.pipelines.lora_file import read_lora_file
-from tdm.pipelines.lora_layouts import Address, parse
-from tdm.pipelines.lora_places import Positional, place
+from tdm.pipelines.lora_layouts import Address, Positional, parse
+from tdm.pipelines.lora_places import place
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import sd15_lora, write
 from tdm.tests.pipelines.students import lora_for, recipe_for, state
