@@ -37,7 +37,7 @@ def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
     networks = {}
     for component in (family.denoiser, *encoders):
         library, name = index.get(component) or (None, None)
-        if library is None:
+        if library is None or name is None:  # a base may leave an encoder out
             continue
         try:
             networks[component] = _skeleton(library, name, folder, component, hub)
