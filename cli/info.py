@@ -62,7 +62,8 @@ def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
             released network of the family that its names point to.
 
     Raises:
-        TDMError: the file cannot be read, it is no LoRA, or its metadata is wrong; with `base`, it does not fit that.
+        TDMError: the file cannot be read, it is no LoRA, its metadata is wrong, or `base` cannot be read; layers
+            that do not fit the base are told in the text.
     """
     file = read_lora_file(path)
     fields, preset = known_of(file)
