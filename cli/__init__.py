@@ -1,4 +1,4 @@
-"""The command line: ``tdm generate | distill | eval | info``."""
+"""The command line: ``tdm generate | distill | eval | info | convert``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm generate --compare "a green heart on the beach"         beside its 50-step teacher
   tdm distill                                                 distil your own student of the bundled teacher
   tdm eval                                                    measure teacher and student
-  tdm info FILE                                               what a student file says
+  tdm info FILE                                               what a LoRA file or a released student is
+  tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
 """
 
 
@@ -38,13 +39,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import distill, evaluate, generate, info
+    from . import convert, distill, evaluate, generate, info
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, module in (("generate", generate), ("distill", distill), ("eval", evaluate), ("info", info)):
+    modules = {"generate": generate, "distill": distill, "eval": evaluate, "info": info, "convert": convert}
+    for name, module in modules.items():
         assert module.__doc__ is not None
         summary = module.__doc__.splitlines()[0].partition(": ")[2].rstrip(".")
         sub = commands.add_parser(

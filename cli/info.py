@@ -1,54 +1,110 @@
-"""tdm info: what a student file says about itself."""
+"""tdm info: what a LoRA file or a released student is, and how to run it."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ..pipelines.lora import Lora, pair_layers
-from ..pipelines.student import VERSION, StudentRecipe, fields_of, read_header, read_tensors
+from ..errors import TDMError
+from ..pipelines.lora_file import LoraFile, read_lora_file
+from ..pipelines.lora_layouts import NamedLoras, parse
+from ..pipelines.presets import PRESETS, Preset, known_of
+from ..pipelines.student import VERSION, StudentRecipe, fields_of
 
 HELP = """\
-Print what a student file carries: base model, family, trained timesteps per step count, size, and its LoRA.
+Say what a file is: its layout, model family, LoRA rank, alpha and scale, the layers it matches, and its recipe (base
+model, trained timesteps per step count, guidance, size), if it carries one or is a released student.
 
   tdm info runs/distill/student.safetensors
+  tdm info lora.ckpt --base path/to/its/base          match its layers to a base
+  tdm info Luo-Yihong/TDM_sd3_lora                    a released student, by its repository id
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``tdm info``."""
-    parser.add_argument("file", metavar="FILE", help="a student .safetensors")
+    parser.add_argument(
+        "file", metavar="FILE", help="a LoRA file of any layout, a student's folder, or the id of a released student"
+    )
+    parser.add_argument("--base", help="folder or hub id of a base to match the layers to (only its configs are read)")
 
 
 def run(args: argparse.Namespace) -> None:
     """``tdm info``."""
-    print(describe(args.file))
+    if args.file in PRESETS and not os.path.exists(args.file):
+        print(describe_preset(PRESETS[args.file]))
+        return
+    path = args.file
+    if os.path.isdir(path):
+        from ..pipelines.locate import student_file
+
+        path = student_file(path, {})
+    print(describe(path, base=args.base))
 
 
-def describe(path: str | os.PathLike[str]) -> str:
-    """The recipe and the LoRA of a student file, as lines of text.
+def describe_preset(preset: Preset) -> str:
+    """A released student, as lines of text."""
+    return _lines({"released student": preset.repository, **_preset_rows(preset), **_recipe_rows(preset.fields)})
 
-    A LoRA without TDM metadata is described as far as it goes, with the fields that it lacks.
+
+def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
+    """The recipe and the LoRA of a file of any layout, as lines of text.
+
+    A LoRA without a recipe is described as far as it goes, with the fields that it lacks.
+
+    Args:
+        path: the file.
+        base: what to match its layers to; None: the base that its recipe names, if that is at hand, or else the
+            released network of the family that its names point to.
 
     Raises:
-        TDMError: the file cannot be read, it is no LoRA in the layout of diffusers, or its metadata is wrong.
+        TDMError: the file cannot be read, it is no LoRA, its metadata is wrong, or `base` cannot be read; layers
+            that do not fit the base are told in the text.
     """
-    fields = fields_of(read_header(path))
-    layers = pair_layers(read_tensors(path))
-    rows = {"student": str(path)}
+    file = read_lora_file(path)
+    fields, preset = known_of(file)
+    try:
+        named = parse(file) if file.positional is None else None
+    except TDMError as error:
+        raise TDMError(f"{file.path}: {error}") from None
+    rows = {"file": str(path), "layout": f"{named.layout if named else _nameless(file)}; {file.container}"}
+    if preset is not None:
+        rows |= {"released student": preset.repository, **_preset_rows(preset)}
     if fields:
-        rows |= _recipe_rows(StudentRecipe.from_fields(fields))
+        rows["recipe"] = f"in the file, format version {VERSION}" if fields_of(file.metadata) else "of the preset"
+        rows |= _recipe_rows(fields)
     else:
         rows["recipe"] = f"none: no TDM metadata; to run it, pass recipe= with {', '.join(StudentRecipe.required())}"
-    rows |= _lora_rows(Path(path), layers)
+    rows |= _match_rows(file, named, preset, fields, base)
+    if named is not None:
+        rows |= _lora_rows(named)
+    return _lines(rows | _weight_rows(file))
+
+
+def _lines(rows: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<17} {text}" for name, text in rows.items())
 
 
-def _recipe_rows(recipe: StudentRecipe) -> dict[str, str]:
+def _nameless(file: LoraFile) -> str:
+    return f"list of {len(file.positional or [])} tensors without names (EMA)"
+
+
+def _preset_rows(preset: Preset) -> dict[str, str]:
+    rows = {"sampler": preset.sampler, "source": preset.source, "preset scale": f"{preset.scale:g}"}
+    if preset.positional is not None:
+        positional = preset.positional
+        rows["preset scale"] = f"{preset.scale * positional.scale:g} (rank {positional.rank}, alpha / rank included)"
+        rows["layers"] = ", ".join(positional.targets)
+    return rows | ({"released file": preset.file} if preset.file else {})
+
+
+def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
+    recipe = StudentRecipe.from_fields(fields)
     rows = {
-        "format version": str(VERSION),
         "base model": recipe.base_model,
         "family": recipe.family,
         "prediction type": recipe.prediction_type,
@@ -64,12 +120,50 @@ def _recipe_rows(recipe: StudentRecipe) -> dict[str, str]:
     return rows | {f"note: {topic}": text for topic, text in recipe.notes.items()}
 
 
-def _lora_rows(path: Path, layers: dict[str, Lora]) -> dict[str, str]:
-    ranks = Counter(lora.rank for lora in layers.values())
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for lora in layers.values() for tensor in lora}
-    parameters = sum(tensor.numel() for lora in layers.values() for tensor in lora)
+def _match_rows(
+    file: LoraFile, named: NamedLoras | None, preset: Preset | None, fields: Mapping[str, Any], base: str | None
+) -> dict[str, str]:
+    """What the layers belong to: a base that is at hand, or else the family whose released network knows most."""
+    from ..pipelines.lora_places import flat, place
+    from ..pipelines.skeleton import family_by_names, known_layers, skeletons
+
+    at_hand = base or str(fields.get("base_model", ""))
+    try:
+        family, networks = skeletons(at_hand, **({} if base else {"local_files_only": True}))
+    except TDMError:
+        if base:
+            raise
+    else:
+        try:
+            placed = place(file, family, networks, **(preset.placing if preset else {}))
+        except TDMError as error:
+            return {"family": family.name, "matched": str(error)}
+        return {"family": family.name, "matched": f"all of its LoRA layers, {len(flat(placed))} modules of {at_hand}"}
+    if named is None:
+        return {}
+    name = fields.get("family") or family_by_names(named.layers)
+    if name is None:
+        return {"family": "unknown: no supported model has layers of these names"}
+    known, _ = known_layers(name, named.layers)
+    return {"family": name, "matched": f"{known} of its {len(named.layers)} LoRA layers are in a released {name}"}
+
+
+def _lora_rows(named: NamedLoras) -> dict[str, str]:
+    layers, scales = named.layers, named.scales
+
+    def counted(values: list[float]) -> str:
+        return ", ".join(f"{value:g} ({count} layers)" for value, count in sorted(Counter(values).items()))
+
     return {
-        "LoRA rank": ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items())),
-        "LoRA strength": "1.0 (alpha = rank)",
-        "LoRA weights": f"{parameters:,} parameters, {', '.join(sorted(dtypes))}, {path.stat().st_size / 1e6:.2f} MB",
+        "LoRA rank": counted([lora.rank for lora in layers.values()]),
+        "LoRA alpha": counted([scales[address] * lora.rank for address, lora in layers.items()]),
+        "LoRA scale": counted(list(scales.values())),
     }
+
+
+def _weight_rows(file: LoraFile) -> dict[str, str]:
+    tensors = [*file.tensors.values(), *(file.positional or [])]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    parameters = sum(tensor.numel() for tensor in tensors)
+    size = Path(file.path).stat().st_size / 1e6
+    return {"LoRA weights": f"{parameters:,} parameters, {', '.join(sorted(dtypes))}, {size:.2f} MB"}

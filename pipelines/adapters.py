@@ -19,6 +19,17 @@ def tuner_layers(module: nn.Module) -> list[Any]:
     return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
 
 
+def active_adapters(module: nn.Module) -> list[str]:
+    """The adapters that are on in a network."""
+    return next((list(layer.active_adapters) for layer in tuner_layers(module)), [])
+
+
+def set_active(module: nn.Module, adapters: list[str]) -> None:
+    """Switch these adapters on in a network, and no others; a layer ignores those that it has not."""
+    for layer in tuner_layers(module):
+        layer.set_adapter(adapters)
+
+
 def require_unfused(modules: Iterable[nn.Module]) -> None:
     """Raise TDMError if adapters are merged into the weights, where they can be neither switched off nor read."""
     if any(layer.merged for module in modules for layer in tuner_layers(module)):
@@ -49,7 +60,10 @@ def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def adapters_hidden(module: nn.Module, adapter: str) -> Iterator[None]:
-    """`module.state_dict()` as it was before peft attached its only adapter, for the length of a `with`."""
+    """`module.state_dict()` as it was before peft attached its only adapter, for the length of a `with`.
+
+    A text encoder would else save its adapter in the place of its weights.
+    """
 
     def hide(_module: nn.Module, state_dict: dict[str, Any], _prefix: str, _metadata: Any) -> None:
         for key in list(state_dict):
@@ -58,10 +72,12 @@ def adapters_hidden(module: nn.Module, adapter: str) -> Iterator[None]:
                 state_dict[key.replace(".base_layer.", ".")] = tensor
 
     hook = module.register_state_dict_post_hook(hide)
+    flag, module._hf_peft_config_loaded = module._hf_peft_config_loaded, False  # type: ignore[assignment]
     try:
         yield
     finally:
         hook.remove()
+        module._hf_peft_config_loaded = flag
 
 
 def lora_of(module: nn.Module, adapter: str) -> dict[str, Lora]:

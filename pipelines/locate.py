@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
 from ..errors import TDMError
 from .families import Family, family_of_pipeline
+from .presets import PRESETS, Preset, preset_of
 from .student import STUDENT_FILE
 
 BUNDLED = "bundled"
 _INDEX = "model_index.json"
+_LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
 Source = str | os.PathLike[str]
 
@@ -46,18 +48,16 @@ def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tu
     """
     if student is not None:
         return str(source), student_file(student, hub)
-    if source == BUNDLED:
-        return None, bundled_path() / STUDENT_FILE
     path = Path(source)
-    if path.is_file() or path.suffix == ".safetensors":
-        return None, path
     if path.is_dir():
-        base, file = (path / _INDEX).is_file(), path / STUDENT_FILE
-        if file.is_file():
-            return (str(path) if base else None), file
-        if base:
+        base = (path / _INDEX).is_file()
+        if base and not (path / STUDENT_FILE).is_file():
             raise TDMError(f"{path} is a base without a {STUDENT_FILE}; pass student=")
-        raise TDMError(f"{path} is neither a pipeline ({_INDEX}) nor a student ({STUDENT_FILE})")
+        if not base and not (path / STUDENT_FILE).is_file() and preset_of(path) is None:
+            raise TDMError(f"{path} is neither a pipeline ({_INDEX}) nor a student ({STUDENT_FILE})")
+        return (str(path) if base else None), student_file(source, hub)
+    if source == BUNDLED or path.is_file() or path.suffix == ".safetensors" or str(source) in PRESETS:
+        return None, student_file(source, hub)
     index, downloaded = _download(source, _INDEX, hub), _download(source, STUDENT_FILE, hub)
     if downloaded is None:
         raise TDMError(f"{source} is a base without a {STUDENT_FILE}; pass student=" if index else _absent(source))
@@ -67,8 +67,10 @@ def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tu
 def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
     """The student file that `source` stands for: itself, or the `student.safetensors` of a folder or hub repository.
 
+    For a released student (see `presets.py`) it is the LoRA in its repository or folder, whatever that is called.
+
     Raises:
-        TDMError: there is none.
+        TDMError: there is none, or several.
     """
     if source == BUNDLED:
         return bundled_path() / STUDENT_FILE
@@ -76,13 +78,40 @@ def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
     if path.is_file() or path.suffix == ".safetensors":
         return path  # if it is missing or no student, reading it says so
     if path.is_dir():
-        if not (path / STUDENT_FILE).is_file():
+        if (path / STUDENT_FILE).is_file():
+            return path / STUDENT_FILE
+        if (preset := preset_of(path)) is None:
             raise TDMError(f"{path} has no {STUDENT_FILE}")
-        return path / STUDENT_FILE
+        return _released_lora(path, preset)
+    if (preset := PRESETS.get(str(source))) is not None:
+        return _released_lora(_snapshot(preset.repository, hub), preset)
     downloaded = _download(source, STUDENT_FILE, hub)
     if downloaded is None:
         raise TDMError(_absent(source))
     return downloaded
+
+
+def _released_lora(folder: Path, preset: Preset) -> Path:
+    """The LoRA in a folder of a released student: a file of ours, the name that is known, or the only one there is."""
+    for name in filter(None, (STUDENT_FILE, preset.file)):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(path for path in folder.rglob("*") if path.suffix in _LORA_SUFFIXES and path.is_file())
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        what = f"several files that may be the LoRA, pass one of them: {names}" if found else "no LoRA file"
+        raise TDMError(f"{folder}: {preset.repository} has {what}")
+    return found[0]
+
+
+def _snapshot(repository: str, hub: Mapping[str, Any]) -> Path:
+    """The LoRA files of a hub repository, through the local cache."""
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[f"*{end}" for end in _LORA_SUFFIXES], **hub))
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        raise TDMError(f"{repository} is not in the local cache and not to be had ({_first_line(error)})") from None
+    except OSError as error:
+        raise TDMError(f"cannot reach the hub repository {repository} ({_first_line(error)})") from None
 
 
 def base_folder(base: Source) -> str:

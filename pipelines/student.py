@@ -1,8 +1,8 @@
 """The student file: one .safetensors LoRA that carries in its header all that is needed to run it.
 
 - **Tensors**: `<unet|transformer>.<layer>.lora_A.weight` (rank, in, ...) and `.lora_B.weight` (out, rank, ...), the
-  layout of diffusers. The LoRA scale alpha / rank is baked into lora_B, so the file loads at strength 1.0 everywhere,
-  with or without metadata.
+  layout of diffusers; text encoders' begin with `text_encoder` or `text_encoder_2`. The LoRA scale alpha / rank is
+  baked into lora_B, so the file loads at strength 1.0 everywhere, with or without metadata.
 - **Header**: the recipe as JSON under `tdm_student` (see `StudentRecipe`), and diffusers' own `lora_adapter_metadata`.
   Stock loaders read the second and ignore the first.
 
@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import TDMError
 from .families import family_of_name
 from .lora import Lora, pair_layers, peft_config, state_dict_of
+from .lora_file import open_safetensors
 from .schedule import PREDICTION_TYPES
 
 HEADER_KEY = "tdm_student"
 VERSION = 1
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # components that may have a LoRA beside the denoiser's
 STUDENT_FILE = "student.safetensors"  # its name inside a saved pipeline, the bundled model and a hub repository
 
 
@@ -156,7 +157,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
     Raises:
         TDMError: no such file, a folder, a pickle, truncated, or not a safetensors file.
     """
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         return file.metadata() or {}
 
 
@@ -166,7 +167,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         TDMError: the file cannot be read (see `read_header`).
     """
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file, not a dict)
 
 
@@ -193,7 +194,7 @@ def save_student(
 
     Args:
         path: the file to write; missing parent folders are made.
-        state_dict: LoRA tensors, `<layer>.lora_A.weight` and `.lora_B.weight`, with or without the family's prefix.
+        state_dict: LoRA tensors, `<layer>.lora_A.weight` and `.lora_B.weight`; without a prefix the denoiser's.
         recipe: goes into the header.
         lora_alpha: the alpha of the training; ``alpha / rank`` is multiplied into lora_B, in float32. None if that has
             been done, or if alpha is the rank.
@@ -209,15 +210,19 @@ def save_student(
         raise TDMError(f"{path} is a folder; give the name of a file")
     if path.exists() and not force:
         raise TDMError(f"{path} exists; pass force=True to replace it")
-    prefix = family_of_name(recipe.family).denoiser
-    layers = {}
+    denoiser = family_of_name(recipe.family).denoiser
+    components: dict[str, dict[str, Lora]] = {}
     for name, (A, B) in pair_layers(state_dict).items():
         if lora_alpha is not None:
             B = (B.float() * (lora_alpha / A.shape[0])).to(dtype or B.dtype)
-        layers[name.removeprefix(f"{prefix}.")] = Lora(_stored(A, dtype), _stored(B, dtype))
-    tensors = state_dict_of({f"{prefix}.{name}": lora for name, lora in layers.items()})
+        component, layer = _component(name, denoiser)
+        components.setdefault(component, {})[layer] = Lora(_stored(A, dtype), _stored(B, dtype))
+    tensors: dict[str, Tensor] = {}
+    adapter: dict[str, Any] = {}
+    for component, layers in components.items():
+        tensors |= {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
+        adapter |= {f"{component}.{key}": value for key, value in peft_config(layers).items()}
     pair_layers(tensors)  # still finite
-    adapter = {f"{prefix}.{key}": value for key, value in peft_config(layers).items()}
     metadata = {
         "format": "pt",
         "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
@@ -234,27 +239,16 @@ def save_student(
     return path
 
 
+def _component(name: str, denoiser: str) -> tuple[str, str]:
+    """(component, layer) of a name with or without a component in front; without, it is the denoiser's."""
+    for component in (denoiser, *TEXT_ENCODERS):
+        if name.startswith(f"{component}."):
+            return component, name.removeprefix(f"{component}.")
+    return denoiser, name
+
+
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.detach().to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
-
-
-def _open(path: str | os.PathLike[str]) -> Any:
-    """`safe_open` with one-line errors."""
-    path = Path(path)
-    if path.is_dir():
-        raise TDMError(f"{path} is a folder; pass the .safetensors file in it")
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise TDMError(f"cannot read {path}: {error.strerror}") from None
-    # A safetensors file begins with its header's length, in 8 bytes that may look like a pickle, and a brace.
-    if start.startswith((b"PK\x03\x04", b"\x80")) and start[5:] != b"\0\0\0{":
-        raise TDMError(f"{path} is a pickle (.pt, .ckpt, .bin), not a .safetensors file; convert it first")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise TDMError(f"{path} is truncated or not a .safetensors file: {error}") from None
 
 
 def _timestep_table(table: Any) -> dict[int, list[float]]:

@@ -14,15 +14,19 @@ from typing import Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
 
 from ..errors import TDMError
-from .adapters import adapters_hidden, adapters_off, lora_of, require_unfused, tuner_layers
+from .adapters import active_adapters, adapters_hidden, adapters_off, lora_of, require_unfused, set_active
 from .families import Family
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
-from .lora import Lora, match_layers, pair_layers, peft_config, state_dict_of
+from .lora import Lora, peft_config, state_dict_of
+from .lora_file import LoraFile, read_lora_file
+from .lora_places import Placed, flat, place
+from .presets import known_of
 from .scheduler import TDMScheduler
-from .student import STUDENT_FILE, StudentRecipe, fields_of, read_header, read_tensors, save_student
+from .student import STUDENT_FILE, StudentRecipe, save_student
 
 STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
 
@@ -67,8 +71,9 @@ class TDMPipeline(DiffusionPipeline):
 
         Args:
             base_or_student: a student (file, or a folder or hub repository with `student.safetensors`) whose metadata
-                names its base; a folder written by `save_pretrained`; or, with `student`, a base. The default is the
-                small model that ships with this package.
+                names its base; a released student by its repository id alone (see `presets.py`); a folder written by
+                `save_pretrained`; or, with `student`, a base. The default is the small model that ships with this
+                package.
             student: the student for the base: file, folder or hub repository.
             recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
                 and `prediction_type` need not be given: the base itself says them.
@@ -83,7 +88,8 @@ class TDMPipeline(DiffusionPipeline):
             raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         base, file = locate(base_or_student, student, hub)
-        fields = {**fields_of(read_header(file)), **(recipe or {})}
+        lora = read_lora_file(file)
+        fields = {**known_of(lora)[0], **(recipe or {})}
         base = base or fields.get("base_model")
         if not base:
             raise TDMError(f"{file} does not name its base; pass it: from_pretrained(base, student=...)")
@@ -97,46 +103,66 @@ class TDMPipeline(DiffusionPipeline):
             config = kwargs["scheduler"].config
         else:
             config = TDMScheduler.load_config(folder, subfolder="scheduler", **hub)
-        _recipe_for(base, family, config, fields)
+        recipe_for(base, family, config, fields)
 
         loader: Any = super(TDMPipeline, _student_class(family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
-        pipe.load_student(file, recipe=recipe)
+        pipe._load(lora, fields)
         return pipe
 
     def load_student(self, student: Source, *, recipe: Mapping[str, Any] | None = None) -> None:
         """Put a student into the pipeline, in the place of the one it has. Other adapters stay as they are.
 
         Args:
-            student: file, folder with `student.safetensors`, or hub repository.
+            student: file (a LoRA of any layout), folder with `student.safetensors`, or hub repository.
             recipe: fields that complete or replace its metadata.
 
         Raises:
             TDMError: as in `from_pretrained`; the pipeline is then left as it was.
         """
-        file = student_file(student, {})
-        config, denoiser = self._teacher_scheduler.config, self._denoiser
-        new = _recipe_for(self._base, self._family, config, {**fields_of(read_header(file)), **(recipe or {})})
-        layers = match_layers(pair_layers(read_tensors(file)), denoiser, self._family.denoiser)
+        lora = read_lora_file(student_file(student, {}))
+        self._load(lora, {**known_of(lora)[0], **(recipe or {})})
+
+    def _load(self, lora: LoraFile, fields: Mapping[str, Any]) -> None:
+        config = self._teacher_scheduler.config
+        new = recipe_for(self._base, self._family, config, fields)
+        preset = known_of(lora)[1]
+        placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
         scheduler = _student_scheduler(new, config)
 
-        active: list[str] = next((layer.active_adapters for layer in tuner_layers(denoiser)), [])
-        if STUDENT_ADAPTER in getattr(denoiser, "peft_config", {}):
-            denoiser.delete_adapters(STUDENT_ADAPTER)
-        denoiser.load_lora_adapter(
-            state_dict_of(layers),
-            prefix=None,
-            adapter_name=STUDENT_ADAPTER,
-            metadata=peft_config(layers),
-            low_cpu_mem_usage=True,
-            _pipeline=self,
-        )
-        for layer in tuner_layers(denoiser):  # the loader made the new adapter the only active one
-            layer.set_adapter([*(name for name in active if name != STUDENT_ADAPTER), STUDENT_ADAPTER])
+        active = {name: active_adapters(network) for name, network in self._adaptable().items()}
+        self._detach()
+        for name, layers in placed.items():
+            self._attach(name, layers)
+        for name, network in self._adaptable().items():  # the loaders made the new adapter the only active one
+            set_active(network, [*(other for other in active[name] if other != STUDENT_ADAPTER), STUDENT_ADAPTER])
         self.scheduler, self.recipe = scheduler, new
-        _logger.info("%s: all %d LoRA layers match the %s", file, len(layers), type(denoiser).__name__)
+        count = sum(map(len, placed.values()))
+        _logger.info("%s: all %d LoRA layers match the %s", lora.path, count, " and the ".join(placed))
+
+    def _attach(self, component: str, layers: Mapping[str, Lora]) -> None:
+        """Put the student's layers of one network into it."""
+        options: dict[str, Any] = {"adapter_name": STUDENT_ADAPTER, "low_cpu_mem_usage": True, "_pipeline": self}
+        settings = {f"{component}.{key}": value for key, value in peft_config(layers).items()}
+        state = {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
+        network = self._adaptable()[component]
+        if component == self._family.denoiser:
+            network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
+        else:
+            load: Any = self.load_lora_into_text_encoder
+            load(state, None, network, prefix=component, metadata=settings, **options)
+
+    def _detach(self) -> None:
+        """Take the student out of every network that has it."""
+        for component, network in self._adaptable().items():
+            if STUDENT_ADAPTER not in getattr(network, "peft_config", {}):
+                continue
+            if component == self._family.denoiser:
+                network.delete_adapters(STUDENT_ADAPTER)
+            else:
+                delete_adapter_layers(network, STUDENT_ADAPTER)
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[Self]:
@@ -184,9 +210,11 @@ class TDMPipeline(DiffusionPipeline):
         unfinished, replaced = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
         scheduler, self.scheduler = self.scheduler, self._teacher_scheduler
         try:
-            with adapters_hidden(self._denoiser, STUDENT_ADAPTER):
+            with contextlib.ExitStack() as hidden:
+                for component in student:
+                    hidden.enter_context(adapters_hidden(self._adaptable()[component], STUDENT_ADAPTER))
                 super().save_pretrained(str(unfinished), **kwargs)
-            save_student(unfinished / STUDENT_FILE, state_dict_of(student), self.recipe, lora_alpha=None)
+            save_student(unfinished / STUDENT_FILE, state_dict_of(flat(student)), self.recipe, lora_alpha=None)
             if target.exists():
                 target.rename(replaced)
             unfinished.rename(target)
@@ -205,13 +233,20 @@ class TDMPipeline(DiffusionPipeline):
     def _modules(self) -> list[nn.Module]:
         return [component for component in self.components.values() if isinstance(component, nn.Module)]
 
-    def _only_student(self) -> dict[str, Lora]:
+    def _adaptable(self) -> dict[str, Any]:
+        """The networks that can take a LoRA, by component: the denoiser, and text encoders that diffusers supports."""
+        names: list[str] = self._lora_loadable_modules
+        encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
+        return {self._family.denoiser: self._denoiser} | {k: v for k, v in encoders.items() if v is not None}
+
+    def _only_student(self) -> Placed:
         """The student's LoRA, if the pipeline holds no adapter beside it."""
         require_unfused(self._modules())
         attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
         if other := attached - {STUDENT_ADAPTER}:
             raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
-        student = lora_of(self._denoiser, STUDENT_ADAPTER)
+        found = {name: lora_of(network, STUDENT_ADAPTER) for name, network in self._adaptable().items()}
+        student = {name: layers for name, layers in found.items() if layers}
         if not student:
             raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
         return student
@@ -245,7 +280,7 @@ def _student_class(family: Family) -> Any:
     return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})
 
 
-def _recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> StudentRecipe:
+def recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> StudentRecipe:
     """The recipe of a student's metadata on a base; what the base itself says fills the gaps, or must agree.
 
     Args:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tdm import TDMPipeline
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.student import save_student
 from tdm.tests import tiny
-from tdm.tests.pipelines.students import (
-    Make,
-    lora_for,
-    recipe_for,
-)
+from tdm.tests.pipelines.students import Make, load, lora_for, recipe_for
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +38,19 @@ def make(bases: Callable[[str], Path], tmp_path: Path) -> Make:
         return save_student(tmp_path / name, lora_for(denoiser, seed), recipe, lora_alpha=4, force=True)
 
     return student
+
+
+@pytest.fixture(scope="module")
+def loaded(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TDMPipeline]:
+    """A tiny pipeline of a family with some student in it, to load others into."""
+    pipes: dict[str, TDMPipeline] = {}
+
+    def pipe(family: str) -> TDMPipeline:
+        if family not in pipes:
+            file = tmp_path_factory.mktemp(family) / "first.pt"
+            denoiser = getattr(tiny.build(family), family_of_name(family).denoiser)
+            torch.save(lora_for(denoiser), file)
+            pipes[family] = load(bases(family), student=file, recipe=vars(recipe_for(family, bases(family))))
+        return pipes[family]
+
+    return pipe

@@ -60,13 +60,10 @@ def widen(tensors: dict[str, Tensor]) -> None:
 BROKEN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no layer matches": (rename("transformer.", "model."), r"0 of its \d+ LoRA layers match"),
     "another prefix": (rename("transformer.", "unet."), r"0 of its \d+ LoRA layers match"),
-    "no prefix": (rename("transformer.", ""), r"0 of its \d+ LoRA layers match"),
     "some layers unknown": (rename("to_q", "to_w"), r"[1-9]\d* of its .* do not: transformer\S+to_w \(no such layer\)"),
     "other widths": (widen, r"to_q \(\(16, 16\) wide, not \(16, 32\)\)"),
     "NaN": (lambda tensors: next(iter(tensors.values())).fill_(torch.nan), "NaN"),
-    "raw peft keys": (rename("transformer.", "base_model.model."), r"0 of its \d+ LoRA layers match"),
-    "adapter name in keys": (rename("_A.weight", "_A.default.weight"), "not a diffusers LoRA key"),
-    "kohya keys": (rename("transformer.", "lora_unet_"), r"0 of its \d+ LoRA layers match"),
+    "a text encoder without a LoRA loader": (rename("transformer.", "lora_te3_"), r"0 of its \d+ LoRA layers match"),
     "empty": (lambda tensors: tensors.clear(), "no LoRA tensors"),
 }
 

@@ -188,7 +188,7 @@ def test_files_that_are_no_students_are_named_in_one_line(tmp_path: Path, file: 
         "absent.safetensors": "No such file",
         ".": "folder",
     }.items():
-        for read in (read_student, read_header, describe):
+        for read in (read_student, read_header, *([] if message == "pickle" else [describe])):
             with pytest.raises(TDMError, match=message) as error:
                 read(tmp_path / name)
             assert "\n" not in str(error.value)

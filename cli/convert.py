@@ -1,0 +1,86 @@
+"""tdm convert: write a LoRA of any layout as a student file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import TDMError
+from .output import check_writable
+
+HELP = """\
+Write a LoRA of any layout (diffusers, PEFT, kohya, native names, an EMA list of a released student; .safetensors,
+.pt, .bin or .ckpt) as a student file: one .safetensors with every scale baked in, so that it loads at strength 1.0,
+and with its recipe in the header, so that it runs right without being told how.
+
+examples:
+  tdm convert Luo-Yihong/TDM_sd3_lora --out sd3-student.safetensors            a released student: all is known
+  tdm convert lora.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 --out student.safetensors \\
+    --recipe trained_timesteps=999,749,500,250 guidance_scale=1 height=512 width=512
+
+Of the base only the small config files are read. `tdm info FILE` says what a file holds and what it lacks.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``tdm convert``."""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a LoRA file, or the repository id of a released student")
+    add("--base", help="folder or hub id of its base (default: the one that the file or its preset names)")
+    add(
+        "--recipe",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the file does not say: trained_timesteps=999,749,500,250 (or {4: [...], 1: [...]}), guidance_scale, "
+        "height, width, flow_shift, solver_order, num_frames",
+    )
+    add("--out", type=Path, required=True, help="the student file to write")
+    add("--force", action="store_true", help="replace it if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    """``tdm convert``."""
+    from ..pipelines.convert import convert_lora
+    from .info import describe
+
+    recipe = parse_recipe(args.recipe)
+    check_writable(args.out, args.force)
+    print(describe(convert_lora(args.file, args.out, base=args.base, recipe=recipe, force=args.force)))
+
+
+def parse_recipe(settings: Sequence[str]) -> dict[str, Any]:
+    """The fields of ``--recipe``; values are YAML, and timesteps with commas are one grid.
+
+    Raises:
+        TDMError: no ``=``, an unknown key (the nearest is named), or a value that is no YAML.
+    """
+    from ..pipelines.student import StudentRecipe
+
+    known = [field.name for field in dataclasses.fields(StudentRecipe)]
+    recipe: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise TDMError(f"--recipe {setting!r} is not KEY=VALUE, as in height=512")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise TDMError(f"--recipe has no {key!r}; {hint}")
+        try:
+            recipe[key] = _grid(text) if key == "trained_timesteps" and "{" not in text else yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError):
+            raise TDMError(f"--recipe {setting!r}: cannot read the value") from None
+    return recipe
+
+
+def _grid(text: str) -> dict[int, list[float]]:
+    timesteps = [float(part) for part in text.strip("[]").split(",")]
+    return {len(timesteps): timesteps}

@@ -1,0 +1,162 @@
+"""LoRA files of every layout for the tiny pipelines, and the merge by hand that they must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+from tdm.pipelines.families import family_of_name
+from tdm.pipelines.layer_names import layer_shapes, names_of
+from tdm.pipelines.lora import pair_layers
+from tdm.tests import tiny
+from tdm.tests.pipelines.students import lora_for
+from torch import Tensor, nn
+
+RANK, ALPHA = 2, 3.0
+
+
+class Update(NamedTuple):
+    """One LoRA of a file: what it is called there, and our layers whose rows it updates."""
+
+    component: str
+    name: str
+    layers: tuple[str, ...]
+    A: Tensor
+    B: Tensor
+
+
+def updates(pipe: DiffusionPipeline, component: str, names: dict[str, tuple[str, ...]], seed: int = 0) -> list[Update]:
+    """Random LoRAs for these names of a network."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = layer_shapes(getattr(pipe, component))
+    made = []
+    for name, layers in names.items():
+        first, rows = shapes[layers[0]], sum(shapes[layer].outputs for layer in layers)
+        A = torch.randn(RANK, first.inputs, *first.kernel, generator=generator) * 0.1
+        B = torch.randn(rows, RANK, *[1] * len(first.kernel), generator=generator) * 0.1
+        made.append(Update(component, name, layers, A, B))
+    return made
+
+
+def own_names(network: nn.Module, _family: str) -> dict[str, tuple[str, ...]]:
+    return {name: (name,) for name in layer_shapes(network)}
+
+
+def native_names(network: nn.Module, family: str) -> dict[str, tuple[str, ...]]:
+    """One native name per layer, where it has one."""
+    own = layer_shapes(network).keys()
+    return {n: layers for n, layers in names_of(network, family).items() if "." in n and n not in own}
+
+
+def attention_names(network: nn.Module, _family: str) -> dict[str, tuple[str, ...]]:
+    return {name: (name,) for name in layer_shapes(network) if ".attn" in name}
+
+
+class Layout(NamedTuple):
+    """How one layout writes an update: the names it uses, its keys, and the scale it states."""
+
+    names: Callable[[nn.Module, str], dict[str, tuple[str, ...]]]
+    key: Callable[[Update], str]  # with {} for the half
+    halves: tuple[str, str]
+    alpha: Callable[[Update], str] | None = None
+    text_encoders: bool = False
+
+
+def kohya(update: Update) -> str:
+    prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}.get(update.component, "lora_unet")
+    name = update.name
+    if "te" in prefix and not name.startswith("text_model."):
+        name = f"text_model.{name}"  # as all files have it
+    return f"{prefix}_{name.replace('.', '_')}"
+
+
+def dotted(update: Update) -> str:
+    return f"{update.component}.{update.name}"
+
+
+def legacy(update: Update) -> str:
+    layer, _, part = update.name.removesuffix(".0").rpartition(".")
+    return f"{update.component}.{layer}.processor.{part}_lora.{{}}.weight"
+
+
+LAYOUTS = {
+    "diffusers": Layout(own_names, lambda u: f"{dotted(u)}.lora_{{}}.weight", ("A", "B"), text_encoders=True),
+    "diffusers lora.down": Layout(own_names, lambda u: f"{dotted(u)}.lora.{{}}.weight", ("down", "up")),
+    "legacy processors": Layout(attention_names, legacy, ("down", "up")),
+    "no prefix": Layout(own_names, lambda u: f"{u.name}.lora_{{}}.weight", ("A", "B")),
+    "raw peft": Layout(own_names, lambda u: f"base_model.model.{u.name}.lora_{{}}.weight", ("A", "B")),
+    "adapter name": Layout(own_names, lambda u: f"base_model.model.{u.name}.lora_{{}}.default.weight", ("A", "B")),
+    "kohya": Layout(
+        own_names, lambda u: f"{kohya(u)}.lora_{{}}.weight", ("down", "up"), lambda u: f"{kohya(u)}.alpha", True
+    ),
+    "kohya native": Layout(
+        native_names, lambda u: f"{kohya(u)}.lora_{{}}.weight", ("down", "up"), lambda u: f"{kohya(u)}.alpha"
+    ),
+    "native": Layout(native_names, lambda u: f"diffusion_model.{u.name}.lora_{{}}.weight", ("A", "B")),
+    "native with alpha": Layout(
+        native_names,
+        lambda u: f"diffusion_model.{u.name}.lora_{{}}.weight",
+        ("down", "up"),
+        lambda u: f"diffusion_model.{u.name}.alpha",
+    ),
+}
+_UNET_ONLY = {"legacy processors"}
+_NO_NATIVE = {"qwenimage"}  # its own names are the native ones
+
+
+def layouts_of(family: str) -> list[str]:
+    unet = family_of_name(family).denoiser == "unet"
+    return [
+        name
+        for name, layout in LAYOUTS.items()
+        if (unet or name not in _UNET_ONLY) and not (family in _NO_NATIVE and layout.names is native_names)
+    ]
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """The tensors in the container that the suffix stands for."""
+    if path.suffix == ".safetensors":
+        save_file(tensors, path, metadata=metadata)
+    elif path.suffix == ".ckpt":
+        torch.save({"state_dict": tensors, "global_step": 3}, path)
+    else:
+        torch.save(tensors, path)
+    return path
+
+
+def tensors_of(layout: Layout, made: list[Update]) -> dict[str, Tensor]:
+    tensors = {}
+    for update in made:
+        key = layout.key(update)
+        tensors[key.format(layout.halves[0])] = update.A
+        tensors[key.format(layout.halves[1])] = update.B
+        if layout.alpha is not None:
+            tensors[layout.alpha(update)] = torch.tensor(ALPHA)
+    return tensors
+
+
+def merge(pipe: Any, made: list[Update], scale: float) -> None:
+    """Add the updates to the weights of a pipeline without adapters, in float64."""
+    for update in made:
+        network, row = getattr(pipe, update.component), 0
+        for layer in update.layers:
+            weight = network.get_submodule(layer).weight
+            rows = update.B[row : row + weight.shape[0]].double().flatten(1)
+            weight.data = (
+                weight.double() + scale * (rows @ update.A.double().flatten(1)).reshape(weight.shape)
+            ).float()
+            row += weight.shape[0]
+
+
+def sd15_lora(scale: float = 1.0, key: str = "unet.{}.lora_{}.weight") -> dict[str, Tensor]:
+    """A LoRA of the tiny SD1.5 under these keys."""
+    layers = pair_layers(lora_for(tiny.build("sd15").unet))
+    return {
+        key.format(layer, half): tensor * (scale if half == "B" else 1)
+        for layer, lora in layers.items()
+        for half, tensor in lora._asdict().items()
+    }

@@ -1,0 +1,166 @@
+"""tdm info and tdm convert on LoRA files of any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tdm.cli import main
+from tdm.cli.info import describe
+from tdm.pipelines.families import family_of_name
+from tdm.pipelines.layer_names import layer_shapes, names_of
+from tdm.pipelines.presets import PRESETS
+from tdm.pipelines.skeleton import released, skeletons
+from tdm.pipelines.student import read_student
+from tdm.tests import tiny
+from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates
+from tdm.tests.pipelines.students import load, short_call
+
+RECIPE = ["trained_timesteps=900,700,500,300", "guidance_scale=1", "height=16", "width=16"]
+FIELDS = {"trained_timesteps": {4: [900, 700, 500, 300]}, "guidance_scale": 1.0, "height": 16, "width": 16}
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.build("sd15").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def kohya(tmp_path: Path) -> Path:
+    """A kohya file for the tiny SD1.5, with alphas and text encoder layers."""
+    pipe = tiny.build("sd15")
+    made = [u for part in ("unet", "text_encoder") for u in updates(pipe, part, own_names(getattr(pipe, part), ""))]
+    torch.save(tensors_of(LAYOUTS["kohya"], made), tmp_path / "lora.pt")
+    return tmp_path / "lora.pt"
+
+
+def test_a_converted_file_runs_alone_as_the_original_did(
+    base: Path, kohya: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "student.safetensors"
+    argv = ["convert", str(kohya), "--base", str(base), "--out", str(out), "--recipe", *RECIPE]
+    assert main(argv) == 0
+    assert "all of its LoRA layers" in capsys.readouterr().out
+    expected = short_call(load(base, student=kohya, recipe=FIELDS), "sd15")
+    assert torch.equal(short_call(load(out), "sd15"), expected)
+    recipe, tensors = read_student(out)
+    assert recipe is not None
+    assert recipe.trained_timesteps == {4: [900.0, 700.0, 500.0, 300.0]}
+    assert {key.split(".")[0] for key in tensors} == {"unet", "text_encoder"}
+
+    before = out.read_bytes()
+    assert "--force" in refused(argv, capsys)
+    assert out.read_bytes() == before
+    assert main([*argv, "--force", "--recipe", "height=24"]) == 0
+    assert "16 x 24" in capsys.readouterr().out
+
+
+def test_only_the_configs_of_the_base_are_read(base: Path, kohya: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    for file in base.rglob("*.json"):
+        (bare / file.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
+        (bare / file.relative_to(base)).write_bytes(file.read_bytes())
+    out = tmp_path / "s.safetensors"
+    assert main(["convert", str(kohya), "--base", str(bare), "--out", str(out), "--recipe", *RECIPE]) == 0
+    assert out.is_file()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_skeleton_has_the_layers_of_its_base(family: str, tmp_path: Path) -> None:
+    pipe = tiny.build(family)
+    pipe.save_pretrained(tmp_path)
+    found, networks = skeletons(str(tmp_path))
+    assert found.name == family
+    for component, network in networks.items():
+        assert layer_shapes(network) == layer_shapes(getattr(pipe, component))
+        assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+def test_info_explains_a_foreign_file(base: Path, kohya: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(kohya), "--base", str(base)]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "kohya (lora_te1_), lora_down / lora_up + kohya (lora_unet_), lora_down / lora_up; pickle",
+        "recipe            none: no TDM metadata",
+        "family            sd15",
+        "all of its LoRA layers",
+        "LoRA rank         2 (",
+        "LoRA alpha        3 (",
+        "LoRA scale        1.5 (",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("style", ["own", "native"])
+def test_info_tells_the_family_by_the_names(family: str, style: str, tmp_path: Path) -> None:
+    network = released(family)
+    own = layer_shapes(network)
+    names = {
+        n: layers for n, layers in names_of(network, family).items() if "." in n and (n in own) == (style == "own")
+    }
+    chosen = {n: layers for n, layers in names.items() if "att" in n} or names
+    state: dict[str, Any] = {}
+    for name in list(chosen)[-8:]:
+        parts = [own[layer] for layer in chosen[name]]
+        state[f"diffusion_model.{name}.lora_A.weight"] = torch.ones(1, parts[0].inputs, *parts[0].kernel)
+        rows = sum(part.outputs for part in parts)
+        state[f"diffusion_model.{name}.lora_B.weight"] = torch.ones(rows, 1, *[1] * len(parts[0].kernel))
+    if not state:
+        assert (family, style) == ("qwenimage", "native")  # its own names are the native ones
+        return
+    torch.save(state, tmp_path / "lora.bin")
+    text = describe(tmp_path / "lora.bin")
+    count = len(state) // 2
+    assert f"family            {family}\n" in text
+    assert f"{count} of its {count} LoRA layers are in a released {family}" in text
+
+
+@pytest.mark.parametrize("repository", PRESETS)
+def test_info_explains_a_released_student(repository: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", repository]) == 0
+    text, preset = capsys.readouterr().out, PRESETS[repository]
+    grid = ", ".join(f"{t:g}" for t in preset.recipe["trained_timesteps"][4])
+    for expected in (preset.base, grid, preset.sampler, preset.source, family_of_name(preset.family).name):
+        assert expected in text
+    if preset.scale != 1:
+        assert "preset scale      0.125" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["{lora}"], "--out"),
+        (["{lora}", "--out", "{tmp}/s.safetensors"], "does not name its base"),
+        (["{lora}", "--out", "{tmp}/s.safetensors", "--base", "{tmp}/gone"], "cannot read the base"),
+        (["{lora}", "--out", "{tmp}/s.safetensors", "--base", "bundled"], "LoRA"),
+        (["{lora}", "--out", "{tmp}/s.safetensors", "--base", "{base}"], "lacks: trained_timesteps, guidance_scale"),
+        (["{lora}", "--out", "{tmp}", "--base", "{base}"], "is a folder"),
+        (["{lora}", "--out", "{tmp}/s.safetensors", "--recipe", "height"], "not KEY=VALUE"),
+        (["{lora}", "--out", "{tmp}/s.safetensors", "--recipe", "hight=3"], "did you mean height?"),
+        (["{lora}", "--out", "{tmp}/s.safetensors", "--recipe", "trained_timesteps=a,b"], "cannot read the value"),
+        (["{tmp}/gone.pt", "--out", "{tmp}/s.safetensors", "--base", "{base}"], "no such file"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], said: str, base: Path, kohya: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"{tmp}": kohya.parent, "{lora}": kohya, "{base}": base}
+    for name, path in places.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    given = ["--recipe", *RECIPE] if "bundled" in arguments else []
+    assert said in refused(["convert", *arguments, *given], capsys)
+    assert [path.name for path in kohya.parent.iterdir()] == ["lora.pt"]
