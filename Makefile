@@ -30,11 +30,16 @@ types: .venv/test
 eval: .venv/demo
 	$(BIN)/tdm eval --force
 
-# Hours on CPUs. Stopped at any moment, the second and the last command go on from their last checkpoint.
-teacher: .venv/demo
-	$(BIN)/python -m tdm.training.teacher.vae --out runs/teacher
+# Hours on CPUs. Stopped at any moment, it goes on with the part it was in; the denoiser from its last checkpoint.
+teacher: .venv/demo runs/teacher/vae-decoder.json
 	$(BIN)/python -m tdm.training.teacher.denoiser --out runs/teacher
 	$(BIN)/python -m tdm.training.teacher.bundle --run runs/teacher --out runs/bundled
+
+runs/teacher/vae.json: | .venv/demo
+	$(BIN)/python -m tdm.training.teacher.vae --out runs/teacher
+
+runs/teacher/vae-decoder.json: runs/teacher/vae.json
+	$(BIN)/python -m tdm.training.teacher.vae --out runs/teacher --decoder-only
 
 # torch first and pinned: a plain "torch" would bring the CUDA build and gigabytes with it on a machine without a GPU.
 .venv/demo: pyproject.toml constraints.txt
