@@ -30,7 +30,7 @@ types: .venv/test
 eval: .venv/demo
 	$(BIN)/tdm eval --force
 
-# Hours on CPUs. Stopped at any moment, it goes on with the part it was in; the denoiser from its last checkpoint.
+# Hours on CPUs. Stopped at any moment, it begins the part it was in again, the denoiser at its last checkpoint.
 teacher: .venv/demo runs/teacher/vae-decoder.json
 	$(BIN)/python -m tdm.training.teacher.denoiser --out runs/teacher
 	$(BIN)/python -m tdm.training.teacher.bundle --run runs/teacher --out runs/bundled
