@@ -125,7 +125,7 @@ _PRESETS = (
             "num_frames": 49,
         },
         sampler="DDIM on the base's own schedule (zero terminal SNR, snr_shift_scale 3)",
-        source=_CARD,
+        source=f"{_CARD}; order 1 is ours, they name none",
     ),
     Preset(
         repository="Luo-Yihong/TDM-R1",
@@ -139,7 +139,7 @@ _PRESETS = (
             **_SQUARE_1024,
         },
         sampler="flow Euler, 5 steps = 4 network calls; the grid is the base's own, shift 3",
-        source=_CARD,
+        source=f"{_CARD}; the timesteps are not stated there, they are the base's own schedule",
         file="tdmr1_zimage_ema.ckpt",
         positional=Positional(("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"), rank=32, scale=64 / 32),
     ),

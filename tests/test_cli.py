@@ -10,19 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tdm.cli import main
+from tdm.tests.commands import refused
 
 PROMPT = "two red stars above a blue ball at night"
-
-
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a command that must end with exit code 2."""
-    capsys.readouterr()
-    assert main(argv) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert printed.err.startswith("tdm: ")
-    return printed.err
 
 
 @pytest.fixture

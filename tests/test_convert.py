@@ -15,20 +15,12 @@ from tdm.pipelines.presets import PRESETS
 from tdm.pipelines.skeleton import released, skeletons
 from tdm.pipelines.student import read_student
 from tdm.tests import tiny
+from tdm.tests.commands import refused
 from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates
 from tdm.tests.pipelines.students import load, short_call
 
 RECIPE = ["trained_timesteps=900,700,500,300", "guidance_scale=1", "height=16", "width=16"]
 FIELDS = {"trained_timesteps": {4: [900, 700, 500, 300]}, "guidance_scale": 1.0, "height": 16, "width": 16}
-
-
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(argv) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    return printed.err
 
 
 @pytest.fixture(scope="module")
