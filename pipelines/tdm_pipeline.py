@@ -20,6 +20,7 @@ from torch import nn
 from ..errors import TDMError
 from .adapters import active_adapters, adapters_hidden, adapters_off, lora_of, require_unfused, set_active
 from .families import Family
+from .image_to_image import image_to_image
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
 from .lora import Lora, peft_config, state_dict_of
 from .lora_file import LoraFile, read_lora_file
@@ -163,6 +164,26 @@ class TDMPipeline(DiffusionPipeline):
                 network.delete_adapters(STUDENT_ADAPTER)
             else:
                 delete_adapter_layers(network, STUDENT_ADAPTER)
+
+    def image_to_image(self, prompt: str | list[str] | None, image: Any, strength: float = 0.6, **call: Any) -> Any:
+        """Redraw a picture: start from it, noised to the trained timestep nearest to `strength`, and end on the grid.
+
+        Args:
+            prompt: as in a call.
+            image: PIL image, array, tensor [B, 3, H, W] in [0, 1], or a list of them; one for each prompt, or one for
+                all. Its own size is used, cut down to what the model works in, unless `height` and `width` are given.
+            strength: above 0 (close to the picture) to 1 (free of it), as a share of the noise schedule. A student of 4
+                steps has 4 of them; the nearest is taken, and as many network calls are made as steps are left.
+            call: other arguments of a call; `num_inference_steps` names the trained grid.
+
+        Returns:
+            What the pipeline returns.
+
+        Raises:
+            TDMError: a strength out of range, a size that does not fit, a family of videos, or another sampler than
+                `TDMScheduler` (as in `teacher`).
+        """
+        return image_to_image(self, image, strength, {"prompt": prompt, **call})
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[Self]:

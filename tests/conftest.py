@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny base, built once."""
+    from tdm.tests import tiny  # diffusers, which not every test needs
+
+    root = tmp_path_factory.mktemp("bases")
+
+    def base(family: str) -> Path:
+        if not (root / family).exists():
+            tiny.build(family).save_pretrained(root / family)
+        return root / family
+
+    return base
 
 
 @pytest.hookimpl(trylast=True)

@@ -25,9 +25,10 @@ def export_student(run: Run, path: Path) -> Path | None:
         family=task.family.name,
         prediction_type=task.prediction_type,
         trained_timesteps={len(timesteps): timesteps},
-        guidance_scale=1.0,
-        height=task.size,
-        width=task.size,
+        guidance_scale=task.student_guidance,
+        height=task.size.height,
+        width=task.size.width,
+        num_frames=task.size.num_frames,
         flow_shift=config.trajectory.shift if task.schedule.kind == "flow" else None,
         notes={
             "method": "Trajectory Distribution Matching (arXiv 2503.06674)",

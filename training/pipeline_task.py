@@ -14,19 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import TDMError
+from ..pipelines.families import Condition, Size
 from ..pipelines.locate import BUNDLED, base_folder, family_of_base
 from ..pipelines.schedule import NoiseSchedule, PredictionType
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.sheet import contact_sheet
 from .loop import Sampler
 from .metrics import colour_ratios
-from .trajectory import Condition
 from .world.captions import caption
 from .world.scene import Scene, random_scene, scenes
 from .world.verify import verify
 
 STICKERS = "stickers"
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 PREVIEWS = 8
 
 
@@ -37,84 +36,86 @@ class PipelineTaskConfig:
     name: str = "pipeline"
     model: str = BUNDLED  # folder or hub id of the base, or the bundled one
     prompts: str = STICKERS  # a text file with one prompt a line, or the grammar of the bundled world
+    height: int | None = None  # in pixels; None is the size that the model was made for
+    width: int | None = None
+    num_frames: int | None = None  # of a video
+    embedded_guidance: float | None = None  # what a guidance-distilled network (FLUX.1-dev) is told; None: its default
     evaluate: int = 64  # held-out prompts per evaluation (the bundled world only)
 
 
 class PipelineTask:
-    """``loop.Task`` of a PixArt-layout pipeline (T5 text encoder, PixArt transformer, VAE).
+    """``loop.Task`` of a pipeline of any family (see ``pipelines/families``).
 
     Args:
-        config: which base and which prompts.
+        config: which base, which prompts and which size.
         device, dtype: of the frozen base.
 
     Raises:
-        TDMError: an unsupported base, or a prompt file that is missing or empty.
+        TDMError: an unsupported base, a size that does not fit it, or a prompt file that is missing or empty.
     """
-
-    targets: Sequence[str] | str = TARGETS
-    latent_shape: tuple[int, ...]
 
     def __init__(self, config: PipelineTaskConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.config = config
         folder = base_folder(config.model)
         self.family = family_of_base(folder)
-        if self.family.name != "pixart":
-            raise TDMError(f"a {self.family.name} base cannot be distilled yet; supported: pixart")
         self.pipe: Any = self.family.pipeline_class().from_pretrained(folder, dtype=dtype)
         self.pipe.to(device).set_progress_bar_config(disable=True)
-        self.base: nn.Module = self.pipe.transformer
-        for part in (self.pipe.vae, self.pipe.text_encoder):
-            part.eval().requires_grad_(False)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False)
+        self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
+        self.targets: Sequence[str] | str = self.family.lora_targets
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
         self.schedule: NoiseSchedule = scheduler.schedule
         self.prediction_type: PredictionType = scheduler.config.prediction_type
-        sizes = self.pipe.transformer.config
-        self.latent_shape = (sizes.in_channels, sizes.sample_size, sizes.sample_size)
-        self.size = sizes.sample_size * self.pipe.vae_scale_factor
+        own = self.family.default_size(self.pipe)
+        self.size = Size(config.height or own.height, config.width or own.width, config.num_frames or own.num_frames)
+        if self.size.num_frames is not None and not self.family.video:
+            raise TDMError(
+                f"task.num_frames is {config.num_frames}, but {self.family.name} makes pictures; leave it out"
+            )
+        self.latent_shape: tuple[int, ...] = self.family.latent_shape(self.pipe, self.size)
+        if config.embedded_guidance is not None and not self.family.embeds_guidance(self.pipe):
+            raise TDMError(
+                "task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out"
+            )
         self.draw_prompts = _prompt_source(config.prompts)
         self._teacher_pictures: dict[str, Tensor] = {}
 
+    @property
+    def student_guidance(self) -> float:
+        """The guidance scale to run the student with: 1.0 is none; a guidance-distilled network is told the same."""
+        return float(self.encode([""])["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
+
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``loop.Task``. A learned-variance head's second half is dropped, as in sampling."""
-        output = base(
-            x,
-            encoder_hidden_states=cond["text"],
-            encoder_attention_mask=cond["mask"],
-            timestep=timesteps,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        ).sample
-        return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * x.shape[1] else output
+        """See ``loop.Task``."""
+        return self.family.denoise(base, x, timesteps, cond)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Condition:
-        """Prompt embeddings ``text`` [B, L, D] and ``mask`` [B, L], as the pipeline itself makes them."""
-        text, mask, _, _ = self.pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            clean_caption=False,
-            max_sequence_length=self.pipe.tokenizer.model_max_length,
-        )
-        return {"text": text, "mask": mask}
+        """The condition of prompts, as the pipeline itself makes it."""
+        return self.family.encode(self.pipe, prompts, self.size, **self._told)
+
+    @property
+    def _told(self) -> dict[str, float]:
+        scale = self.config.embedded_guidance
+        return {} if scale is None else {"guidance_scale": scale}
 
     def conditions(self, n: int, generator: torch.Generator) -> Condition:
         """See ``loop.Task``."""
         seed = int(torch.randint(2**62, (), generator=generator))
         return self.encode(list(islice(self.draw_prompts(random.Random(seed)), n)))
 
+    @torch.no_grad()
     def null(self, cond: Condition) -> Condition:
-        """The empty prompt."""
-        empty = self.encode([""])
-        return {key: value.expand(len(cond[key]), *value.shape[1:]) for key, value in empty.items()}
+        """No prompt, in the shapes of ``cond``."""
+        return self.family.null(self.pipe, cond, self.size, **self._told)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] to uint8 pictures [B, 3, H, W] on the CPU."""
-        vae = self.pipe.vae
-        parts = [
-            vae.decode((part / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float().cpu()
-            for part in latents.split(32)
-        ]
-        return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        """Latents [B, *latent_shape] to uint8 pictures [B, 3, H, W] on the CPU; of a video its middle frame."""
+        pixels = torch.cat([self.family.decode(self.pipe, part, self.size) for part in latents.split(32)])
+        return pixels[:, pixels.shape[1] // 2] if self.family.video else pixels
 
     def pictures(self, sampler: Sampler, prompts: list[str], seed: int) -> Tensor:
         """uint8 pictures of ``prompts`` from fixed noise."""

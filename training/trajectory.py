@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TDMError
+from ..pipelines.families import Condition
 from ..pipelines.schedule import (
     NoiseSchedule,
     ddim_step,
@@ -29,7 +30,6 @@ from ..pipelines.schedule import (
 )
 from .config import TrajectoryConfig
 
-Condition = dict[str, Tensor]  # what a prompt becomes: tensors [B, ...] by name; {} is unconditional
 Predict = Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]  # (x [B, ...], timesteps [B], cond) -> (x0, eps)
 
 

@@ -15,19 +15,6 @@ from tdm.tests import tiny
 from tdm.tests.pipelines.students import Make, load, lora_for, recipe_for
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's tiny base, built once."""
-    root = tmp_path_factory.mktemp("bases")
-
-    def base(family: str) -> Path:
-        if not (root / family).exists():
-            tiny.build(family).save_pretrained(root / family)
-        return root / family
-
-    return base
-
-
 @pytest.fixture
 def make(bases: Callable[[str], Path], tmp_path: Path) -> Make:
     """Writes a student file for a tiny base, and returns its path."""

@@ -1,0 +1,254 @@
+"""What every model family answers: how to load, prompt, call, adapt, size and decode it. One file each.
+
+Sampling goes through the family's stock pipeline; training calls the network itself. Both ask here, so that a student
+is trained on the very network calls that later sample it (tests/pipelines/test_families.py compares the two).
+Nothing in this package imports diffusers until a pipeline class is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import TDMError
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+Condition = dict[str, Tensor]
+"""What a prompt becomes: tensors [B, ...] by name; {} is unconditional."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+JOINT_ATTENTION = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+
+
+class Size(NamedTuple):
+    """Of a picture or video, in pixels; `num_frames` is None for a picture."""
+
+    height: int
+    width: int
+    num_frames: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Family(ABC):
+    """One row of the registry: a family on one of its stock pipelines.
+
+    Attributes:
+        pipeline: class name of the stock pipeline, as written in `model_index.json`.
+        name: the `family` field of a student file.
+        denoiser: the component that a student's LoRA belongs to; also the prefix of its keys.
+        lora_targets: endings of the layers that training puts a LoRA on, or one regular expression, as in peft.
+        guidance_argument: the argument of `__call__` that takes the recipe's guidance scale.
+        no_guidance: its value that switches guidance off; a pipeline with 0 counts from the conditional prediction,
+            ``cond + w * (cond - uncond)``, and gets the recipe's scale less 1.
+        call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
+        binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
+        video: it makes videos.
+        pixel_multiple: what the stock pipeline itself asks heights and widths to be multiples of.
+        float32_latents: its pipeline keeps latents in float32, whatever the weights are in.
+        home: module that defines the class, if stock diffusers lacks something (its name is then "TDM" + `pipeline`).
+    """
+
+    pipeline: str
+    name: ClassVar[str]
+    denoiser: ClassVar[Literal["unet", "transformer"]] = "transformer"
+    lora_targets: ClassVar[Sequence[str] | str]
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    no_guidance: ClassVar[float] = 1.0
+    call_kwargs: ClassVar[Mapping[str, Any]] = {}
+    binned_sample_sizes: ClassVar[frozenset[int] | None] = None
+    video: ClassVar[bool] = False
+    pixel_multiple: ClassVar[int] = 8
+    float32_latents: ClassVar[bool] = False
+    home: ClassVar[str | None] = None
+
+    # ------------------------------------------------------------------ loading and calling the stock pipeline
+
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        """The class to load a base with: the stock one, or ours where stock cannot load a LoRA."""
+        if self.home is None:
+            return getattr(importlib.import_module("diffusers"), self.pipeline)
+        return getattr(importlib.import_module(self.home, __package__), f"TDM{self.pipeline}")
+
+    def guidance(self, scale: float) -> dict[str, float]:
+        """The argument of `__call__` for a recipe's guidance scale (1.0 is none)."""
+        return {self.guidance_argument: scale - (1.0 - self.no_guidance)}
+
+    def call_defaults(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """`call_kwargs` for a loaded pipeline: resolution binning goes off where it has no table for the model."""
+        defaults = dict(self.call_kwargs)
+        sizes = self.binned_sample_sizes
+        if sizes is not None and getattr(pipe, self.denoiser).config.sample_size not in sizes:
+            defaults["use_resolution_binning"] = False
+        return defaults
+
+    # ------------------------------------------------------------------ sizes
+
+    def default_size(self, pipe: Any) -> Size:
+        """The size that the model was made for."""
+        side = getattr(pipe, self.denoiser).config.sample_size * pipe.vae_scale_factor
+        return Size(side, side)
+
+    def multiple(self, pipe: Any) -> int:
+        """Heights and widths are multiples of this, in pixels: for the pipeline, the VAE and the network's patches."""
+        return math.lcm(self.pixel_multiple, self.patch_pixels(pipe))
+
+    def patch_pixels(self, pipe: Any) -> int:
+        """The side of what one token of the network sees: the VAE's factor times the patch."""
+        return pipe.vae_scale_factor * (getattr(pipe, self.denoiser).config.get("patch_size") or 1)
+
+    def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        """The shape of one sample's latents, (C, h, w) for pictures; how a pipeline packs them does not matter here.
+
+        Raises:
+            TDMError: the height or width is no `multiple`.
+        """
+        factor = pipe.vae_scale_factor
+        self.check_size(pipe, size)
+        return (self.latent_channels(pipe), size.height // factor, size.width // factor)
+
+    def latent_channels(self, pipe: Any) -> int:
+        """Channels of the latents."""
+        return getattr(pipe, self.denoiser).config.in_channels
+
+    def check_size(self, pipe: Any, size: Size) -> None:
+        """Raise TDMError unless height and width are multiples of what the model works in."""
+        step = self.multiple(pipe)
+        if size.height % step or size.width % step or min(size[:2]) < step:
+            raise TDMError(f"{size.height}x{size.width} does not fit {self.name}: use multiples of {step} pixels")
+
+    # ------------------------------------------------------------------ the network, as training calls it
+
+    @abstractmethod
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:
+        """The condition of prompts, as the stock pipeline makes it: "text" [B, L, D], and what else the network takes.
+
+        Args:
+            pipe: the pipeline; its text encoders are used.
+            prompts: B of them.
+            size: of the pictures, which some networks are told.
+            options: arguments of `pipe(...)` about the text, such as `max_sequence_length`; its own defaults otherwise.
+        """
+
+    def null(self, pipe: Any, like: Condition, size: Size, **options: Any) -> Condition:
+        """The condition of no prompt, in the shapes of `like`: the unconditional half of guidance."""
+        return _expand_like(self.encode(pipe, [""], size, **options), like)
+
+    @abstractmethod
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        """The network's prediction at x, in the shape of x.
+
+        Args:
+            network: the denoiser, with whatever adapters are on.
+            x: latents [B, *latent_shape].
+            timesteps: [B] float32 on x's device, on the clock of the scheduler (0 to 1000).
+            cond: from `encode`.
+        """
+
+    def embeds_guidance(self, pipe: Any) -> bool:  # noqa: ARG002
+        """Whether the network itself takes a guidance scale (a guidance-distilled base)."""
+        return False
+
+    # ------------------------------------------------------------------ latents and pixels
+
+    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+        """Latents [B, *latent_shape] to pixels, uint8 on the CPU: [B, 3, H, W], of a video [B, F, 3, H, W]."""
+        scaled = self.unscale(pipe.vae, latents.to(pipe.vae.dtype))
+        return to_uint8(pipe.vae.decode(scaled, return_dict=False)[0])
+
+    def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] to latents [B, *latent_shape]: the mean of what the VAE would draw.
+
+        Raises:
+            TDMError: the family makes videos.
+        """
+        self.check_pictures()
+        return self.scale(pipe.vae, self._vae_latents(pipe.vae, pictures.to(pipe.vae.dtype)))
+
+    def check_pictures(self) -> None:
+        """Raise TDMError if the family makes videos."""
+        if self.video:
+            raise TDMError(f"image to image is for models of pictures; {self.name} makes videos")
+
+    def _vae_latents(self, vae: Any, pictures: Tensor) -> Tensor:
+        return vae.encode(pictures).latent_dist.mode()
+
+    def scale(self, vae: Any, latents: Tensor) -> Tensor:
+        """The VAE's latents as the denoiser knows them."""
+        return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+
+    def unscale(self, vae: Any, latents: Tensor) -> Tensor:
+        """The inverse of `scale`."""
+        return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [B, *latent_shape] as the pipeline's `latents=` argument and `output_type="latent"` have them."""
+        return latents
+
+    def unpack(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+        """The inverse of `pack`."""
+        return latents
+
+
+# ---------------------------------------------------------------------- shared by several families
+
+
+def text_options(pipe: Any, options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The arguments of `pipe(...)` about the text: those given, or the pipeline's own defaults."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {name: options.get(name, parameters[name].default) for name in names}
+
+
+def pad_text(text: Tensor, length: int) -> Tensor:
+    """Zeros behind the tokens of a "text" [B, L, D] or "mask" [B, L] up to a length."""
+    missing = length - text.shape[1]
+    return F.pad(text, (0, 0, 0, missing) if text.ndim == 3 else (0, missing)) if missing > 0 else text
+
+
+def channel_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, standard deviation) of a VAE's latent channels, shaped to go with `latents` [B, C, ...]."""
+    shape = (1, -1, *(1,) * (latents.ndim - 2))
+    mean, std = (torch.tensor(v).view(shape).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to uint8 on the CPU, with diffusers' own rounding."""
+    return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+
+
+def without_variance(output: Tensor, channels: int) -> Tensor:
+    """The prediction of a network that has a learned variance behind it, or not."""
+    return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * channels else output
+
+
+def patches(latents: Tensor) -> Tensor:
+    """[B, C, h, w] to the 2 x 2 patches [B, h w / 4, 4 C] of Flux and Qwen-Image."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def from_patches(packed: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `patches`, for latents of a height and width."""
+    b, _, c = packed.shape
+    latents = packed.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, c // 4, height, width)
+
+
+def _expand_like(one: Condition, like: Condition) -> Condition:
+    null: Condition = {}
+    for key, value in one.items():
+        value = pad_text(value, like[key].shape[1]) if key in ("text", "mask") else value
+        null[key] = value.expand(len(like[key]), *value.shape[1:])
+    return null

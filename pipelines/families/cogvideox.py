@@ -1,0 +1,77 @@
+"""CogVideoX (2B, 5B, 1.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, to_uint8
+
+
+class CogVideoX(Family):
+    """A video transformer on latents [F, C, h, w], T5 text in the same sequence."""
+
+    name = "cogvideox"
+    lora_targets = (*ATTENTION, *FEED_FORWARD)
+    video = True
+
+    def default_size(self, pipe: Any) -> Size:
+        config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial
+        return Size(config.sample_height * factor, config.sample_width * factor, config.sample_frames)
+
+    def patch_pixels(self, pipe: Any) -> int:
+        return pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size
+
+    def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        self.check_size(pipe, size)
+        factor = pipe.vae_scale_factor_spatial
+        frames = self._frames(pipe, size) + self._padding(pipe, size)
+        return (frames, self.latent_channels(pipe), size.height // factor, size.width // factor)
+
+    def _frames(self, pipe: Any, size: Size) -> int:
+        return (_num_frames(size) - 1) // pipe.vae_scale_factor_temporal + 1
+
+    def _padding(self, pipe: Any, size: Size) -> int:
+        """Latent frames in front that only fill a patch (CogVideoX 1.5)."""
+        patch = pipe.transformer.config.patch_size_t
+        return -self._frames(pipe, size) % patch if patch else 0
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        length = pipe.transformer.config.max_text_seq_length  # text and video share positions: exactly this long
+        return {"text": pipe.encode_prompt(prompts, None, False, max_sequence_length=length)[0]}
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        return network(
+            hidden_states=x,
+            encoder_hidden_states=cond["text"],
+            timestep=timesteps,
+            image_rotary_emb=_rotary_embedding(network.config, x),
+            return_dict=False,
+        )[0]
+
+    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+        latents = latents[:, self._padding(pipe, size) :]
+        return to_uint8(pipe.decode_latents(latents.to(pipe.vae.dtype)).permute(0, 2, 1, 3, 4))
+
+
+def _num_frames(size: Size) -> int:
+    assert size.num_frames is not None, "the size of a video names its number of frames"
+    return size.num_frames
+
+
+def _rotary_embedding(config: Any, x: Tensor) -> Any:
+    """The 5B models' (cosines, sines) for latents x [B, F, C, h, w], as `CogVideoXPipeline` prepares them."""
+    if not config.use_rotary_positional_embeddings:
+        return None
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    frames, (height, width) = x.shape[1], (side // config.patch_size for side in x.shape[-2:])
+    base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+    if config.patch_size_t is None:
+        crops = get_resize_crop_region_for_grid((height, width), base[1], base[0])
+        return get_3d_rotary_pos_embed(config.attention_head_dim, crops, (height, width), frames, device=x.device)
+    frames = -(-frames // config.patch_size_t)
+    grid: dict[str, Any] = {"grid_type": "slice", "max_size": base, "device": x.device}
+    return get_3d_rotary_pos_embed(config.attention_head_dim, None, (height, width), frames, **grid)

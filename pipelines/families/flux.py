@@ -1,0 +1,67 @@
+"""FLUX.1 (dev, schnell)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Condition, Family, Size, from_patches, patches, text_options
+
+
+class Flux(Family):
+    """A joint transformer on 2 x 2 patches of 16-channel latents; T5 text and a pooled CLIP prompt.
+
+    The dev model is guidance-distilled: its network takes a guidance scale, which a student's recipe then names.
+    """
+
+    name = "flux"
+    lora_targets = (
+        r".*(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
+        r"|single_transformer_blocks\.\d+\.proj_(mlp|out))"
+    )
+
+    def default_size(self, pipe: Any) -> Size:
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        return Size(side, side)
+
+    def patch_pixels(self, pipe: Any) -> int:
+        return 2 * pipe.vae_scale_factor
+
+    def latent_channels(self, pipe: Any) -> int:
+        return pipe.transformer.config.in_channels // 4
+
+    def embeds_guidance(self, pipe: Any) -> bool:
+        return pipe.transformer.config.guidance_embeds
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        given = text_options(pipe, options, "max_sequence_length")
+        text, pooled, _ = pipe.encode_prompt(prompts, None, **given)
+        cond = {"text": text, "pooled": pooled}
+        if self.embeds_guidance(pipe):
+            scale = text_options(pipe, options, "guidance_scale")["guidance_scale"]
+            cond["guidance"] = torch.full((len(prompts),), scale, device=text.device, dtype=torch.float32)
+        return cond
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        height, width = x.shape[-2:]
+        rows, columns = torch.arange(height // 2), torch.arange(width // 2)
+        places = torch.cartesian_prod(rows, columns).to(x.device, x.dtype)
+        output = network(
+            hidden_states=patches(x),
+            timestep=timesteps / 1000,
+            guidance=cond.get("guidance"),
+            pooled_projections=cond["pooled"],
+            encoder_hidden_states=cond["text"],
+            txt_ids=torch.zeros(cond["text"].shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=torch.nn.functional.pad(places, (1, 0)),
+            return_dict=False,
+        )[0]
+        return from_patches(output, height, width)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return patches(latents)
+
+    def unpack(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+        return from_patches(latents, size.height // pipe.vae_scale_factor, size.width // pipe.vae_scale_factor)

@@ -1,0 +1,43 @@
+"""PixArt-alpha (512 and 1024) and PixArt-Sigma."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, text_options, without_variance
+
+
+class PixArt(Family):
+    """A transformer on 4-channel latents with a learned-variance head, T5 text."""
+
+    name = "pixart"
+    lora_targets = (*ATTENTION, *FEED_FORWARD)
+    # Caption cleaning needs two optional packages and is skipped without them: off, so that no picture depends on that.
+    call_kwargs: ClassVar[Mapping[str, Any]] = {"clean_caption": False}
+    binned_sample_sizes = frozenset({32, 64, 128})
+    home = "..pixart"
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:
+        length = text_options(pipe, options, "max_sequence_length")["max_sequence_length"]
+        length = min(length, pipe.tokenizer.model_max_length)  # what is behind a prompt is masked: padding is only cost
+        text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, max_sequence_length=length)
+        cond = {"text": text, "mask": mask}
+        if pipe.transformer.use_additional_conditions:  # the 1024 model of PixArt-alpha
+            facts = {"resolution": [size.height, size.width], "aspect_ratio": [size.height / size.width]}
+            cond |= {key: torch.tensor(v).to(text).expand(len(prompts), -1) for key, v in facts.items()}
+        return cond
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        output = network(
+            x,
+            encoder_hidden_states=cond["text"],
+            encoder_attention_mask=cond["mask"],
+            timestep=timesteps,
+            added_cond_kwargs={key: cond.get(key) for key in ("resolution", "aspect_ratio")},
+            return_dict=False,
+        )[0]
+        return without_variance(output, x.shape[1])

@@ -1,0 +1,41 @@
+"""Sana."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import ATTENTION, Condition, Family, Size, text_options, without_variance
+
+
+class Sana(Family):
+    """A linear transformer on the deeply compressed latents of DC-AE, Gemma text."""
+
+    name = "sana"
+    lora_targets = ATTENTION
+    binned_sample_sizes = frozenset({16, 32, 64, 128})
+    pixel_multiple = 32
+    float32_latents = True
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        given = text_options(pipe, options, "max_sequence_length", "complex_human_instruction")
+        text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, **given)
+        return {"text": text, "mask": mask}
+
+    def null(self, pipe: Any, like: Condition, size: Size, **options: Any) -> Condition:
+        """The empty prompt, which the pipeline encodes without its instruction to the language model."""
+        return super().null(pipe, like, size, **{**options, "complex_human_instruction": None})
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        output = network(
+            x,
+            encoder_hidden_states=cond["text"],
+            encoder_attention_mask=cond["mask"],
+            timestep=timesteps * network.config.timestep_scale,  # type: ignore[union-attr, operator]
+            return_dict=False,
+        )[0]
+        return without_variance(output, x.shape[1])
+
+    def _vae_latents(self, vae: Any, pictures: Tensor) -> Tensor:
+        return vae.encode(pictures).latent

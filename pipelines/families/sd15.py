@@ -1,0 +1,24 @@
+"""Stable Diffusion 1.x and its fine-tunes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, text_options
+
+
+class SD15(Family):
+    """A UNet on 4-channel latents, CLIP text."""
+
+    name = "sd15"
+    denoiser = "unet"
+    lora_targets = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        given = text_options(pipe, options, "clip_skip")
+        return {"text": pipe.encode_prompt(prompts, pipe._execution_device, 1, False, **given)[0]}
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        return network(x, timesteps, encoder_hidden_states=cond["text"], return_dict=False)[0]

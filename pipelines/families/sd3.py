@@ -1,0 +1,34 @@
+"""Stable Diffusion 3 and 3.5 (medium, large)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import FEED_FORWARD, JOINT_ATTENTION, Condition, Family, Size, text_options
+
+
+class SD3(Family):
+    """A joint transformer on 16-channel latents; text of two CLIP encoders and T5, and a pooled prompt."""
+
+    name = "sd3"
+    lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
+
+    def default_size(self, pipe: Any) -> Size:
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        return Size(side, side)
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        given = text_options(pipe, options, "clip_skip", "max_sequence_length")
+        text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **given)
+        return {"text": text, "pooled": pooled}
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        return network(
+            hidden_states=x,
+            timestep=timesteps,
+            encoder_hidden_states=cond["text"],
+            pooled_projections=cond["pooled"],
+            return_dict=False,
+        )[0]

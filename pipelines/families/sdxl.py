@@ -1,0 +1,48 @@
+"""Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Condition, Size, channel_statistics, text_options
+from .sd15 import SD15
+
+
+class SDXL(SD15):
+    """The UNet is told a pooled prompt and the picture's size, beside the text of two CLIP encoders."""
+
+    name = "sdxl"
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:
+        given = text_options(pipe, options, "clip_skip")
+        text, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)
+        sides = (size.height, size.width)
+        # Original size, crop and target size, as the pipeline has them when nothing is said.
+        sizes = pipe._get_add_time_ids(sides, (0, 0), sides, text.dtype, pooled.shape[-1]).to(text.device)
+        return {"text": text, "pooled": pooled, "sizes": sizes.expand(len(prompts), -1)}
+
+    def null(self, pipe: Any, like: Condition, size: Size, **options: Any) -> Condition:
+        """Zeros where the model's own configuration says so, the empty prompt elsewhere."""
+        if not pipe.config.force_zeros_for_empty_prompt:
+            return super().null(pipe, like, size, **options)
+        return like | {key: torch.zeros_like(like[key]) for key in ("text", "pooled")}
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}
+        text = cond["text"]
+        return network(x, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+
+    def scale(self, vae: Any, latents: Tensor) -> Tensor:
+        if vae.config.get("latents_mean") is None or vae.config.get("latents_std") is None:
+            return super().scale(vae, latents)
+        mean, std = channel_statistics(vae, latents)
+        return (latents - mean) * vae.config.scaling_factor / std
+
+    def unscale(self, vae: Any, latents: Tensor) -> Tensor:
+        if vae.config.get("latents_mean") is None or vae.config.get("latents_std") is None:
+            return super().unscale(vae, latents)
+        mean, std = channel_statistics(vae, latents)
+        return latents * std / vae.config.scaling_factor + mean

@@ -1,0 +1,52 @@
+"""Wan 2.1 text-to-video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import ATTENTION, Condition, Family, Size, channel_statistics, text_options, to_uint8
+
+
+class Wan(Family):
+    """A video transformer on latents [C, F, h, w], UMT5 text."""
+
+    name = "wan"
+    lora_targets = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
+    video = True
+    pixel_multiple = 16
+    float32_latents = True
+
+    def default_size(self, pipe: Any) -> Size:
+        return Size(*text_options(pipe, {}, "height", "width", "num_frames").values())
+
+    def patch_pixels(self, pipe: Any) -> int:
+        return pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size[1]
+
+    def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
+        self.check_size(pipe, size)
+        assert size.num_frames is not None, "the size of a video names its number of frames"
+        frames = (size.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+        factor = pipe.vae_scale_factor_spatial
+        return (self.latent_channels(pipe), frames, size.height // factor, size.width // factor)
+
+    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        given = text_options(pipe, options, "max_sequence_length")
+        return {"text": pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)[0]}
+
+    def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        text = cond["text"]
+        return network(hidden_states=x, timestep=timesteps, encoder_hidden_states=text, return_dict=False)[0]
+
+    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+        frames = pipe.vae.decode(self.unscale(pipe.vae, latents.to(pipe.vae.dtype)), return_dict=False)[0]
+        return to_uint8(frames.permute(0, 2, 1, 3, 4))
+
+    def scale(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = channel_statistics(vae, latents)
+        return (latents - mean) / std
+
+    def unscale(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = channel_statistics(vae, latents)
+        return latents * std + mean

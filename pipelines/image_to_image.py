@@ -1,0 +1,98 @@
+"""Image to image with a few-step student: start from a picture, on one of the timesteps that the student knows."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..errors import TDMError
+from .families import Size
+from .schedule import NoiseSchedule
+from .scheduler import TDMScheduler
+
+
+def first_step(grid: Sequence[float], strength: float, schedule: NoiseSchedule) -> int:
+    """The index of the timestep nearest to a strength, as a share of the schedule's length; the noisier one of two.
+
+    Args:
+        grid: timesteps, decreasing.
+        strength: 0 (keep the picture) to 1 (keep nothing of it), without the 0.
+
+    Raises:
+        TDMError: the strength is outside that range.
+    """
+    if not 0 < strength <= 1:
+        raise TDMError(f"strength must be above 0 and at most 1, got {strength}")
+    shares = [t / schedule.num_train_timesteps for t in grid]
+    return min(range(len(grid)), key=lambda i: (abs(shares[i] - strength), i))
+
+
+@torch.no_grad()
+def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any]) -> Any:
+    """See `TDMPipeline.image_to_image`, whose pipeline this is given."""
+    scheduler = pipe.scheduler
+    if not isinstance(scheduler, TDMScheduler):
+        raise TDMError(
+            f"image_to_image follows a TDM student's grid, and this pipeline has a {type(scheduler).__name__}; use "
+            "diffusers' own image-to-image pipeline: AutoPipelineForImage2Image.from_pipe(pipe)"
+        )
+    family, call = pipe._family, dict(call)
+    family.check_pictures()
+    size, pictures = _pictures(pipe, image, call.pop("height", None), call.pop("width", None))
+    steps = call.pop("num_inference_steps", None) or pipe.recipe.default_steps
+    scheduler.set_timesteps(steps)
+    grid = scheduler.timesteps.tolist()
+    left = grid[first_step(grid, strength, scheduler.schedule) :]
+
+    device = pipe._execution_device
+    x0 = family.encode_pictures(pipe, pictures.to(device))
+    samples = _samples(call)
+    if samples % len(x0):
+        raise TDMError(f"{len(x0)} pictures do not go into {samples} samples (prompts times pictures per prompt)")
+    x0 = x0.repeat_interleave(samples // len(x0), dim=0)
+    noise = randn_tensor(tuple(x0.shape), generator=call.get("generator"), device=device, dtype=torch.float32)
+    alpha, sigma = scheduler.schedule.alpha_sigma(torch.tensor(left[0], dtype=torch.float64))
+    latents = float(alpha) * x0.float() + float(sigma) * noise
+    if family.binned_sample_sizes is not None:
+        call["use_resolution_binning"] = False  # the latents have their size
+    with _on_grid(pipe, left):
+        return pipe(
+            latents=family.pack(latents).to(torch.float32 if family.float32_latents else pipe.dtype),
+            num_inference_steps=len(left),
+            height=size.height,
+            width=size.width,
+            **call,
+        )
+
+
+def _pictures(pipe: Any, image: Any, height: int | None, width: int | None) -> tuple[Size, torch.Tensor]:
+    """The pictures [B, 3, H, W] in [-1, 1] at the size asked for, or their own cut down to what the model works in."""
+    step = pipe._family.multiple(pipe)
+    own_height, own_width = pipe.image_processor.get_default_height_width(
+        image[0] if isinstance(image, list) else image
+    )
+    size = Size(height or own_height // step * step, width or own_width // step * step)
+    pipe._family.check_size(pipe, size)
+    return size, pipe.image_processor.preprocess(image, height=size.height, width=size.width)
+
+
+def _samples(call: dict[str, Any]) -> int:
+    """How many pictures a call makes."""
+    prompt = call.get("prompt")
+    prompts = len(call["prompt_embeds"]) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+    return prompts * (call.get("num_images_per_prompt") or 1)
+
+
+@contextlib.contextmanager
+def _on_grid(pipe: Any, grid: list[float]) -> Iterator[None]:
+    """The student's sampler on these timesteps alone, for the length of a `with`."""
+    scheduler = pipe.scheduler
+    pipe.scheduler = TDMScheduler.from_config(scheduler.config, trained_timesteps={len(grid): grid})
+    try:
+        yield
+    finally:
+        pipe.scheduler = scheduler

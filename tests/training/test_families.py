@@ -1,0 +1,94 @@
+"""Every family is distilled by the same code, exported as one file, and sampled exactly as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tdm import TDMPipeline
+from tdm.errors import TDMError
+from tdm.pipelines.student import read_student
+from tdm.tests import tiny
+from tdm.training.config import load_config
+from tdm.training.export import export_student
+from tdm.training.loop import distill
+from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
+
+PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return str(path)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_student_of_any_family_is_sampled_as_it_was_trained(
+    family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
+) -> None:
+    call = tiny.call_kwargs(family)
+    size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
+    task = PipelineTask(PipelineTaskConfig(model=str(bases(family)), prompts=prompts, **size))
+    before = {name: value.clone() for name, value in task.base.state_dict().items()}
+    fast = ["updates=2", "batch_size=3", "precision=fp32", "student.lr=0.02", "critic.lr=0.02", "ema.decay=0"]
+    quiet = ["output.preview_every=2", "output.evaluate_every=0", "objective.guidance_scale=2.0", "task.prompts=x"]
+    run = distill(task, load_config(None, fast + quiet), tmp_path / "run", report=lambda _: None)
+    assert (tmp_path / "run" / "previews" / "000002.png").is_file()
+    after = task.base.state_dict()
+    assert all(torch.equal(after.get(name, after.get(_wrapped(name))), value) for name, value in before.items())
+
+    file = export_student(run, tmp_path / "student.safetensors")
+    assert file is not None
+    recipe, _ = read_student(file)
+    assert recipe is not None
+    assert (recipe.family, recipe.height, recipe.num_frames) == (family, call["height"], call.get("num_frames"))
+
+    noise = torch.randn(3, *task.latent_shape, generator=torch.Generator().manual_seed(0))
+    trained = task.family.pack(run.student(noise, task.encode(PROMPTS)))
+    teacher = task.family.pack(run.teacher(noise, task.encode(PROMPTS)))
+
+    pipe = TDMPipeline.from_pretrained(file)
+    pipe.set_progress_bar_config(disable=True)
+    options = {} if family != "cogvideox" else {"max_sequence_length": 16}  # the tiny one has room for no more
+    generator = torch.Generator().manual_seed(0)
+    sampled = pipe(prompt=list(PROMPTS), generator=generator, output_type="latent", **options)[0]
+    assert float((sampled - trained).norm() / trained.norm()) < 1e-4
+    assert float((sampled - teacher).norm() / trained.norm()) > 1e-3
+
+
+def _wrapped(name: str) -> str:
+    """The name of a weight under a LoRA."""
+    layer, _, kind = name.rpartition(".")
+    return f"{layer}.base_layer.{kind}"
+
+
+def test_a_guidance_distilled_base_is_told_the_same_in_training_and_sampling(
+    bases: Callable[[str], Path], prompts: str
+) -> None:
+    def task(**changes: float) -> PipelineTask:
+        return PipelineTask(
+            PipelineTaskConfig(model=str(bases("flux")), prompts=prompts, height=16, width=16, **changes)  # type: ignore[arg-type]
+        )
+
+    assert task().student_guidance == 3.5  # the pipeline's own
+    assert task(embedded_guidance=2.0).student_guidance == 2.0
+    assert task(embedded_guidance=2.0).encode(["a cat"])["guidance"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"embedded_guidance": 2.0}, "this base takes none"),
+        ({"num_frames": 9}, "makes pictures"),
+        ({"height": 17}, "multiples of 8 pixels"),
+    ],
+)
+def test_what_the_base_has_no_use_for_is_refused(
+    changes: dict[str, float], line: str, bases: Callable[[str], Path], prompts: str
+) -> None:
+    with pytest.raises(TDMError, match=line):
+        PipelineTask(PipelineTaskConfig(model=str(bases("sd15")), prompts=prompts, **changes))  # type: ignore[arg-type]
