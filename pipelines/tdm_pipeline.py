@@ -39,7 +39,8 @@ class TDMPipeline(DiffusionPipeline):
 
     The object is an instance of the base's own pipeline class (`isinstance(pipe, StableDiffusionXLPipeline)`), with
     every method of it. What is added: the student's LoRA as the adapter "student", a `TDMScheduler` with its trained
-    timesteps, and the student's step count, guidance and size as defaults of the call.
+    timesteps (or the sampler of a student of another method), and the student's step count, guidance and size as
+    defaults of the call.
 
         pipe = TDMPipeline.from_pretrained("student.safetensors", dtype=torch.bfloat16).to("cuda")
         image = pipe("a red cube").images[0]
@@ -259,6 +260,8 @@ class TDMPipeline(DiffusionPipeline):
             defaults["num_frames"] = recipe.num_frames
         if not self._teaching:
             defaults |= {"num_inference_steps": recipe.default_steps, **self._family.guidance(recipe.guidance_scale)}
+            if recipe.sampler is not None:
+                defaults["eta"] = recipe.sampler.eta
         return defaults
 
 
@@ -303,8 +306,10 @@ def recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Map
     return recipe
 
 
-def _student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> TDMScheduler:
+def _student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> Any:
     """The student's sampler, on the noise schedule of its base's scheduler config."""
+    if recipe.sampler is not None:
+        return recipe.sampler.on(config, recipe.trained_timesteps)
     shift = {} if recipe.flow_shift is None else {"flow_shift": recipe.flow_shift}
     return TDMScheduler.from_config(
         config, trained_timesteps=recipe.trained_timesteps, solver_order=recipe.solver_order, **shift
