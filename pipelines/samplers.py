@@ -102,11 +102,12 @@ def _on_trained_grids(name: str) -> Any:
         k, grids = num_inference_steps, self.trained_timesteps
         if k in grids and takes_timesteps:
             return stock.set_timesteps(self, device=device, timesteps=list(grids[k]), **options)
-        if k is not None and k not in grids and k not in self.warned:
+        if grids and k is not None and k not in grids and k not in self.warned:
             self.warned.add(k)
             stated = ", ".join(map(str, grids))
             warnings.warn(f"this student is for {stated} steps; {k} steps run on the grid of {name}", stacklevel=3)
         return stock.set_timesteps(self, k, device, **options)
 
     # Under its stock name and home: pipelines write both down when they are saved.
-    return type(name, (stock,), {"set_timesteps": set_timesteps, "__module__": stock.__module__})
+    names = {"set_timesteps": set_timesteps, "trained_timesteps": {}, "__module__": stock.__module__}
+    return type(name, (stock,), names)

@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from tdm import TDMPipeline, TDMScheduler
+from tdm.cli import main
 from tdm.cli.info import describe
 from tdm.errors import TDMError
 from tdm.pipelines.convert import convert_lora
@@ -199,6 +200,29 @@ def test_the_trained_timesteps_hold_in_other_pipelines_too(base: Callable[[str],
     image_to_image = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
     image_to_image.scheduler.set_timesteps(3)
     assert image_to_image.scheduler.timesteps.tolist() == grid
+
+
+def test_a_scheduler_made_anew_from_its_config_is_the_stock_one(other: Callable[[str], TDMPipeline]) -> None:
+    scheduler = other(LCM).scheduler
+    anew = type(scheduler).from_config(scheduler.config)
+    anew.set_timesteps(10)
+    assert len(anew.timesteps) == 10
+
+
+def test_the_commands_take_it(base: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student, out = write_released(tmp_path / TCD, PRESETS[TCD]), tmp_path / "a.png"
+    arguments = ["generate", "a red cube", "--model", str(base("sd15")), "--student", str(student), "--size", "16"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "16x16  4 network calls" in printed
+    assert "does not know" not in printed
+    student_of_ours = tmp_path / "student.safetensors"
+    sampler = "sampler={scheduler: LCMScheduler, config: {original_inference_steps: 1000}}"
+    recipe = ["--recipe", "trained_timesteps=999,499", "guidance_scale=1", "height=16", "width=16", sampler]
+    unknown = student.rename(tmp_path / "lora.safetensors")
+    assert main(["convert", str(unknown), "--base", str(base("sd15")), "--out", str(student_of_ours), *recipe]) == 0
+    assert main(["generate", "a red cube", "--student", str(student_of_ours), "--out", str(tmp_path / "b.png")]) == 0
+    assert "16x16  2 network calls" in capsys.readouterr().out
 
 
 def test_the_teacher_and_a_tdm_student_do_not_inherit_the_sampler(
