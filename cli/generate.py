@@ -90,7 +90,8 @@ def _file_for(prompt: str, seed: int, args: argparse.Namespace) -> Path:
 def unknown_words(pipe: Any, prompt: str) -> list[str]:
     """Words that the tokenizer does not know, which a small vocabulary silently drops."""
     tokenizer = pipe.tokenizer
-    return [w for w in re.findall(r"\w+", prompt.lower()) if tokenizer.unk_token_id in tokenizer(w).input_ids]
+    pieces = {w: tokenizer(w, add_special_tokens=False).input_ids for w in re.findall(r"\w+", prompt.lower())}
+    return [w for w, ids in pieces.items() if tokenizer.unk_token_id in ids]  # CLIP's ends every prompt, too
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import TDMError
 from ..pipelines.lora_file import LoraFile, read_lora_file
 from ..pipelines.lora_layouts import NamedLoras, parse
-from ..pipelines.presets import PRESETS, Preset, known_of
+from ..pipelines.presets import Preset, known_of, preset_of_id
 from ..pipelines.student import VERSION, StudentRecipe, fields_of
 
 HELP = """\
@@ -22,6 +22,7 @@ model, trained timesteps per step count, guidance, size), if it carries one or i
   tdm info runs/distill/student.safetensors
   tdm info lora.ckpt --base path/to/its/base          match its layers to a base
   tdm info Luo-Yihong/TDM_sd3_lora                    a released student, by its repository id
+  tdm info tianweiy/DMD2                              one of another method
 """
 
 
@@ -35,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``tdm info``."""
-    if args.file in PRESETS and not os.path.exists(args.file):
-        print(describe_preset(PRESETS[args.file]))
+    if not os.path.exists(args.file) and (preset := preset_of_id(args.file)) is not None:
+        print(describe_preset(preset))
         return
     path = args.file
     if os.path.isdir(path):
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 def describe_preset(preset: Preset) -> str:
     """A released student, as lines of text."""
-    return _lines({"released student": preset.repository, **_preset_rows(preset), **_recipe_rows(preset.fields)})
+    return _lines({"released student": preset.name, **_preset_rows(preset), **_recipe_rows(preset.fields)})
 
 
 def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
@@ -73,7 +74,7 @@ def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
         raise TDMError(f"{file.path}: {error}") from None
     rows = {"file": str(path), "layout": f"{named.layout if named else _nameless(file)}; {file.container}"}
     if preset is not None:
-        rows |= {"released student": preset.repository, **_preset_rows(preset)}
+        rows |= {"released student": preset.name, **_preset_rows(preset)}
     if fields:
         rows["recipe"] = f"in the file, format version {VERSION}" if fields_of(file.metadata) else "of the preset"
         rows |= _recipe_rows(fields)
@@ -117,6 +118,8 @@ def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
         "flow shift": "none" if recipe.flow_shift is None else f"{recipe.flow_shift:g}",
         "solver order": str(recipe.solver_order),
     }
+    if recipe.sampler is not None:
+        rows["scheduler"] = f"{recipe.sampler}; {recipe.default_steps} steps if none are asked for"
     return rows | {f"note: {topic}": text for topic, text in recipe.notes.items()}
 
 

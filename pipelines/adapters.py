@@ -30,6 +30,26 @@ def set_active(module: nn.Module, adapters: list[str]) -> None:
         layer.set_adapter(adapters)
 
 
+def is_on(module: nn.Module, adapter: str) -> bool:
+    """Whether an adapter has a part in what a network computes: switched on at some strength, or fused."""
+    return any(
+        adapter in layer.merged_adapters
+        or (adapter in layer.active_adapters and not layer.disable_adapters and layer.scaling[adapter] != 0)
+        for layer in tuner_layers(module)
+        if isinstance(layer, LoraLayer) and adapter in layer.scaling
+    )
+
+
+@contextmanager
+def staying_active(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """For a `with` that loads an adapter, which diffusers makes the only active one: those before it stay on too."""
+    before = [(module, active_adapters(module)) for module in modules]
+    yield
+    for module, adapters in before:
+        new = [adapter for adapter in active_adapters(module) if adapter not in adapters]
+        set_active(module, [*adapters, *new])
+
+
 def require_unfused(modules: Iterable[nn.Module]) -> None:
     """Raise TDMError if adapters are merged into the weights, where they can be neither switched off nor read."""
     if any(layer.merged for module in modules for layer in tuner_layers(module)):

@@ -42,6 +42,7 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
         )
     family, call = pipe._family, dict(call)
     family.check_pictures()
+    pipe._check_student()
     size, pictures = _pictures(pipe, image, call.pop("height", None), call.pop("width", None))
     steps = call.pop("num_inference_steps", None) or pipe.recipe.default_steps
     scheduler.set_timesteps(steps)

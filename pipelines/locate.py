@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 from ..errors import TDMError
 from .families import Family, family_of_pipeline
-from .presets import PRESETS, Preset, preset_of
+from .presets import Preset, preset_of, preset_of_id
 from .student import STUDENT_FILE
 
 BUNDLED = "bundled"
@@ -56,7 +56,7 @@ def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tu
         if not base and not (path / STUDENT_FILE).is_file() and preset_of(path) is None:
             raise TDMError(f"{path} is neither a pipeline ({_INDEX}) nor a student ({STUDENT_FILE})")
         return (str(path) if base else None), student_file(source, hub)
-    if source == BUNDLED or path.is_file() or path.suffix == ".safetensors" or str(source) in PRESETS:
+    if source == BUNDLED or path.is_file() or path.suffix in _LORA_SUFFIXES or preset_of_id(source) is not None:
         return None, student_file(source, hub)
     index, downloaded = _download(source, _INDEX, hub), _download(source, STUDENT_FILE, hub)
     if downloaded is None:
@@ -67,7 +67,8 @@ def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tu
 def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
     """The student file that `source` stands for: itself, or the `student.safetensors` of a folder or hub repository.
 
-    For a released student (see `presets.py`) it is the LoRA in its repository or folder, whatever that is called.
+    A file in a hub repository is `owner/name/file.safetensors`. For a released student (see `presets.py`) it is the
+    LoRA in its repository or folder, whatever that is called.
 
     Raises:
         TDMError: there is none, or several.
@@ -75,20 +76,40 @@ def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
     if source == BUNDLED:
         return bundled_path() / STUDENT_FILE
     path = Path(source)
-    if path.is_file() or path.suffix == ".safetensors":
-        return path  # if it is missing or no student, reading it says so
+    if path.is_file():
+        return path  # if it is no student, reading it says so
     if path.is_dir():
         if (path / STUDENT_FILE).is_file():
             return path / STUDENT_FILE
         if (preset := preset_of(path)) is None:
             raise TDMError(f"{path} has no {STUDENT_FILE}")
         return _released_lora(path, preset)
-    if (preset := PRESETS.get(str(source))) is not None:
-        return _released_lora(_snapshot(preset.repository, hub), preset)
+    if (preset := preset_of_id(source)) is not None:
+        if preset.file is None:
+            return _released_lora(_snapshot(preset.repository, hub), preset)
+        if (file := _download(preset.repository, preset.file, hub)) is None:  # alone: whole models may lie beside it
+            raise TDMError(f"{preset.repository}/{preset.file} is not in the local cache and not to be had")
+        return file
+    if path.suffix in _LORA_SUFFIXES:
+        return _hub_file(source, hub)
     downloaded = _download(source, STUDENT_FILE, hub)
     if downloaded is None:
         raise TDMError(_absent(source))
     return downloaded
+
+
+def _hub_file(source: Source, hub: Mapping[str, Any]) -> Path:
+    """The file that `owner/name/path` names on the hub.
+
+    Raises:
+        TDMError: there is none, or it is the path of a file that should be here.
+    """
+    owner, *rest = str(source).split("/")
+    remote = len(rest) >= 2 and not Path(owner).exists()
+    file = _download(f"{owner}/{rest[0]}", "/".join(rest[1:]), hub) if remote else None
+    if file is None:
+        raise TDMError(f"{source}: no such file" + (", and no hub repository within reach has it" if remote else ""))
+    return file
 
 
 def _released_lora(folder: Path, preset: Preset) -> Path:

@@ -29,6 +29,7 @@ from ..errors import TDMError
 from .families import family_of_name
 from .lora import Lora, pair_layers, peft_config, state_dict_of
 from .lora_file import open_safetensors
+from .samplers import Sampler
 from .schedule import PREDICTION_TYPES
 
 HEADER_KEY = "tdm_student"
@@ -52,6 +53,7 @@ class StudentRecipe:
         solver_order: 1 (DDIM / Euler) or 2 (DPM-Solver++ 2M on the same grid).
         num_frames: recommended length of a video.
         notes: free text about the training, by topic.
+        sampler: what a student of another method samples with (a `Sampler` or its fields); None for `TDMScheduler`.
     """
 
     base_model: str
@@ -65,6 +67,7 @@ class StudentRecipe:
     solver_order: int = 1
     num_frames: int | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -87,6 +90,8 @@ class StudentRecipe:
             self._require("flow_shift", self.prediction_type in ("flow_prediction", "sample"), "absent: no flow model")
             self._require("flow_shift", _is_number(self.flow_shift) and self.flow_shift > 0, "above 0")
         self._require("solver_order", self.solver_order in (1, 2), "1 or 2")
+        if self.sampler is not None:
+            self._check_sampler(self.sampler)
         texts = isinstance(self.notes, Mapping) and all(isinstance(v, str) for kv in self.notes.items() for v in kv)
         self._require("notes", texts, "texts by topic")
 
@@ -94,10 +99,18 @@ class StudentRecipe:
         if not ok:
             raise TDMError(f"student metadata: {name} must be {expected}, got {getattr(self, name)!r}")
 
+    def _check_sampler(self, sampler: Any) -> None:
+        sampler = sampler if isinstance(sampler, Sampler) else Sampler.from_fields(sampler)
+        object.__setattr__(self, "sampler", sampler)
+        self._require("sampler", self.prediction_type != "flow_prediction", "absent: its schedulers run no flow model")
+        self._require("solver_order", self.solver_order == 1, "absent: the sampler has its own")
+        ok = sampler.default_steps in (None, *self.trained_timesteps)
+        self._require("sampler", ok, "one whose default_steps is a trained step count")
+
     @property
     def default_steps(self) -> int:
-        """The step count to use when none is asked for: the largest trained K."""
-        return max(self.trained_timesteps)
+        """The step count to use when none is asked for: the sampler's default, or else the largest trained K."""
+        return (self.sampler and self.sampler.default_steps) or max(self.trained_timesteps)
 
     @classmethod
     def required(cls) -> list[str]:
@@ -105,8 +118,11 @@ class StudentRecipe:
         return [spec.name for spec in dataclasses.fields(cls) if spec.default is spec.default_factory]  # both MISSING
 
     def to_metadata(self) -> dict[str, str]:
-        """The header entry: {"tdm_student": JSON}."""
-        return {HEADER_KEY: json.dumps({"version": VERSION, **dataclasses.asdict(self)}, sort_keys=True)}
+        """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler` refuses a file that has it."""
+        fields = dataclasses.asdict(self)
+        if self.sampler is None:
+            del fields["sampler"]
+        return {HEADER_KEY: json.dumps({"version": VERSION, **fields}, sort_keys=True)}
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> StudentRecipe:

@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,16 @@ from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
 
 from ..errors import TDMError
-from .adapters import active_adapters, adapters_hidden, adapters_off, lora_of, require_unfused, set_active
+from .adapters import (
+    active_adapters,
+    adapters_hidden,
+    adapters_off,
+    is_on,
+    lora_of,
+    require_unfused,
+    set_active,
+    staying_active,
+)
 from .families import Family
 from .image_to_image import image_to_image
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
@@ -40,7 +50,8 @@ class TDMPipeline(DiffusionPipeline):
 
     The object is an instance of the base's own pipeline class (`isinstance(pipe, StableDiffusionXLPipeline)`), with
     every method of it. What is added: the student's LoRA as the adapter "student", a `TDMScheduler` with its trained
-    timesteps, and the student's step count, guidance and size as defaults of the call.
+    timesteps (or the sampler of a student of another method), and the student's step count, guidance and size as
+    defaults of the call.
 
         pipe = TDMPipeline.from_pretrained("student.safetensors", dtype=torch.bfloat16).to("cuda")
         image = pipe("a red cube").images[0]
@@ -55,6 +66,7 @@ class TDMPipeline(DiffusionPipeline):
     _family: Family
     _base: str
     _teacher_scheduler: Any
+    _sampler: Any  # the scheduler that came with the student
     _teaching = False
 
     @classmethod
@@ -121,7 +133,7 @@ class TDMPipeline(DiffusionPipeline):
             recipe: fields that complete or replace its metadata.
 
         Raises:
-            TDMError: as in `from_pretrained`; the pipeline is then left as it was.
+            TDMError: as in `from_pretrained`, or adapters are fused; the pipeline is then left as it was.
         """
         lora = read_lora_file(student_file(student, {}))
         self._load(lora, {**known_of(lora)[0], **(recipe or {})})
@@ -133,13 +145,14 @@ class TDMPipeline(DiffusionPipeline):
         placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
         scheduler = _student_scheduler(new, config)
 
+        self._require_unfused()
         active = {name: active_adapters(network) for name, network in self._adaptable().items()}
         self._detach()
         for name, layers in placed.items():
             self._attach(name, layers)
         for name, network in self._adaptable().items():  # the loaders made the new adapter the only active one
             set_active(network, [*(other for other in active[name] if other != STUDENT_ADAPTER), STUDENT_ADAPTER])
-        self.scheduler, self.recipe = scheduler, new
+        self.scheduler, self._sampler, self.recipe = scheduler, scheduler, new
         count = sum(map(len, placed.values()))
         _logger.info("%s: all %d LoRA layers match the %s", lora.path, count, " and the ".join(placed))
 
@@ -185,6 +198,16 @@ class TDMPipeline(DiffusionPipeline):
         """
         return image_to_image(self, image, strength, {"prompt": prompt, **call})
 
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Load a LoRA beside the student: the stock method, except that all adapters that were on stay on.
+
+        Stock pipelines leave only the newest on, which would switch the student off. Strengths are set as ever, with
+        ``pipe.set_adapters(["student", "style"], [1.0, 0.7])``, in any order.
+        """
+        loader: Any = super()
+        with staying_active(self._adaptable().values()):
+            loader.load_lora_weights(*args, **kwargs)
+
     @contextlib.contextmanager
     def teacher(self) -> Iterator[Self]:
         """The teacher, for the length of a `with`: all adapters off, the base's own scheduler, its stock defaults.
@@ -195,6 +218,7 @@ class TDMPipeline(DiffusionPipeline):
         Raises:
             TDMError: adapters are fused into the weights, so that they cannot be switched off.
         """
+        self._require_unfused()
         scheduler, teaching = self.scheduler, self._teaching
         with adapters_off(self._modules()):
             try:
@@ -262,7 +286,7 @@ class TDMPipeline(DiffusionPipeline):
 
     def _only_student(self) -> Placed:
         """The student's LoRA, if the pipeline holds no adapter beside it."""
-        require_unfused(self._modules())
+        self._require_unfused()
         attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
         if other := attached - {STUDENT_ADAPTER}:
             raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
@@ -272,6 +296,31 @@ class TDMPipeline(DiffusionPipeline):
             raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
         return student
 
+    def _require_unfused(self) -> None:
+        """Raise TDMError if an adapter is part of the weights, be it that it was unloaded after that."""
+        require_unfused(self._modules())
+        if self.fused_loras:
+            names = ", ".join(sorted(self.fused_loras))
+            raise TDMError(f"the adapters {names} were fused into the weights and unloaded; load the pipeline again")
+
+    def _check_student(self) -> None:
+        """Before a call: the student's sampler must not run the base alone. Another scheduler is the caller's choice.
+
+        Raises:
+            TDMError: the student is gone, after `unload_lora_weights` or `delete_adapters`.
+        """
+        if self._teaching or self.scheduler is not self._sampler or STUDENT_ADAPTER in self.fused_loras:
+            return
+        networks = self._adaptable().values()
+        if not any(STUDENT_ADAPTER in getattr(network, "peft_config", {}) for network in networks):
+            raise TDMError("the student is no longer loaded; call load_student, or use pipe.teacher() for the base")
+        if not any(is_on(network, STUDENT_ADAPTER) for network in networks):
+            warnings.warn(
+                "the student is switched off, but its sampler and defaults are in place: these are not the teacher's "
+                "pictures (those: pipe.teacher()); switch it on with enable_lora() or set_adapters()",
+                stacklevel=3,
+            )
+
     def _call_defaults(self) -> dict[str, Any]:
         """What a call uses for arguments that were left out or given as None."""
         recipe = self.recipe
@@ -280,6 +329,8 @@ class TDMPipeline(DiffusionPipeline):
             defaults["num_frames"] = recipe.num_frames
         if not self._teaching:
             defaults |= {"num_inference_steps": recipe.default_steps, **self._family.guidance(recipe.guidance_scale)}
+            if recipe.sampler is not None:
+                defaults["eta"] = recipe.sampler.eta
         return defaults
 
 
@@ -292,6 +343,7 @@ def _student_class(family: Family) -> Any:
 
     @functools.wraps(call)
     def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        self._check_student()
         bound = signature.bind_partial(self, *args, **kwargs)
         for argument, value in self._call_defaults().items():
             if argument in signature.parameters and bound.arguments.get(argument) is None:
@@ -324,8 +376,10 @@ def recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Map
     return recipe
 
 
-def _student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> TDMScheduler:
+def _student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> Any:
     """The student's sampler, on the noise schedule of its base's scheduler config."""
+    if recipe.sampler is not None:
+        return recipe.sampler.on(config, recipe.trained_timesteps)
     shift = {} if recipe.flow_shift is None else {"flow_shift": recipe.flow_shift}
     return TDMScheduler.from_config(
         config, trained_timesteps=recipe.trained_timesteps, solver_order=recipe.solver_order, **shift

@@ -121,15 +121,21 @@ def test_info_tells_the_family_by_the_names(family: str, style: str, tmp_path: P
     assert f"{count} of its {count} LoRA layers are in a released {family}" in text
 
 
-@pytest.mark.parametrize("repository", PRESETS)
-def test_info_explains_a_released_student(repository: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", repository]) == 0
-    text, preset = capsys.readouterr().out, PRESETS[repository]
-    grid = ", ".join(f"{t:g}" for t in preset.recipe["trained_timesteps"][4])
-    for expected in (preset.base, grid, preset.sampler, preset.source, family_of_name(preset.family).name):
+@pytest.mark.parametrize("name", PRESETS)
+def test_info_explains_a_released_student(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", name]) == 0
+    text, preset = capsys.readouterr().out, PRESETS[name]
+    grids = [", ".join(f"{t:g}" for t in grid) for grid in preset.recipe["trained_timesteps"].values()]
+    for expected in (name, preset.base, *grids, preset.sampler, preset.source, family_of_name(preset.family).name):
         assert expected in text
     if preset.scale != 1:
         assert "preset scale      0.125" in text
+
+
+def test_info_of_a_repository_with_several_students_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(["info", "ByteDance/Hyper-SD"], capsys)
+    assert said.count("ByteDance/Hyper-SD/Hyper-SD") == 12
+    assert "ByteDance/Hyper-SD/Hyper-SDXL-8steps-CFG-lora.safetensors" in said
 
 
 @pytest.mark.parametrize(

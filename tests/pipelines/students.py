@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,14 @@ def short_call(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
 
 def state(pipe: TDMPipeline) -> tuple[Any, ...]:
     return pipe.recipe, pipe.scheduler, type(pipe.scheduler), pipe.get_list_adapters(), pipe.get_active_adapters()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).double().norm() / expected.double().norm())
+
+
+def without_student(pipe: TDMPipeline) -> TDMPipeline:
+    """The same pipeline to put other networks into; a scheduler of its own says that this is meant."""
+    clean = copy.copy(pipe)
+    clean.scheduler = copy.copy(pipe.scheduler)
+    return clean

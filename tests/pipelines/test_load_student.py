@@ -189,7 +189,7 @@ def test_what_is_not_there_is_named(make: Make, bases: Callable[[str], Path], tm
     (tmp_path / "two" / "model_index.json").write_text(json.dumps(experts))
     moved = make("sd15", "moved.safetensors", base_model=str(tmp_path / "gone"))
     for args, message in [
-        ((tmp_path / "absent.safetensors",), "No such file"),
+        ((tmp_path / "absent.safetensors",), "no such file"),
         ((tmp_path / "absent",), "no such file or folder"),
         (("nobody/nothing",), "no such file or folder"),
         ((tmp_path / "empty",), "neither a pipeline"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,16 @@ from tdm.tests.pipelines.lora_files import (
     updates,
     write,
 )
-from tdm.tests.pipelines.students import latents, load, lora_for, plain, recipe_for, short_call
+from tdm.tests.pipelines.students import (
+    error,
+    latents,
+    load,
+    lora_for,
+    plain,
+    recipe_for,
+    short_call,
+    without_student,
+)
 from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
@@ -38,14 +46,10 @@ def merged_call(pipe: TDMPipeline, base: Path, family: str, made: list[Update], 
     """The student pipeline's call with the LoRA in the weights and no adapter."""
     by_hand = plain(base)
     merge(by_hand, made, scale)
-    clean = copy.copy(pipe)
+    clean = without_student(pipe)
     for component in {update.component for update in made} | {pipe._family.denoiser}:
         setattr(clean, component, getattr(by_hand, component))
     return short_call(clean, family)
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).double().norm() / expected.double().norm())
 
 
 def made_for(pipe: TDMPipeline, family: str, layout: str) -> list[Update]:
@@ -97,7 +101,7 @@ def test_a_file_means_what_it_means_to_diffusers(
     tensors = tensors_of(LAYOUTS[layout], made)
     pipe.load_student(write(tmp_path / "lora.bin", tensors), recipe=vars(recipe_for(family, bases(family))))
     stock.load_lora_weights(tensors)
-    clean = copy.copy(pipe)
+    clean = without_student(pipe)
     setattr(clean, denoiser, getattr(stock, denoiser))
     assert error(short_call(pipe, family), short_call(clean, family)) <= 1e-5
 
