@@ -30,7 +30,7 @@ class Family:
             ``cond + w * (cond - uncond)``, and gets the recipe's scale less 1.
         call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
         binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
-        home: module that defines the class, if stock diffusers lacks something (its name is then "TDM" + `pipeline`).
+        home: module that defines the class, if the stock one lacks or breaks something (it is then "TDM" + `pipeline`).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Family:
     home: str | None = None
 
     def pipeline_class(self) -> type[DiffusionPipeline]:
-        """The class to load a base with: the stock one, or ours where stock cannot load a LoRA."""
+        """The class to load a base with: the stock one, or ours where something in the stock one has to be mended."""
         if self.home is None:
             return getattr(importlib.import_module("diffusers"), self.pipeline)
         return getattr(importlib.import_module(self.home, __package__), f"TDM{self.pipeline}")
@@ -74,12 +74,12 @@ _FAMILIES = (
     Family("pixart", "PixArtAlphaPipeline", **_PIXART),
     Family("pixart", "PixArtSigmaPipeline", **_PIXART),
     Family("sd3", "StableDiffusion3Pipeline"),
-    Family("cogvideox", "CogVideoXPipeline"),
+    Family("cogvideox", "CogVideoXPipeline", home=".mended"),
     Family("flux", "FluxPipeline"),
-    Family("sana", "SanaPipeline", binned_sample_sizes=frozenset({16, 32, 64, 128})),
+    Family("sana", "SanaPipeline", binned_sample_sizes=frozenset({16, 32, 64, 128}), home=".mended"),
     Family("wan", "WanPipeline"),
-    Family("zimage", "ZImagePipeline", no_guidance=0.0),
-    Family("qwenimage", "QwenImagePipeline", guidance_argument="true_cfg_scale"),
+    Family("zimage", "ZImagePipeline", no_guidance=0.0, home=".mended"),
+    Family("qwenimage", "QwenImagePipeline", guidance_argument="true_cfg_scale", home=".mended"),
 )
 _BY_PIPELINE = {family.pipeline: family for family in _FAMILIES}
 _BY_NAME = {family.name: family for family in reversed(_FAMILIES)}
