@@ -9,10 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
-from PIL import Image
 from tdm import TDMPipeline
 from tdm.pipelines.stream import Step
 from tdm.tests import tiny
@@ -80,7 +80,7 @@ def test_a_step_holds_the_predicted_clean_sample(family: str, loaded: Loaded) ->
 def test_under_the_teachers_own_scheduler_a_step_holds_the_noisy_sample(loaded: Loaded) -> None:
     pipe, seen = loaded("sd3"), []
 
-    def look(_: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def look(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         seen.append(tensors["latents"])
         return tensors
 
@@ -112,20 +112,16 @@ def test_the_last_preview_is_the_small_picture_itself(family: str, make: Make) -
     assert len(last.preview) == 2
     for preview, picture in zip(last.preview, expected, strict=True):
         assert preview.size == (size["width"], size["height"])
-        assert preview.tobytes() == picture.tobytes()
-        assert len(set(preview.tobytes())) > 10  # a picture, not one colour
+        values, expected_values = (np.asarray(image, dtype=int) for image in (preview, picture))
+        assert abs(values - expected_values).max() <= 1  # z / s is not (1 / s) * z to the last bit
+        assert values.std() > 5  # a picture, not one colour
     assert last.preview[0].tobytes() != last.preview[1].tobytes()
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
-def test_large_latents_are_shrunk_before_they_are_decoded(family: str, loaded: Loaded) -> None:
-    pipe = loaded(family)
-    step = next(
-        pipe.stream(**call(family, height=768, width=512) if family == "wan" else call(family, height=96, width=64 * 2))
-    )
-    assert isinstance(step.preview[0], Image.Image)
-    factor = 8 if family == "wan" else 2
-    assert max(step.preview[0].size) == 32 * factor
+@pytest.mark.parametrize(("family", "side", "factor"), [("sd15", 128, 2), ("flux", 128, 2), ("wan", 512, 8)])
+def test_large_latents_are_shrunk_before_they_are_decoded(family: str, side: int, factor: int, loaded: Loaded) -> None:
+    step = next(loaded(family).stream(**call(family, height=side, width=side // 2)))
+    assert [picture.size for picture in step.preview] == [(16 * factor, 32 * factor)]
 
 
 def test_a_preview_costs_nothing_until_somebody_looks(make: Make) -> None:
@@ -135,7 +131,7 @@ def test_a_preview_costs_nothing_until_somebody_looks(make: Make) -> None:
     assert decoded == []
     assert steps[1].preview is steps[1].preview
     assert len(decoded) == 1
-    assert not steps[1].preview[0].tobytes() == steps[3].preview[0].tobytes()
+    assert steps[1].preview[0].tobytes() != steps[3].preview[0].tobytes()
 
 
 def test_previews_in_half_precision_leave_the_vae_as_it_was(make: Make) -> None:
@@ -176,9 +172,12 @@ def fail_in_the_loop(pipe: TDMPipeline) -> None:
         if step.index == 2:
             raise ArithmeticError
 
-    with pytest.raises(ArithmeticError):
+    def loop() -> None:
         for step in pipe.stream(**call("sd15")):
             body(step)
+
+    with pytest.raises(ArithmeticError):
+        loop()
 
 
 @pytest.mark.parametrize("stop", [leave_the_loop, close, forget, fail_in_the_loop])
@@ -188,7 +187,7 @@ def test_a_stopped_run_computes_no_further_and_leaves_no_trace(stop: Callable[[T
     calls = counter(pipe.unet)
     stop(pipe)
     assert len(calls) == 2
-    assert threading.active_count() == 1 or "tdm-stream" not in {thread.name for thread in threading.enumerate()}
+    assert "tdm-stream" not in {thread.name for thread in threading.enumerate()}
     assert state(pipe) == before
     assert torch.equal(latents(pipe, "sd15"), expected)
 
@@ -249,7 +248,7 @@ def test_the_users_callback_gets_the_tensors_that_it_asks_for(loaded: Loaded) ->
     class Look(PipelineCallback):
         tensor_inputs = ["prompt_embeds"]  # noqa: RUF012
 
-        def callback_fn(self, pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def callback_fn(self, _pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             seen.append(list(tensors))
             return tensors
 
@@ -273,7 +272,7 @@ def test_the_run_has_the_settings_of_the_consumers_thread(loaded: Loaded) -> Non
     pipe, seen = loaded("sd15"), []
     variable = contextvars.ContextVar("variable", default="none")
 
-    def look(_: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def look(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         seen.append((variable.get(), torch.get_default_device(), tensors["latents"].is_inference()))
         return tensors
 
