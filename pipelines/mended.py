@@ -13,7 +13,10 @@ _cogvideox_call: Any = CogVideoXPipeline.__call__
 
 
 class _MasksInOrder:
-    """Several images per prompt. The stock pipeline orders embeddings p0 p0 p1 p1, but their masks m0 m1 m0 m1."""
+    """Several images per prompt. The stock pipeline orders embeddings p0 p0 p1 p1, but their masks m0 m1 m0 m1.
+
+    See https://github.com/huggingface/diffusers/pull/14147.
+    """
 
     def encode_prompt(self, *args: Any, num_images_per_prompt: int = 1, **kwargs: Any) -> tuple[Tensor | None, ...]:
         once = super().encode_prompt(*args, num_images_per_prompt=1, **kwargs)  # type: ignore[misc]
@@ -33,7 +36,7 @@ class TDMZImagePipeline(ZImagePipeline):
 
     def _encode_prompt(self, prompt: str | list[str], *args: Any, **kwargs: Any) -> list[Tensor]:
         own = list(prompt) if isinstance(prompt, list) else prompt
-        return super()._encode_prompt(own, *args, **kwargs)
+        return super()._encode_prompt(own, *args, **kwargs)  # type: ignore[misc]
 
 
 class TDMCogVideoXPipeline(CogVideoXPipeline):

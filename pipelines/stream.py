@@ -59,7 +59,7 @@ class Step:
 
 
 class _Cancelled(BaseException):
-    """Ends a run that nobody wants to see the end of. No Exception: a callback's own handlers must let it pass."""
+    """Ends a run that nobody wants to see the end of; like GeneratorExit no Exception, for it is no error."""
 
 
 def stream(pipe: TDMPipeline, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[Step, None, None]:

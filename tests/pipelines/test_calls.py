@@ -30,16 +30,16 @@ def pictures(pipe: TDMPipeline, family: str, output_type: str, **kwargs: Any) ->
     return pipe(**{**tiny.call_kwargs(family), "output_type": output_type, **kwargs})[0]
 
 
-def samples_seen(pipe: TDMPipeline, run: Callable[[], Any]) -> int:
-    """How many samples go through the network in a run."""
+def counted(pipe: TDMPipeline, family: str, **kwargs: Any) -> tuple[int, Tensor]:
+    """(how many samples went through the network, latents) of a call."""
     seen: list[int] = []
 
     def count(_: Any, args: Any, kwargs: Any) -> None:
         seen.append(len(args[0] if args else kwargs["hidden_states"]))
 
     with getattr(pipe, pipe._family.denoiser).register_forward_pre_hook(count, with_kwargs=True):
-        run()
-    return sum(seen)
+        out = latents(pipe, family, **kwargs)
+    return sum(seen), out
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -66,11 +66,9 @@ def test_a_batch_of_prompts_and_generators_equals_the_single_calls(family: str, 
 def test_guidance_calls_the_network_on_both_halves_and_the_negative_prompt_matters(family: str, loaded: Loaded) -> None:
     pipe = loaded(family)
     guided = {GUIDED.get(family, "guidance_scale"): 3.0}
-    outputs: list[Tensor] = []
-    assert samples_seen(pipe, lambda: outputs.append(latents(pipe, family))) == 4
-    for negative in ("blurry", "a green box"):
-        run = lambda: outputs.append(latents(pipe, family, negative_prompt=negative, **guided))  # noqa: B023, E731
-        assert samples_seen(pipe, run) == 8
+    negatives = [{}, {"negative_prompt": "blurry", **guided}, {"negative_prompt": "a green box", **guided}]
+    counts, outputs = zip(*(counted(pipe, family, **arguments) for arguments in negatives), strict=True)
+    assert counts == (4, 8, 8)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert (outputs[i] - outputs[j]).abs().max() > 1e-3
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.pixart import TDMPixArtAlphaPipeline, TDMPixArtSigmaPipeline
@@ -66,6 +66,8 @@ def test_what_it_cannot_do_is_refused(loaded: Loaded) -> None:
     names = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     with pytest.raises(TDMError, match="can be given latents, not prompt_embeds"):
         latents(pipe, "pixart", callback_on_step_end=lambda *_: {}, **names)
+    with pytest.raises(TDMError, match="can be given latents, not prompt_embeds"):
+        latents(pipe, "pixart", callback_on_step_end=SDCFGCutoffCallback())
     with pytest.raises(TDMError, match="shape"):
         latents(pipe, "pixart", callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 4, 4, 4)})
 
