@@ -73,6 +73,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             timestep is ``num_train_timesteps * sigma``, already shifted: no shift touches it.
         solver_order: 1, or 2 for DPM-Solver++ 2M on the same grid (first and last step are of order 1).
 
+    Attributes:
+        pred_original_sample: the clean sample x0 that the last `step` predicted, in the dtype of the model output; None
+            before the first step of a run. Pipelines drop what `step` returns beside the next sample: previews need it.
+
     Raises:
         TDMError: arguments that contradict each other or name no schedule.
     """
@@ -216,6 +220,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._previous_x0: Tensor | None = None
+        self.pred_original_sample: Tensor | None = None
 
     def _is_pipeline_default(self, sigmas: list[float]) -> bool:
         n = len(sigmas)
@@ -302,6 +307,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self._step_index = i + 1
 
         prev_sample, x0 = prev_sample.to(model_output.dtype), x0.to(model_output.dtype)
+        self.pred_original_sample = x0
         return TDMSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
     def _find_step(self, timestep: float | Tensor) -> int:

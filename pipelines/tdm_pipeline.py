@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +37,7 @@ from .lora_file import LoraFile, read_lora_file
 from .lora_places import Placed, flat, place
 from .presets import known_of
 from .scheduler import TDMScheduler
+from .stream import Step, stream
 from .student import STUDENT_FILE, StudentRecipe, save_student
 
 STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
@@ -208,6 +209,22 @@ class TDMPipeline(DiffusionPipeline):
         with staying_active(self._adaptable().values()):
             loader.load_lora_weights(*args, **kwargs)
 
+    def stream(self, *args: Any, **kwargs: Any) -> Generator[Step, None, None]:
+        """A call that can be watched and stopped: what `pipe(...)` takes, step by step.
+
+            for step in pipe.stream("a red cube"):
+                show(step.output.images[0] if step.output else step.preview[0])
+
+        Yields a `Step` after each step, then one more with the call's own output, which is bit for bit that of
+        `pipe(...)`. Nothing runs until the first item is asked for, nor between two of them. Leaving the loop,
+        `close()` and dropping the generator stop the run, within the step in flight. One run at a time: another call
+        of the pipeline in between would mix up both.
+
+        Raises:
+            Exception: whatever `pipe(...)` raises, from the item at which it happens.
+        """
+        return stream(self, args, kwargs)
+
     @contextlib.contextmanager
     def teacher(self) -> Iterator[Self]:
         """The teacher, for the length of a `with`: all adapters off, the base's own scheduler, its stock defaults.
@@ -321,6 +338,15 @@ class TDMPipeline(DiffusionPipeline):
                 stacklevel=3,
             )
 
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+        """The arguments of a call by name, completed with the defaults."""
+        signature = inspect.signature(type(self).__call__)
+        bound = signature.bind_partial(self, *args, **kwargs)
+        for argument, value in self._call_defaults().items():
+            if argument in signature.parameters and bound.arguments.get(argument) is None:
+                bound.arguments[argument] = value
+        return bound
+
     def _call_defaults(self) -> dict[str, Any]:
         """What a call uses for arguments that were left out or given as None."""
         recipe = self.recipe
@@ -339,15 +365,11 @@ def _student_class(family: Family) -> Any:
     """`TDMPipeline` on top of a family's pipeline class, under its stock name: `save_pretrained` writes that down."""
     stock = family.pipeline_class()
     call: Any = stock.__call__
-    signature = inspect.signature(call)
 
     @functools.wraps(call)
     def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         self._check_student()
-        bound = signature.bind_partial(self, *args, **kwargs)
-        for argument, value in self._call_defaults().items():
-            if argument in signature.parameters and bound.arguments.get(argument) is None:
-                bound.arguments[argument] = value
+        bound = self._bind(args, kwargs)
         return call(*bound.args, **bound.kwargs)
 
     return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})

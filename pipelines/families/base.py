@@ -57,7 +57,7 @@ class Family(ABC):
         video: it makes videos.
         pixel_multiple: what the stock pipeline itself asks heights and widths to be multiples of.
         float32_latents: its pipeline keeps latents in float32, whatever the weights are in.
-        home: module that defines the class, if stock diffusers lacks something (its name is then "TDM" + `pipeline`).
+        home: module that defines the class, if the stock one lacks or breaks something (it is then "TDM" + `pipeline`).
     """
 
     pipeline: str
@@ -76,7 +76,7 @@ class Family(ABC):
     # ------------------------------------------------------------------ loading and calling the stock pipeline
 
     def pipeline_class(self) -> type[DiffusionPipeline]:
-        """The class to load a base with: the stock one, or ours where stock cannot load a LoRA."""
+        """The class to load a base with: the stock one, or ours where something in it has to be mended."""
         if self.home is None:
             return getattr(importlib.import_module("diffusers"), self.pipeline)
         return getattr(importlib.import_module(self.home, __package__), f"TDM{self.pipeline}")
@@ -164,8 +164,11 @@ class Family(ABC):
 
     def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
         """Latents [B, *latent_shape] to pixels, uint8 on the CPU: [B, 3, H, W], of a video [B, F, 3, H, W]."""
-        scaled = self.unscale(pipe.vae, latents.to(pipe.vae.dtype))
-        return to_uint8(pipe.vae.decode(scaled, return_dict=False)[0])
+        return to_uint8(pipe.vae.decode(self.unscale(pipe.vae, for_vae(pipe.vae, latents)), return_dict=False)[0])
+
+    def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+        """The latents of a video's first frame alone; pictures' as they are."""
+        return latents
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] to latents [B, *latent_shape]: the mean of what the VAE would draw.
@@ -174,7 +177,7 @@ class Family(ABC):
             TDMError: the family makes videos.
         """
         self.check_pictures()
-        return self.scale(pipe.vae, self._vae_latents(pipe.vae, pictures.to(pipe.vae.dtype)))
+        return self.scale(pipe.vae, self._vae_latents(pipe.vae, for_vae(pipe.vae, pictures)))
 
     def check_pictures(self) -> None:
         """Raise TDMError if the family makes videos."""
@@ -221,6 +224,13 @@ def channel_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, -1, *(1,) * (latents.ndim - 2))
     mean, std = (torch.tensor(v).view(shape).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std))
     return mean, std
+
+
+def for_vae(vae: Any, x: Tensor) -> Tensor:
+    """x in the dtype of a VAE, where the VAE runs (an offloaded one is elsewhere until it is called)."""
+    from diffusers.utils.torch_utils import get_module_execution_device
+
+    return x.to(get_module_execution_device(vae), vae.dtype)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, to_uint8
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, for_vae, to_uint8
 
 
 class CogVideoX(Family):
@@ -15,6 +15,7 @@ class CogVideoX(Family):
     name = "cogvideox"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     video = True
+    home = "..mended"
 
     def default_size(self, pipe: Any) -> Size:
         config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial
@@ -51,8 +52,13 @@ class CogVideoX(Family):
         )[0]
 
     def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
-        latents = latents[:, self._padding(pipe, size) :]
-        return to_uint8(pipe.decode_latents(latents.to(pipe.vae.dtype)).permute(0, 2, 1, 3, 4))
+        padding = latents.shape[1] - self._frames(pipe, size)
+        frames = pipe.decode_latents(for_vae(pipe.vae, latents[:, padding:]))
+        return to_uint8(frames.permute(0, 2, 1, 3, 4))
+
+    def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+        padding = self._padding(pipe, size)
+        return latents[:, padding : padding + 1]
 
 
 def _num_frames(size: Size) -> int:

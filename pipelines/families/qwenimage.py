@@ -13,6 +13,7 @@ from .base import (
     Family,
     Size,
     channel_statistics,
+    for_vae,
     from_patches,
     patches,
     text_options,
@@ -26,6 +27,7 @@ class QwenImage(Family):
     name = "qwenimage"
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     guidance_argument = "true_cfg_scale"
+    home = "..mended"
 
     def default_size(self, pipe: Any) -> Size:
         side = pipe.default_sample_size * pipe.vae_scale_factor
@@ -63,7 +65,7 @@ class QwenImage(Family):
         return from_patches(latents, size.height // pipe.vae_scale_factor, size.width // pipe.vae_scale_factor)
 
     def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
-        frames = self.unscale(pipe.vae, latents.to(pipe.vae.dtype).unsqueeze(2))
+        frames = self.unscale(pipe.vae, for_vae(pipe.vae, latents).unsqueeze(2))
         return to_uint8(pipe.vae.decode(frames, return_dict=False)[0][:, :, 0])
 
     def _vae_latents(self, vae: Any, pictures: Tensor) -> Tensor:

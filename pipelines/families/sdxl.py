@@ -35,6 +35,17 @@ class SDXL(SD15):
         text = cond["text"]
         return network(x, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
+    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+        """As the pipeline does, in float32 where the VAE would overflow in half precision; the way back is exact."""
+        overflows = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
+        if overflows:
+            pipe.vae.to(dtype=torch.float32)
+        try:
+            return super().decode(pipe, latents, size)
+        finally:
+            if overflows:
+                pipe.vae.to(dtype=torch.float16)
+
     def scale(self, vae: Any, latents: Tensor) -> Tensor:
         if vae.config.get("latents_mean") is None or vae.config.get("latents_std") is None:
             return super().scale(vae, latents)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, channel_statistics, text_options, to_uint8
+from .base import ATTENTION, Condition, Family, Size, channel_statistics, for_vae, text_options, to_uint8
 
 
 class Wan(Family):
@@ -40,8 +40,11 @@ class Wan(Family):
         return network(hidden_states=x, timestep=timesteps, encoder_hidden_states=text, return_dict=False)[0]
 
     def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
-        frames = pipe.vae.decode(self.unscale(pipe.vae, latents.to(pipe.vae.dtype)), return_dict=False)[0]
+        frames = pipe.vae.decode(self.unscale(pipe.vae, for_vae(pipe.vae, latents)), return_dict=False)[0]
         return to_uint8(frames.permute(0, 2, 1, 3, 4))
+
+    def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+        return latents[:, :, :1]
 
     def scale(self, vae: Any, latents: Tensor) -> Tensor:
         mean, std = channel_statistics(vae, latents)

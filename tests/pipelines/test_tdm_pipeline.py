@@ -39,7 +39,11 @@ def test_a_student_alone_is_a_pipeline_that_a_prompt_suffices_for(
     stock = type(tiny.build(family))
     assert isinstance(pipe, stock)
     assert isinstance(pipe, TDMPipeline)
-    assert inspect.signature(type(pipe).__call__) == inspect.signature(stock.__call__)
+    parameters, expected = (dict(inspect.signature(c.__call__).parameters) for c in (type(pipe), stock))
+    if family == "pixart":  # stock swallows these two in its **kwargs
+        added = {parameters.pop(name).kind for name in ("callback_on_step_end", "callback_on_step_end_tensor_inputs")}
+        assert added == {inspect.Parameter.KEYWORD_ONLY}
+    assert parameters == expected
 
     samples: list[int] = []
 
