@@ -18,7 +18,16 @@ from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
 
 from ..errors import TDMError
-from .adapters import active_adapters, adapters_hidden, adapters_off, lora_of, require_unfused, set_active
+from .adapters import (
+    active_adapters,
+    adapters_hidden,
+    adapters_off,
+    lora_of,
+    require_unfused,
+    require_wide,
+    set_active,
+)
+from .attention import use_attention
 from .families import Family
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
 from .lora import Lora, peft_config, state_dict_of
@@ -120,7 +129,7 @@ class TDMPipeline(DiffusionPipeline):
             recipe: fields that complete or replace its metadata.
 
         Raises:
-            TDMError: as in `from_pretrained`; the pipeline is then left as it was.
+            TDMError: as in `from_pretrained`, or layerwise casting is on; the pipeline is then left as it was.
         """
         lora = read_lora_file(student_file(student, {}))
         self._load(lora, {**known_of(lora)[0], **(recipe or {})})
@@ -131,6 +140,7 @@ class TDMPipeline(DiffusionPipeline):
         preset = known_of(lora)[1]
         placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
         scheduler = _student_scheduler(new, config)
+        require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
 
         active = {name: active_adapters(network) for name, network in self._adaptable().items()}
         self._detach()
@@ -197,7 +207,8 @@ class TDMPipeline(DiffusionPipeline):
 
         Raises:
             TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: adapters
-                beside the student, a student that is fused, unloaded or not at strength 1.0; or `push_to_hub` is given.
+                beside the student, a student that is fused, unloaded or not at strength 1.0, weights under layerwise
+                casting; or `push_to_hub` is given.
         """
         target = Path(save_directory).absolute()
         if target.is_file():
@@ -206,6 +217,7 @@ class TDMPipeline(DiffusionPipeline):
             raise TDMError(f"{target} exists; pass force=True to replace it")
         if kwargs.pop("push_to_hub", False):
             raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
+        require_wide(self._modules(), "call save_pretrained before enable_layerwise_casting")
         student = self._only_student()
         unfinished, replaced = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
         scheduler, self.scheduler = self.scheduler, self._teacher_scheduler
@@ -224,6 +236,23 @@ class TDMPipeline(DiffusionPipeline):
                 replaced.rename(target)
             for leftover in (unfinished, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+    def use_attention(self, backend: str | None = None) -> str:
+        """Switch the denoiser's attention to a backend of diffusers, or to the best that works here.
+
+        Args:
+            backend: "native" (torch's SDPA), "xformers", "flash", "sage", ...; None for the best. See `attention.py`.
+
+        Returns:
+            The name of what it got.
+
+            >>> TDMPipeline.from_pretrained().use_attention("native")
+            'native'
+
+        Raises:
+            TDMError: the named backend cannot be had here; the message says why and which can, and nothing has changed.
+        """
+        return use_attention(self._denoiser, backend, self._execution_device)
 
     @property
     def _denoiser(self) -> Any:
