@@ -69,7 +69,7 @@ def use_attention(denoiser: Any, backend: str | None = None, device: torch.devic
 
 
 def available_attention(denoiser: Any, device: torch.device | str | None = None) -> list[str]:
-    """The backends that work here, but for those of the hub: trying would download them. Arguments as `use_attention`."""
+    """The backends that work here, but for those of the hub: a trial would download them. See `use_attention`."""
     device = torch.device(device or denoiser.device)
     names = [backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub")]
     return [name for name in names if _why_not(denoiser, name, device) is None]
