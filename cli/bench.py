@@ -10,8 +10,8 @@ from ..errors import TDMError
 from .generate import quiet
 
 HELP = """\
-Compare, on the same weights and in turns: the call of TDMPipeline, the call of the stock pipeline with its own scheduler
-and the same settings, and the bare network calls with nothing between them. Prints a markdown table.
+Compare, on the same weights and in turns: the call of TDMPipeline, the call of the stock pipeline with its own
+scheduler and the same settings, and the bare network calls with nothing between them. Prints a markdown table.
 
   s, over bare     median seconds of a call, and the median ratio to the bare networks in the same round
   peak MB          memory beyond the weights: of the device, or on a CPU of the tensors that operators made

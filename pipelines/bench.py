@@ -34,7 +34,7 @@ class Cost:
     """Operators that one part of a run dispatched.
 
     Attributes:
-        operators: of any kind, views included.
+        operators: on tensors, of any kind, views included.
         allocations: outputs with memory of their own.
         copies: operators that only move or cast values.
         reads: operators whose result the host waits for; a host sync, where the value is on an accelerator.
@@ -68,13 +68,16 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
+        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        if not given and not made:  # such as promote_types
+            return out
         cost, name = self.counts.parts[self.part], function.overloadpacket.__name__
         cost.operators += 1
         cost.copies += name in COPIES
         cost.reads += name in READS
-        known = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for storage in {_storage(t)._cdata: _storage(t) for t in tree_leaves(out) if isinstance(t, Tensor)}.values():
-            if storage._cdata not in known:
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for address, storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in made}.items():
+            if address not in known:
                 cost.allocations += 1
                 self._live += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes())
@@ -83,10 +86,6 @@ class _Meter(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self._live -= size
-
-
-def _storage(tensor: Tensor) -> Any:
-    return tensor.untyped_storage()
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:

@@ -200,15 +200,16 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         else:
             grid = self._grid_for(len(levels) if levels is not None else num_inference_steps, mu)
 
-        alphas, pair_sigmas = grid_pairs(self.schedule, grid)
+        if not grid or grid != self._grid:  # pipelines choose the same grid call after call
+            alphas, pair_sigmas = grid_pairs(self.schedule, grid)
+            # As in diffusers: sigma on a flow model, sigma / alpha on a vp one; on the CPU, with the final 0.
+            self.sigmas = (pair_sigmas if self.schedule.kind == "flow" else pair_sigmas / alphas).float()
+            # Python floats: `step` reads no tensor, so it never waits for the device.
+            self._alphas, self._sigmas = alphas.tolist(), pair_sigmas.tolist()
+            self._weights = second_order_weights(alphas, pair_sigmas)
         whole = self.schedule.kind == "vp" and all(t == int(t) for t in grid)
         self.num_inference_steps = len(grid)
         self.timesteps = torch.tensor(grid, dtype=torch.int64 if whole else torch.float32, device=device)
-        # As in diffusers: sigma on a flow model, sigma / alpha on a vp one; on the CPU, with the final 0.
-        self.sigmas = (pair_sigmas if self.schedule.kind == "flow" else pair_sigmas / alphas).float()
-        # Python floats: `step` reads no tensor, so it never waits for the device.
-        self._alphas, self._sigmas = alphas.tolist(), pair_sigmas.tolist()
-        self._weights = second_order_weights(alphas, pair_sigmas)
         self._reset(grid)
 
     def _reset(self, grid: list[float]) -> None:
