@@ -75,6 +75,12 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
     Raises:
         TDMError: arguments that contradict each other or name no schedule.
+
+    >>> scheduler = TDMScheduler(prediction_type="flow_prediction", trained_timesteps=[1000, 900, 750, 500])
+    >>> scheduler.set_timesteps(4)
+    >>> x = torch.randn(1, 4, 8, 8)
+    >>> for t in scheduler.timesteps:
+    ...     x = scheduler.step(torch.zeros_like(x), t, x).prev_sample  # zeros: where the network's output goes
     """
 
     order = 1  # network calls per timestep, as diffusers counts them
@@ -148,6 +154,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Raises:
             TDMError: the config has no schedule this class can follow, or a keyword argument is unknown.
+
+        >>> stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        >>> TDMScheduler.from_config(stock.config, trained_timesteps=[900, 450]).config.flow_shift
+        3.0
         """
         if isinstance(config, Mapping):
             own = config.get("_class_name") == cls.__name__ or "trained_timesteps" in config
@@ -183,6 +193,11 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Raises:
             TDMError: no grid or two grids were given, or it is not valid.
+
+        >>> scheduler = TDMScheduler(prediction_type="v_prediction")
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps
+        tensor([999, 749, 499, 249])
         """
         if timesteps is not None and sigmas is not None:
             raise TDMError("give either timesteps or sigmas, not both")

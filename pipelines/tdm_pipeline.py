@@ -50,10 +50,10 @@ class TDMPipeline(DiffusionPipeline):
     every method of it. What is added: the student's LoRA as the adapter "student", a `TDMScheduler` with its trained
     timesteps, and the student's step count, guidance and size as defaults of the call.
 
-        pipe = TDMPipeline.from_pretrained("student.safetensors", dtype=torch.bfloat16).to("cuda")
-        image = pipe("a red cube").images[0]
-        with pipe.teacher():
-            reference = pipe("a red cube").images[0]
+        >>> from tdm import TDMPipeline
+        >>> pipe = TDMPipeline.from_pretrained()  # the bundled model; or a student file, with dtype=, then .to("cuda")
+        >>> pipe("a red star at night", generator=torch.Generator().manual_seed(0)).images[0].size
+        (64, 64)
 
     Attributes:
         recipe: how the loaded student is run.
@@ -92,6 +92,10 @@ class TDMPipeline(DiffusionPipeline):
         Raises:
             TDMError: no student or no base there; metadata that is missing (all is listed) or wrong; a student of
                 another family or prediction type; LoRA layers that do not fit the base; NaN; an unsupported base.
+
+        >>> pipe = TDMPipeline.from_pretrained("bundled", recipe={"trained_timesteps": {2: [1000, 500]}})
+        >>> type(pipe).__name__, type(pipe.scheduler).__name__, pipe.recipe.default_steps
+        ('PixArtAlphaPipeline', 'TDMScheduler', 2)
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
@@ -130,6 +134,12 @@ class TDMPipeline(DiffusionPipeline):
 
         Raises:
             TDMError: as in `from_pretrained`, or layerwise casting is on; the pipeline is then left as it was.
+
+        >>> pipe = TDMPipeline.from_pretrained()
+        >>> pipe.save_pretrained("model")
+        >>> pipe.load_student("model/student.safetensors", recipe={"solver_order": 2})
+        >>> pipe.scheduler.config.solver_order, pipe.get_active_adapters()
+        (2, ['student'])
         """
         lora = read_lora_file(student_file(student, {}))
         self._load(lora, {**known_of(lora)[0], **(recipe or {})})
@@ -183,6 +193,12 @@ class TDMPipeline(DiffusionPipeline):
 
         Raises:
             TDMError: adapters are fused into the weights, so that they cannot be switched off.
+
+        >>> pipe = TDMPipeline.from_pretrained()
+        >>> with pipe.teacher():
+        ...     picture = pipe("a red star", num_inference_steps=10, guidance_scale=3.0).images[0]
+        ...     print(type(pipe.scheduler).__name__)
+        DPMSolverMultistepScheduler
         """
         scheduler, teaching = self.scheduler, self._teaching
         with adapters_off(self._modules()):
@@ -209,6 +225,10 @@ class TDMPipeline(DiffusionPipeline):
             TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: adapters
                 beside the student, a student that is fused, unloaded or not at strength 1.0, weights under layerwise
                 casting; or `push_to_hub` is given.
+
+        >>> TDMPipeline.from_pretrained().save_pretrained("saved")
+        >>> TDMPipeline.from_pretrained("saved").recipe.family
+        'pixart'
         """
         target = Path(save_directory).absolute()
         if target.is_file():
@@ -246,11 +266,11 @@ class TDMPipeline(DiffusionPipeline):
         Returns:
             The name of what it got.
 
-            >>> TDMPipeline.from_pretrained().use_attention("native")
-            'native'
-
         Raises:
             TDMError: the named backend cannot be had here; the message says why and which can, and nothing has changed.
+
+        >>> TDMPipeline.from_pretrained().use_attention("native")
+        'native'
         """
         return use_attention(self._denoiser, backend, self._execution_device)
 
