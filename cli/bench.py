@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from ..errors import TDMError
 from .generate import quiet
@@ -13,7 +12,8 @@ HELP = """\
 Compare, on the same weights and in turns: the call of TDMPipeline, the call of the stock pipeline with its own
 scheduler and the same settings, and the bare network calls with nothing between them. Prints a markdown table.
 
-  s, over bare     median seconds of a call, and the median ratio to the bare networks in the same round
+  s, over bare     median seconds of a call (of processor time on a CPU, which other work adds little to), and the
+                   median ratio to the bare networks in the same round
   peak MB          memory beyond the weights: of the device, or on a CPU of the tensors that operators made
   in steps         exact counts for scheduler.step over one call: operators; those that only copy or cast; those whose
                    value the host waits for; those that allocate
@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> None:
     quiet()
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
     where = torch.cuda.get_device_name() if gpu else f"{_cpu()}, {torch.get_num_threads()} threads"
-    print(f"`tdm {' '.join(['bench', *sys.argv[2:]])}` on {where}; torch {torch.__version__}, ", end="")
-    mode = "compiled" if args.compile else "eager"
-    print(f"diffusers {diffusers.__version__}, {str(dtype).removeprefix('torch.')}, {mode}, {args.steps} steps\n")
+    flags = "".join(f" --{flag}" for flag in ("tiny", "compile") if getattr(args, flag))
+    print(
+        f"`tdm bench --models {','.join(names)}{flags} --steps {args.steps} --repeats {args.repeats}` on {where}; "
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {str(dtype).removeprefix('torch.')}\n"
+    )
     print(HEADER)
     for name in names:
         pipe, call = build(name, tiny=args.tiny, device=device, dtype=dtype, steps=args.steps)

@@ -116,8 +116,8 @@ def _is_right(
         mask = keep if mask_dtype is torch.bool else (~keep).to(dtype) * -10000.0
     out = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=AttentionBackendName(backend))
     exact_mask = mask.float() if mask is not None and mask.is_floating_point() else mask
-    heads_first = (tensor.float().transpose(1, 2) for tensor in (query, key, value))
-    exact = scaled_dot_product_attention(*heads_first, attn_mask=exact_mask).transpose(1, 2)
+    query, key, value = (tensor.float().transpose(1, 2) for tensor in (query, key, value))
+    exact = scaled_dot_product_attention(query, key, value, attn_mask=exact_mask).transpose(1, 2)
     return torch.allclose(out.float(), exact, atol=0.1, rtol=0.0)  # room for int8 kernels; a lost mask is far outside
 
 

@@ -149,7 +149,7 @@ def bare(pipe: Any, run: Run) -> Run:
     return again
 
 
-def runs_of(pipe: TDMPipeline, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:
+def runs_of(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:
     """(stock pipeline, runs by name) of a `TDMPipeline`: the stock one shares its components but the scheduler.
 
     Args:
@@ -172,16 +172,20 @@ def runs_of(pipe: TDMPipeline, call: dict[str, Any]) -> tuple[Any, dict[str, Run
 
 
 def seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Wall seconds of each run; one after the other in each round, so that a busy machine slows all alike."""
+    """Seconds of each run, one after the other in each round, so that a busy machine slows all alike.
+
+    On a CPU they are of processor time, to which other work on the machine adds little; else by the clock on the wall.
+    """
+    now = time.process_time if device.type == "cpu" else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
             _wait(device)
-            begun = time.perf_counter()
+            begun = now()
             run()
             _wait(device)
             if round_ > 0:  # the first one warms up, and compiles
-                times[name].append(time.perf_counter() - begun)
+                times[name].append(now() - begun)
     return times
 
 
@@ -211,8 +215,7 @@ def rows(
 ) -> list[str]:
     """The three rows of one model, as lines of a markdown table under `HEADER`.
 
-    Ratios are medians over rounds of the ratio within a round; "over bare" of a busy machine is trustworthy where the
-    seconds are not.
+    Seconds are medians over rounds; "over bare" is the median of the ratios within each round.
     """
     stock, runs = runs_of(pipe, call)
     owners = {"TDMPipeline": pipe, "stock pipeline": stock}
