@@ -53,6 +53,13 @@ def test_outside_the_networks_it_does_no_more_than_the_stock_pipeline(family: st
     assert ours.peak <= stock.peak
 
 
+def test_the_counters_see_what_stock_schedulers_and_pipelines_do(make: Make) -> None:
+    assert counted("sdxl", make)[1].parts["steps"].reads > 0  # Euler compares timesteps and looks up sigmas
+    flow_euler = counted("flux", make)[1].parts
+    assert flow_euler["rest"].copies > 0  # fills in the ids of the latents
+    assert flow_euler["steps"].operators - flow_euler["steps"].allocations == 2 * 4  # each looks up two sigmas: views
+
+
 def test_the_second_order_costs_three_operators_more_where_it_has_a_previous_step(make: Make) -> None:
     first, second = (counted("sd3", make, name=f"{n}.safetensors", solver_order=n)[0].parts["steps"] for n in (1, 2))
     assert second == Cost(operators=first.operators + 3 * 3, allocations=first.allocations + 3 * 3)
