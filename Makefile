@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 export TRANSFORMERS_VERBOSITY ?= error
 export DIFFUSERS_VERBOSITY ?= error
 
-.PHONY: demo test test-slow lint types eval teacher clean
+.PHONY: demo test test-slow lint types eval bench teacher clean
 
 demo: .venv/demo
 	$(BIN)/tdm generate --compare --force --out outputs/demo.png \
@@ -29,6 +29,9 @@ types: .venv/test
 
 eval: .venv/demo
 	$(BIN)/tdm eval --force
+
+bench: .venv/demo
+	$(BIN)/tdm bench
 
 # Hours on CPUs. Stopped at any moment, it begins the part it was in again, the denoiser at its last checkpoint.
 teacher: .venv/demo runs/teacher/vae-decoder.json

@@ -1,4 +1,4 @@
-"""The command line: ``tdm generate | distill | eval | info | convert``."""
+"""The command line: ``tdm generate | distill | eval | bench | info | convert``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm generate --compare "a green heart on the beach"         beside its 50-step teacher
   tdm distill                                                 distil your own student of the bundled teacher
   tdm eval                                                    measure teacher and student
+  tdm bench                                                   what a call costs beside its network calls
   tdm info FILE                                               what a LoRA file or a released student is
   tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
 """
@@ -39,13 +40,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import convert, distill, evaluate, generate, info
+    from . import bench, convert, distill, evaluate, generate, info
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    modules = {"generate": generate, "distill": distill, "eval": evaluate, "info": info, "convert": convert}
+    modules = {
+        "generate": generate,
+        "distill": distill,
+        "eval": evaluate,
+        "bench": bench,
+        "info": info,
+        "convert": convert,
+    }
     for name, module in modules.items():
         assert module.__doc__ is not None
         summary = module.__doc__.splitlines()[0].partition(": ")[2].rstrip(".")

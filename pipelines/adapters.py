@@ -56,6 +56,18 @@ def require_unfused(modules: Iterable[nn.Module]) -> None:
         raise TDMError("adapters are fused into the weights; call unfuse_lora first")
 
 
+def require_wide(modules: Iterable[nn.Module], remedy: str) -> None:
+    """Raise TDMError if weights are stored in 8-bit floats by layerwise casting: `remedy` says what to do instead.
+
+    A LoRA that is attached then becomes 8 bits as well and no longer computes, and a saved base would have lost digits.
+    """
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.element_size() == 1:
+                stored = str(parameter.dtype).removeprefix("torch.")
+                raise TDMError(f"{type(module).__name__} stores its weights as {stored} (layerwise casting); {remedy}")
+
+
 @contextmanager
 def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
     """The base weights alone, for the length of a `with`. What was on, and what was trainable, is so again afterwards.

@@ -39,6 +39,14 @@ def convert_lora(
 
     Raises:
         TDMError: as `TDMPipeline.from_pretrained` and `save_student`; nothing is written then.
+
+    >>> import safetensors.torch
+    >>> from tdm.pipelines.locate import bundled_path
+    >>> lora = safetensors.torch.load_file(bundled_path() / "student.safetensors")
+    >>> safetensors.torch.save_file(lora, "lora.safetensors")  # a LoRA that says nothing about itself
+    >>> recipe = {"trained_timesteps": {2: [1000, 500]}, "guidance_scale": 1.0, "height": 64, "width": 64}
+    >>> convert_lora("lora.safetensors", "student.safetensors", base="bundled", recipe=recipe).name
+    'student.safetensors'
     """
     file = read_lora_file(student_file(source, {}))
     known, preset = known_of(file)

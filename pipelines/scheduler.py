@@ -79,6 +79,12 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
     Raises:
         TDMError: arguments that contradict each other or name no schedule.
+
+    >>> scheduler = TDMScheduler(prediction_type="flow_prediction", trained_timesteps=[1000, 900, 750, 500])
+    >>> scheduler.set_timesteps(4)
+    >>> x = torch.randn(1, 4, 8, 8)
+    >>> for t in scheduler.timesteps:
+    ...     x = scheduler.step(torch.zeros_like(x), t, x).prev_sample  # zeros: where the network's output goes
     """
 
     order = 1  # network calls per timestep, as diffusers counts them
@@ -152,6 +158,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Raises:
             TDMError: the config has no schedule this class can follow, or a keyword argument is unknown.
+
+        >>> stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        >>> TDMScheduler.from_config(stock.config, trained_timesteps=[900, 450]).config.flow_shift
+        3.0
         """
         if isinstance(config, Mapping):
             own = config.get("_class_name") == cls.__name__ or "trained_timesteps" in config
@@ -187,6 +197,11 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Raises:
             TDMError: no grid or two grids were given, or it is not valid.
+
+        >>> scheduler = TDMScheduler(prediction_type="v_prediction")
+        >>> scheduler.set_timesteps(4)
+        >>> scheduler.timesteps
+        tensor([999, 749, 499, 249])
         """
         if timesteps is not None and sigmas is not None:
             raise TDMError("give either timesteps or sigmas, not both")
@@ -204,15 +219,16 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         else:
             grid = self._grid_for(len(levels) if levels is not None else num_inference_steps, mu)
 
-        alphas, pair_sigmas = grid_pairs(self.schedule, grid)
+        if not grid or grid != self._grid:  # pipelines choose the same grid call after call
+            alphas, pair_sigmas = grid_pairs(self.schedule, grid)
+            # As in diffusers: sigma on a flow model, sigma / alpha on a vp one; on the CPU, with the final 0.
+            self.sigmas = (pair_sigmas if self.schedule.kind == "flow" else pair_sigmas / alphas).float()
+            # Python floats: `step` reads no tensor, so it never waits for the device.
+            self._alphas, self._sigmas = alphas.tolist(), pair_sigmas.tolist()
+            self._weights = second_order_weights(alphas, pair_sigmas)
         whole = self.schedule.kind == "vp" and all(t == int(t) for t in grid)
         self.num_inference_steps = len(grid)
         self.timesteps = torch.tensor(grid, dtype=torch.int64 if whole else torch.float32, device=device)
-        # As in diffusers: sigma on a flow model, sigma / alpha on a vp one; on the CPU, with the final 0.
-        self.sigmas = (pair_sigmas if self.schedule.kind == "flow" else pair_sigmas / alphas).float()
-        # Python floats: `step` reads no tensor, so it never waits for the device.
-        self._alphas, self._sigmas = alphas.tolist(), pair_sigmas.tolist()
-        self._weights = second_order_weights(alphas, pair_sigmas)
         self._reset(grid)
 
     def _reset(self, grid: list[float]) -> None:

@@ -192,6 +192,11 @@ def read_student(path: str | os.PathLike[str]) -> tuple[StudentRecipe | None, di
 
     Raises:
         TDMError: the file cannot be read (see `read_header`), or its recipe is not complete and valid.
+
+    >>> from tdm.pipelines.locate import bundled_path
+    >>> recipe, tensors = read_student(bundled_path() / "student.safetensors")
+    >>> recipe.family, recipe.default_steps, recipe.width, len(tensors) > 0
+    ('pixart', 4, 64, True)
     """
     metadata = read_header(path)
     return (StudentRecipe.from_metadata(metadata) if HEADER_KEY in metadata else None), read_tensors(path)
@@ -220,6 +225,13 @@ def save_student(
     Raises:
         TDMError: `path` exists and `force` is False, or is a folder; the tensors are not a LoRA (see `pair_layers`);
             values are not finite, before the cast or after it.
+
+    >>> recipe = StudentRecipe("me/base", "sd15", "epsilon", {2: [999, 500]}, guidance_scale=1.0, height=512, width=512)
+    >>> layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    >>> lora = {f"{layer}.lora_A.weight": torch.ones(4, 1280), f"{layer}.lora_B.weight": torch.ones(1280, 4)}
+    >>> file = save_student("my_student.safetensors", lora, recipe, lora_alpha=2)
+    >>> read_student(file)[1][f"unet.{layer}.lora_B.weight"][0]  # times alpha / rank
+    tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     path = Path(path)
     if path.is_dir():

@@ -26,9 +26,11 @@ from .adapters import (
     is_on,
     lora_of,
     require_unfused,
+    require_wide,
     set_active,
     staying_active,
 )
+from .attention import use_attention
 from .families import Family
 from .image_to_image import image_to_image
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
@@ -54,10 +56,10 @@ class TDMPipeline(DiffusionPipeline):
     timesteps (or the sampler of a student of another method), and the student's step count, guidance and size as
     defaults of the call.
 
-        pipe = TDMPipeline.from_pretrained("student.safetensors", dtype=torch.bfloat16).to("cuda")
-        image = pipe("a red cube").images[0]
-        with pipe.teacher():
-            reference = pipe("a red cube").images[0]
+        >>> from tdm import TDMPipeline
+        >>> pipe = TDMPipeline.from_pretrained()  # the bundled model; or a student file, with dtype=, then .to("cuda")
+        >>> pipe("a red star at night", generator=torch.Generator().manual_seed(0)).images[0].size
+        (64, 64)
 
     Attributes:
         recipe: how the loaded student is run.
@@ -97,6 +99,10 @@ class TDMPipeline(DiffusionPipeline):
         Raises:
             TDMError: no student or no base there; metadata that is missing (all is listed) or wrong; a student of
                 another family or prediction type; LoRA layers that do not fit the base; NaN; an unsupported base.
+
+        >>> pipe = TDMPipeline.from_pretrained("bundled", recipe={"trained_timesteps": {2: [1000, 500]}})
+        >>> type(pipe).__name__, type(pipe.scheduler).__name__, pipe.recipe.default_steps
+        ('PixArtAlphaPipeline', 'TDMScheduler', 2)
         """
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
@@ -134,7 +140,14 @@ class TDMPipeline(DiffusionPipeline):
             recipe: fields that complete or replace its metadata.
 
         Raises:
-            TDMError: as in `from_pretrained`, or adapters are fused; the pipeline is then left as it was.
+            TDMError: as in `from_pretrained`, or adapters are fused, or layerwise casting is on; the pipeline is then
+                left as it was.
+
+        >>> pipe = TDMPipeline.from_pretrained()
+        >>> pipe.save_pretrained("model")
+        >>> pipe.load_student("model/student.safetensors", recipe={"solver_order": 2})
+        >>> pipe.scheduler.config.solver_order, pipe.get_active_adapters()
+        (2, ['student'])
         """
         lora = read_lora_file(student_file(student, {}))
         self._load(lora, {**known_of(lora)[0], **(recipe or {})})
@@ -145,8 +158,9 @@ class TDMPipeline(DiffusionPipeline):
         preset = known_of(lora)[1]
         placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
         scheduler = _student_scheduler(new, config)
-
+        require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
         self._require_unfused()
+
         active = {name: active_adapters(network) for name, network in self._adaptable().items()}
         self._detach()
         for name, layers in placed.items():
@@ -234,6 +248,12 @@ class TDMPipeline(DiffusionPipeline):
 
         Raises:
             TDMError: adapters are fused into the weights, so that they cannot be switched off.
+
+        >>> pipe = TDMPipeline.from_pretrained()
+        >>> with pipe.teacher():
+        ...     picture = pipe("a red star", num_inference_steps=10, guidance_scale=3.0).images[0]
+        ...     print(type(pipe.scheduler).__name__)
+        DPMSolverMultistepScheduler
         """
         self._require_unfused()
         scheduler, teaching = self.scheduler, self._teaching
@@ -259,7 +279,12 @@ class TDMPipeline(DiffusionPipeline):
 
         Raises:
             TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: adapters
-                beside the student, a student that is fused, unloaded or not at strength 1.0; or `push_to_hub` is given.
+                beside the student, a student that is fused, unloaded or not at strength 1.0, weights under layerwise
+                casting; or `push_to_hub` is given.
+
+        >>> TDMPipeline.from_pretrained().save_pretrained("saved")
+        >>> TDMPipeline.from_pretrained("saved").recipe.family
+        'pixart'
         """
         target = Path(save_directory).absolute()
         if target.is_file():
@@ -268,6 +293,7 @@ class TDMPipeline(DiffusionPipeline):
             raise TDMError(f"{target} exists; pass force=True to replace it")
         if kwargs.pop("push_to_hub", False):
             raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
+        require_wide(self._modules(), "call save_pretrained before enable_layerwise_casting")
         student = self._only_student()
         unfinished, replaced = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
         scheduler, self.scheduler = self.scheduler, self._teacher_scheduler
@@ -286,6 +312,23 @@ class TDMPipeline(DiffusionPipeline):
                 replaced.rename(target)
             for leftover in (unfinished, replaced):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+    def use_attention(self, backend: str | None = None) -> str:
+        """Switch the denoiser's attention to a backend of diffusers, or to the best that works here.
+
+        Args:
+            backend: "native" (torch's SDPA), "xformers", "flash", "sage", ...; None for the best. See `attention.py`.
+
+        Returns:
+            The name of what it got.
+
+        Raises:
+            TDMError: the named backend cannot be had here; the message says why and which can, and nothing has changed.
+
+        >>> TDMPipeline.from_pretrained().use_attention("native")
+        'native'
+        """
+        return use_attention(self._denoiser, backend, self._execution_device)
 
     @property
     def _denoiser(self) -> Any:

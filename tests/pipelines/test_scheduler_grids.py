@@ -47,6 +47,22 @@ def test_an_untrained_step_count_warns_once_and_names_the_trained_ones():
     assert scheduler.timesteps.tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_scheduler_that_ran_another_grid_runs_the_next_like_a_fresh_one(order):
+    used = TDMScheduler(solver_order=order)
+    for grid in ([999, 749, 500, 250], [999, 749, 500, 250], [900, 400, 100, 50], [600, 300], [999, 749, 500, 250]):
+        fresh = TDMScheduler(solver_order=order)
+        samples = {}
+        for scheduler in (used, fresh):
+            scheduler.set_timesteps(timesteps=grid)
+            x = noise(0)
+            for i, t in enumerate(scheduler.timesteps):
+                x = scheduler.step(noise(i + 1), t, x).prev_sample
+            samples[scheduler] = x
+        assert torch.equal(samples[used], samples[fresh])
+        assert torch.equal(used.sigmas, fresh.sigmas)
+
+
 def test_a_pipelines_default_sigmas_mean_the_step_count():
     trained = [999.8, 947.2, 856.9, 666.4]
     grids = {4: trained, 3: trained[:3]}

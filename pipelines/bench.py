@@ -1,0 +1,238 @@
+"""What a call of `TDMPipeline` costs beside the network calls it makes: exact counts, seconds, memory.
+
+Three runs of one model on the same weights: the call of `TDMPipeline`; the call of the stock pipeline with its own
+scheduler and the same settings; and the bare networks, which is every call of text encoder, denoiser and decoder that
+the first run made, made again with the same inputs and nothing between them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .tdm_pipeline import TDMPipeline
+
+COPIES = {"_to_copy", "clone", "copy_", "_copy_from"}
+READS = {"_local_scalar_dense", "nonzero", "equal"}  # the host waits for a value
+Run = Callable[[], Any]
+
+
+@dataclass
+class Cost:
+    """Operators that one part of a run dispatched.
+
+    Attributes:
+        operators: on tensors, of any kind, views included.
+        allocations: outputs with memory of their own.
+        copies: operators that only move or cast values.
+        reads: operators whose result the host waits for; a host sync, where the value is on an accelerator.
+    """
+
+    operators: int = 0
+    allocations: int = 0
+    copies: int = 0
+    reads: int = 0
+
+
+@dataclass
+class Counts:
+    """What one call did: calls by component, cost by part ("networks", "steps", "rest"), and the peak of its memory.
+
+    `peak` is in bytes, of tensors that operators made; the weights are not in it.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in ("networks", "steps", "rest")})
+    peak: int = 0
+
+
+class _Meter(TorchDispatchMode):
+    """Counts every operator that runs inside the `with`, under the part that is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts, self.part, self._live = Counts(), "rest", 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        if not given and not made:  # such as promote_types
+            return out
+        cost, name = self.counts.parts[self.part], function.overloadpacket.__name__
+        cost.operators += 1
+        cost.copies += name in COPIES
+        cost.reads += name in READS
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        for address, storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in made}.items():
+            if address not in known:
+                cost.allocations += 1
+                self._live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.counts.peak = max(self.counts.peak, self._live)
+        return out
+
+    def _free(self, size: int) -> None:
+        self._live -= size
+
+
+def networks(pipe: Any) -> dict[str, nn.Module]:
+    """The networks that a call runs, by name: text encoders, the denoiser and the decoder."""
+    found = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+    return found | ({"decoder": pipe.vae.decoder} if getattr(pipe, "vae", None) is not None else {})
+
+
+@contextmanager
+def _hooked(pipe: Any, before: Callable[..., None], after: Callable[[], None]) -> Iterator[None]:
+    """`before(name, network, args, kwargs)` and `after()` around every call of a network."""
+    with ExitStack() as hooks:
+        for name, network in networks(pipe).items():
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                before(name, module, args, kwargs)
+
+            hooks.enter_context(network.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(network.register_forward_hook(lambda *_: after()))
+        yield
+
+
+def count(pipe: Any, run: Run) -> Counts:
+    """The exact counts of one run of a pipeline. Its networks must not be compiled: their operators would hide."""
+    meter, step = _Meter(), pipe.scheduler.step
+
+    def enter(name: str, *_: Any) -> None:
+        meter.counts.calls[name] += 1
+        meter.part = "networks"
+
+    def leave() -> None:
+        meter.part = "rest"
+
+    def counted_step(*args: Any, **kwargs: Any) -> Any:
+        meter.part = "steps"
+        try:
+            return step(*args, **kwargs)
+        finally:
+            meter.part = "rest"
+
+    pipe.scheduler.step = counted_step
+    try:
+        with _hooked(pipe, enter, leave), meter:
+            run()
+    finally:
+        del pipe.scheduler.step
+    return meter.counts
+
+
+def bare(pipe: Any, run: Run) -> Run:
+    """The network calls of a run, to be made again with the same inputs and nothing between them."""
+    calls: list[tuple[nn.Module, Any, Any]] = []
+    with _hooked(pipe, lambda _, *call: calls.append(call), lambda: None):
+        run()
+
+    @torch.no_grad()
+    def again() -> None:
+        for network, args, kwargs in calls:
+            network(*args, **kwargs)
+
+    return again
+
+
+def runs_of(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:
+    """(stock pipeline, runs by name) of a `TDMPipeline`: the stock one shares its components but the scheduler.
+
+    Args:
+        pipe: with a student, whose adapter both pipelines run.
+        call: arguments of both calls, besides the student's steps, guidance and size; no generator.
+    """
+    stock: Any = pipe._family.pipeline_class()(**{**pipe.components, "scheduler": pipe._teacher_scheduler})
+    stock.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+    known = inspect.signature(type(stock).__call__).parameters
+    settings = {k: v for k, v in pipe._call_defaults().items() if k in known} | call
+
+    def tdm() -> Any:
+        return pipe(**call, generator=torch.Generator().manual_seed(0))
+
+    def plain() -> Any:
+        return stock(**settings, generator=torch.Generator().manual_seed(0))
+
+    return stock, {"TDMPipeline": tdm, "stock pipeline": plain, "bare networks": bare(pipe, tdm)}
+
+
+def seconds(runs: dict[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run, one after the other in each round, so that a busy machine slows all alike.
+
+    On a CPU they are of processor time, to which other work on the machine adds little; else by the clock on the wall.
+    """
+    now = time.process_time if device.type == "cpu" else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(repeats + 1):
+        for name, run in runs.items():
+            _wait(device)
+            begun = now()
+            run()
+            _wait(device)
+            if round_ > 0:  # the first one warms up, and compiles
+                times[name].append(now() - begun)
+    return times
+
+
+def peak_on(device: torch.device, run: Run) -> int:
+    """Bytes of device memory that a run took at its peak, beyond what was taken before it (accelerators only)."""
+    _wait(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    _wait(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+HEADER = (
+    "| model | run | denoiser calls | s | over bare | peak MB | operators in steps | copies | reads | allocations "
+    "| other operators |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def rows(
+    name: str, pipe: TDMPipeline, call: dict[str, Any], *, repeats: int, device: torch.device, compiled: bool
+) -> list[str]:
+    """The three rows of one model, as lines of a markdown table under `HEADER`.
+
+    Seconds are medians over rounds; "over bare" is the median of the ratios within each round.
+    """
+    stock, runs = runs_of(pipe, call)
+    owners = {"TDMPipeline": pipe, "stock pipeline": stock}
+    counts = {run: count(owner, runs[run]) for run, owner in owners.items()}
+    if compiled:
+        pipe._denoiser.compile()
+    times = seconds(runs, repeats, device)
+    lines = []
+    for run, spent in times.items():
+        ratio = statistics.median(a / b for a, b in zip(spent, times["bare networks"], strict=True))
+        peak = peak_on(device, runs[run]) if device.type == "cuda" else counts[run].peak if run in counts else None
+        cells = [name, run, str(counts.get(run, counts["TDMPipeline"]).calls[pipe._family.denoiser])]
+        cells += [f"{statistics.median(spent):.3f}", f"{ratio:.3f}", f"{peak / 1e6:.1f}" if peak is not None else ""]
+        if run in counts:
+            steps, rest = counts[run].parts["steps"], counts[run].parts["rest"]
+            cells += [str(n) for n in (steps.operators, steps.copies, steps.reads, steps.allocations, rest.operators)]
+        else:
+            cells += [""] * 5
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
