@@ -13,10 +13,10 @@ from .lora import state_dict_of
 from .lora_file import read_lora_file
 from .lora_places import flat, place
 from .presets import known_of
+from .recipe_on_base import recipe_for
 from .scheduler import TDMScheduler
 from .skeleton import skeletons
 from .student import save_student
-from .tdm_pipeline import recipe_for
 
 
 def convert_lora(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # diffusers' loader looks this name up here
@@ -32,6 +30,7 @@ from .schedule import (
     shift_sigma,
     uniform_grid,
 )
+from .stock_config import arguments_from_stock
 
 
 @dataclass
@@ -159,6 +158,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         Raises:
             TDMError: the config has no schedule this class can follow, or a keyword argument is unknown.
 
+        >>> import diffusers
         >>> stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         >>> TDMScheduler.from_config(stock.config, trained_timesteps=[900, 450]).config.flow_shift
         3.0
@@ -170,7 +170,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             if unknown:
                 raise TDMError(f"unknown scheduler arguments: {', '.join(unknown)}")
             if not own:
-                config, kwargs = _from_stock(config, kwargs, cls._get_init_keys(cls)), {}
+                config, kwargs = arguments_from_stock(config, kwargs, cls._get_init_keys(cls)), {}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     # ------------------------------------------------------------------ grid
@@ -400,35 +400,3 @@ def _noisy_levels(sigmas: Sequence[float]) -> list[float]:
     if not levels:
         raise TDMError("sigmas needs at least one level above 0")
     return levels
-
-
-def _from_stock(config: Mapping[str, Any], overrides: Mapping[str, Any], arguments: set[str]) -> dict[str, Any]:
-    """`TDMScheduler` arguments of a stock scheduler's config.
-
-    Goes by keys, not by class: the config of a live scheduler does not name its class.
-    """
-    stock = getattr(diffusers, str(config.get("_class_name")), None)
-    defaults = {}
-    if inspect.isclass(stock):  # a file may lack keys that the class has gained since
-        parameters = inspect.signature(stock.__init__).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    merged = {**defaults, **config, **overrides}
-    translated = {name: merged[name] for name in arguments if name in merged}
-
-    if "beta_schedule" not in merged:
-        if "shift" not in merged:
-            raise TDMError("cannot follow this scheduler config: it has neither beta_schedule nor shift")
-        translated = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, **translated}
-        if "flow_shift" not in overrides:
-            translated["flow_shift"] = merged["shift"]
-    if "snr_shift_scale" in merged:
-        merged["clip_sample"] = False  # CogVideoX's schedulers have the option and never use it
-    for name, value, reason in (
-        ("thresholding", True, "it clips x0"),
-        ("clip_sample", True, "it clips x0; pass clip_sample=False if that was only a default"),
-        ("invert_sigmas", True, "its time runs backwards"),
-        ("timestep_type", "continuous", "its network takes log sigma for a timestep"),
-    ):
-        if merged.get(name) == value:
-            raise TDMError(f"cannot follow {name}={value!r} of the scheduler config: {reason}")
-    return translated

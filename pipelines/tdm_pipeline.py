@@ -38,6 +38,7 @@ from .lora import Lora, peft_config, state_dict_of
 from .lora_file import LoraFile, read_lora_file
 from .lora_places import Placed, flat, place
 from .presets import known_of
+from .recipe_on_base import recipe_for, student_scheduler
 from .scheduler import TDMScheduler
 from .stream import Step, stream
 from .student import STUDENT_FILE, StudentRecipe, save_student
@@ -157,7 +158,7 @@ class TDMPipeline(DiffusionPipeline):
         new = recipe_for(self._base, self._family, config, fields)
         preset = known_of(lora)[1]
         placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
-        scheduler = _student_scheduler(new, config)
+        scheduler = student_scheduler(new, config)
         require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
         self._require_unfused()
 
@@ -416,36 +417,3 @@ def _student_class(family: Family) -> Any:
         return call(*bound.args, **bound.kwargs)
 
     return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})
-
-
-def recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> StudentRecipe:
-    """The recipe of a student's metadata on a base; what the base itself says fills the gaps, or must agree.
-
-    Args:
-        base: name or path of the base.
-        family: of the base.
-        config: of the base's scheduler.
-        fields: the student's metadata.
-
-    Raises:
-        TDMError: see `TDMPipeline.from_pretrained`.
-    """
-    prediction_type = TDMScheduler.from_config(config).config.prediction_type
-    facts = {"base_model": base, "family": family.name, "prediction_type": prediction_type}
-    recipe = StudentRecipe.from_fields({**facts, **fields})
-    for name in ("family", "prediction_type"):
-        trained, here = getattr(recipe, name), facts[name]
-        if trained != here:
-            raise TDMError(f"the student was trained for {name} {trained!r}, but the base {base} has {here!r}")
-    _student_scheduler(recipe, config)  # timesteps outside the base's schedule
-    return recipe
-
-
-def _student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> Any:
-    """The student's sampler, on the noise schedule of its base's scheduler config."""
-    if recipe.sampler is not None:
-        return recipe.sampler.on(config, recipe.trained_timesteps)
-    shift = {} if recipe.flow_shift is None else {"flow_shift": recipe.flow_shift}
-    return TDMScheduler.from_config(
-        config, trained_timesteps=recipe.trained_timesteps, solver_order=recipe.solver_order, **shift
-    )

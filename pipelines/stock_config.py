@@ -1,0 +1,53 @@
+"""What the config of a stock diffusers scheduler says in the arguments of `TDMScheduler`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+
+from ..errors import TDMError
+
+
+def arguments_from_stock(
+    config: Mapping[str, Any], overrides: Mapping[str, Any], arguments: set[str]
+) -> dict[str, Any]:
+    """`TDMScheduler` arguments of a stock scheduler's config.
+
+    Goes by keys, not by class: the config of a live scheduler does not name its class.
+
+    Args:
+        config: of the stock scheduler.
+        overrides: arguments that win over it.
+        arguments: the names that `TDMScheduler` takes.
+
+    Raises:
+        TDMError: the config has no schedule that `TDMScheduler` can follow.
+    """
+    stock = getattr(diffusers, str(config.get("_class_name")), None)
+    defaults = {}
+    if inspect.isclass(stock):  # a file may lack keys that the class has gained since
+        parameters = inspect.signature(stock.__init__).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    merged = {**defaults, **config, **overrides}
+    translated = {name: merged[name] for name in arguments if name in merged}
+
+    if "beta_schedule" not in merged:
+        if "shift" not in merged:
+            raise TDMError("cannot follow this scheduler config: it has neither beta_schedule nor shift")
+        translated = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, **translated}
+        if "flow_shift" not in overrides:
+            translated["flow_shift"] = merged["shift"]
+    if "snr_shift_scale" in merged:
+        merged["clip_sample"] = False  # CogVideoX's schedulers have the option and never use it
+    for name, value, reason in (
+        ("thresholding", True, "it clips x0"),
+        ("clip_sample", True, "it clips x0; pass clip_sample=False if that was only a default"),
+        ("invert_sigmas", True, "its time runs backwards"),
+        ("timestep_type", "continuous", "its network takes log sigma for a timestep"),
+    ):
+        if merged.get(name) == value:
+            raise TDMError(f"cannot follow {name}={value!r} of the scheduler config: {reason}")
+    return translated
