@@ -11,7 +11,7 @@ from tdm.pipelines.bench import Cost, Counts, bare, count, runs_of
 from tdm.pipelines.bench_models import MODELS
 from tdm.tests import tiny
 from tdm.tests.commands import refused
-from tdm.tests.pipelines.students import Make, load
+from tdm.tests.pipelines.students import Make, latents, load
 
 STUDENTS = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames", "generator"}
 PER_STEP = {"epsilon": 6, "v_prediction": 9, "flow_prediction": 7}  # x0, the noise, and the next sample
@@ -50,7 +50,8 @@ def test_outside_the_networks_it_does_no_more_than_the_stock_pipeline(family: st
     outside, stock_outside = (c.parts["steps"].operators + c.parts["rest"].operators for c in (ours, stock))
     assert outside <= stock_outside + (5 if family in FLOW_EULER else 0)
     assert ours.parts["networks"].operators > 10 * outside
-    assert ours.peak <= stock.peak
+    # The predicted clean picture, which `pipe.stream` shows, stays alive one step longer than in most stock schedulers.
+    assert ours.peak <= stock.peak + latents(load(make(family)), family).nbytes
 
 
 def test_the_counters_see_what_stock_schedulers_and_pipelines_do(make: Make) -> None:
