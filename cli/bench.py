@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     import diffusers
     import torch
 
-    from ..pipelines.bench import HEADER, rows
-    from ..pipelines.bench_models import MODELS, build
+    from ..pipelines.bench.measure import HEADER, rows
+    from ..pipelines.bench.models import MODELS, build
 
     known = ["bundled", *MODELS]
     gpu = torch.cuda.is_available()

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TDMError
-from ..pipelines.lora_file import LoraFile, read_lora_file
-from ..pipelines.lora_layouts import NamedLoras, parse
+from ..pipelines.loras.file import LoraFile, read_lora_file
+from ..pipelines.loras.layouts import NamedLoras, parse
 from ..pipelines.presets import Preset, known_of, preset_of_id
 from ..pipelines.student import VERSION, StudentRecipe, fields_of
 
@@ -127,8 +127,8 @@ def _match_rows(
     file: LoraFile, named: NamedLoras | None, preset: Preset | None, fields: Mapping[str, Any], base: str | None
 ) -> dict[str, str]:
     """What the layers belong to: a base that is at hand, or else the family whose released network knows most."""
-    from ..pipelines.lora_places import flat, place
-    from ..pipelines.skeleton import family_by_names, known_layers, skeletons
+    from ..pipelines.loras.places import flat, place
+    from ..pipelines.loras.skeleton import family_by_names, known_layers, skeletons
 
     at_hand = base or str(fields.get("base_model", ""))
     try:

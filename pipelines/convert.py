@@ -9,13 +9,13 @@ from typing import Any
 
 from ..errors import TDMError
 from .locate import Source, base_folder, student_file
-from .lora import state_dict_of
-from .lora_file import read_lora_file
-from .lora_places import flat, place
+from .loras.file import read_lora_file
+from .loras.pairs import state_dict_of
+from .loras.places import flat, place
+from .loras.skeleton import skeletons
 from .presets import known_of
 from .recipe_on_base import recipe_for
 from .scheduler import TDMScheduler
-from .skeleton import skeletons
 from .student import save_student
 
 

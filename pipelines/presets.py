@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TDMError
-from .lora_file import LoraFile
-from .lora_layouts import Positional
+from .loras.file import LoraFile
+from .loras.layouts import Positional
 from .samplers import Sampler
 from .student import fields_of
 
@@ -63,7 +63,7 @@ class Preset:
 
     @property
     def placing(self) -> dict[str, Any]:
-        """Arguments of `lora_places.place`."""
+        """Arguments of `loras.places.place`."""
         return {"scale": self.scale, "positional": self.positional}
 
 

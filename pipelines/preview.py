@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,18 +11,15 @@ from torch.nn.functional import interpolate
 
 from .families import Size
 
-if TYPE_CHECKING:
-    from .tdm_pipeline import TDMPipeline
-
 SIDE = 32  # the longest side of what is decoded, in latent pixels
 
 
 @torch.no_grad()
-def preview(pipe: TDMPipeline, latents: Tensor, size: Size) -> list[Image.Image]:
+def preview(pipe: Any, latents: Tensor, size: Size) -> list[Image.Image]:
     """Latents as small pictures, one per sample; of a video its first frame.
 
     Args:
-        pipe: decodes them. Pictures of at most 32 latent pixels a side look as the pipeline itself would show them.
+        pipe: the `TDMPipeline` that decodes them. Pictures of at most 32 latent pixels a side look as the pipeline itself would show them.
         latents: in the layout and scale of the pipeline's loop, (B, ...).
         size: of the call.
     """

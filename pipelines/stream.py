@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -24,9 +24,6 @@ from torch import Tensor
 from .families import Size
 from .preview import preview
 from .scheduler import TDMScheduler
-
-if TYPE_CHECKING:
-    from .tdm_pipeline import TDMPipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +60,8 @@ class _Cancelled(BaseException):
     """Ends a run that nobody wants to see the end of; like GeneratorExit no Exception, for it is no error."""
 
 
-def stream(pipe: TDMPipeline, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[Step, None, None]:
-    """See `TDMPipeline.stream`."""
+def stream(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[Step, None, None]:
+    """See `TDMPipeline.stream`, whose pipeline this is given."""
     call = pipe._bind(args, kwargs)
     given = call.arguments
     callback = given.get("callback_on_step_end")
@@ -78,7 +75,7 @@ def stream(pipe: TDMPipeline, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     go_on: SimpleQueue[bool] = SimpleQueue()
     last: Step
 
-    def on_step_end(pipe: TDMPipeline, i: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipe: Any, i: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal last
         changed = callback(pipe, i, timestep, {name: tensors[name] for name in names}) if callback else {}
         x0 = pipe.scheduler.pred_original_sample if isinstance(pipe.scheduler, TDMScheduler) else None

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..errors import TDMError
 from .families import family_of_name
-from .lora import Lora, pair_layers, peft_config, state_dict_of
-from .lora_file import open_safetensors
+from .loras.file import open_safetensors
+from .loras.pairs import Lora, pair_layers, peft_config, state_dict_of
 from .samplers import Sampler
 from .schedule import PREDICTION_TYPES
 

@@ -19,7 +19,11 @@ from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
 
 from ..errors import TDMError
-from .adapters import (
+from .attention import use_attention
+from .families import Family
+from .image_to_image import image_to_image
+from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
+from .loras.adapters import (
     active_adapters,
     adapters_hidden,
     adapters_off,
@@ -30,13 +34,9 @@ from .adapters import (
     set_active,
     staying_active,
 )
-from .attention import use_attention
-from .families import Family
-from .image_to_image import image_to_image
-from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
-from .lora import Lora, peft_config, state_dict_of
-from .lora_file import LoraFile, read_lora_file
-from .lora_places import Placed, flat, place
+from .loras.file import LoraFile, read_lora_file
+from .loras.pairs import Lora, peft_config, state_dict_of
+from .loras.places import Placed, flat, place
 from .presets import known_of
 from .recipe_on_base import recipe_for, student_scheduler
 from .scheduler import TDMScheduler

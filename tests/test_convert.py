@@ -10,9 +10,9 @@ import torch
 from tdm.cli import main
 from tdm.cli.info import describe
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.layer_names import layer_shapes, names_of
+from tdm.pipelines.loras.layer_names import layer_shapes, names_of
+from tdm.pipelines.loras.skeleton import released, skeletons
 from tdm.pipelines.presets import PRESETS
-from tdm.pipelines.skeleton import released, skeletons
 from tdm.pipelines.student import read_student
 from tdm.tests import tiny
 from tdm.tests.commands import refused

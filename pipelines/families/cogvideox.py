@@ -15,7 +15,7 @@ class CogVideoX(Family):
     name = "cogvideox"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     video = True
-    home = "..mended"
+    home = "..mended.batches"
 
     def default_size(self, pipe: Any) -> Size:
         config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial

@@ -27,7 +27,7 @@ class QwenImage(Family):
     name = "qwenimage"
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     guidance_argument = "true_cfg_scale"
-    home = "..mended"
+    home = "..mended.batches"
 
     def default_size(self, pipe: Any) -> Size:
         side = pipe.default_sample_size * pipe.vae_scale_factor

@@ -15,7 +15,7 @@ class Sana(Family):
     name = "sana"
     lora_targets = ATTENTION
     binned_sample_sizes = frozenset({16, 32, 64, 128})
-    home = "..mended"
+    home = "..mended.batches"
     pixel_multiple = 32
     float32_latents = True
 

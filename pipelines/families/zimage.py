@@ -17,7 +17,7 @@ class ZImage(Family):
     name = "zimage"
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     no_guidance = 0.0
-    home = "..mended"
+    home = "..mended.batches"
     float32_latents = True
 
     def default_size(self, pipe: Any) -> Size:  # noqa: ARG002

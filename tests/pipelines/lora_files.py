@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.layer_names import layer_shapes, names_of
-from tdm.pipelines.lora import pair_layers
+from tdm.pipelines.loras.layer_names import layer_shapes, names_of
+from tdm.pipelines.loras.pairs import pair_layers
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import lora_for
 from torch import Tensor, nn

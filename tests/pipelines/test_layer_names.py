@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders import single_file_utils
 from peft import LoraConfig, inject_adapter_in_model
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.layer_names import layer_shapes, names_of
+from tdm.pipelines.loras.layer_names import layer_shapes, names_of
 from tdm.tests import tiny
 from torch import Tensor, nn
 

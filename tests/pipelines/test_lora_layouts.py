@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from tdm import TDMPipeline
-from tdm.pipelines.adapters import lora_of
 from tdm.pipelines.families import family_of_name
+from tdm.pipelines.loras.adapters import lora_of
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import (
     ALPHA,

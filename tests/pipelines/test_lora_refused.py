@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.lora import pair_layers
-from tdm.pipelines.lora_file import read_lora_file
-from tdm.pipelines.lora_layouts import Address, Positional, parse
-from tdm.pipelines.lora_places import place
+from tdm.pipelines.loras.file import read_lora_file
+from tdm.pipelines.loras.layouts import Address, Positional, parse
+from tdm.pipelines.loras.pairs import pair_layers
+from tdm.pipelines.loras.places import place
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import sd15_lora, write
 from tdm.tests.pipelines.students import lora_for, recipe_for, state

@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from peft import LoraConfig, get_peft_model
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.lora_file import read_lora_file
+from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.presets import PRESETS, Preset, preset_of
 from tdm.pipelines.student import StudentRecipe, save_student
 from tdm.tests import tiny

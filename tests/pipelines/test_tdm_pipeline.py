@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tdm import TDMPipeline, TDMScheduler
 from tdm.pipelines.locate import bundled_path
-from tdm.pipelines.pixart import TDMPixArtAlphaPipeline
+from tdm.pipelines.mended.pixart import TDMPixArtAlphaPipeline
 from tdm.pipelines.student import read_student, read_tensors
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import (

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .tdm_pipeline import TDMPipeline
+from ..tdm_pipeline import TDMPipeline
 
 COPIES = {"_to_copy", "clone", "copy_", "_copy_from"}
 READS = {"_local_scalar_dense", "nonzero", "equal"}  # the host waits for a value

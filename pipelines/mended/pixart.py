@@ -15,7 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from torch import Tensor
 
-from ..errors import TDMError
+from ...errors import TDMError
 
 
 class _AdaptableTransformer(PixArtTransformer2DModel, PeftAdapterMixin):

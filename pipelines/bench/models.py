@@ -15,9 +15,9 @@ import diffusers
 import torch
 from torch import nn
 
-from .families import family_of_name
-from .student import StudentRecipe, save_student
-from .tdm_pipeline import TDMPipeline, _student_class
+from ..families import family_of_name
+from ..student import StudentRecipe, save_student
+from ..tdm_pipeline import TDMPipeline, _student_class
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _SD_VAE = {

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..errors import TDMError
-from .families import Family
+from ...errors import TDMError
+from ..families import Family
+from .file import LoraFile
 from .layer_names import LayerShape, layer_shapes, names_of
-from .lora import Lora, pair
-from .lora_file import LoraFile
-from .lora_layouts import Positional, parse
+from .layouts import Positional, parse
+from .pairs import Lora, pair
 
 Placed = dict[str, dict[str, Lora]]  # component -> layer -> its LoRA
 

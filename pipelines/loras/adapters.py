@@ -10,8 +10,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..errors import TDMError
-from .lora import Lora
+from ...errors import TDMError
+from .pairs import Lora
 
 
 def tuner_layers(module: nn.Module) -> list[Any]:

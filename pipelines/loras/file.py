@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import TDMError
+from ...errors import TDMError
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings in a safetensors header
 _POSITIONAL = ("ema_parameters", "shadow_params")

@@ -1,7 +1,7 @@
 """LoRA files of any layout: their keys, read as (component, layer, half), and their scale.
 
 A key is a prefix (which network), a name of a layer (see `layer_names.py`), and an ending (which half). Prefixes and
-endings are tables here; what a name stands for in a network is looked up in `lora_places.py`.
+endings are tables here; what a name stands for in a network is looked up in `places.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..errors import TDMError
-from .lora import Lora, pair
-from .lora_file import ADAPTER_METADATA, LoraFile
+from ...errors import TDMError
+from .file import ADAPTER_METADATA, LoraFile
+from .pairs import Lora, pair
 
 
 class Address(NamedTuple):

@@ -1,7 +1,7 @@
 """LoRA tensors in the layout of diffusers, the one our own files have: paired by layer and checked.
 
 Keys are `<component>.<layer>.lora_A.weight` (rank, in, ...) and `.lora_B.weight` (out, rank, ...). Other layouts are
-read by `lora_layouts.py`.
+read by `layouts.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import TDMError
+from ...errors import TDMError
 
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 

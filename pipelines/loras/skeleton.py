@@ -11,12 +11,12 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from ..errors import TDMError
-from .families import Family, family_of_name
+from ...errors import TDMError
+from ..families import Family, family_of_name
+from ..locate import base_folder, family_of_base
 from .layer_names import layer_shapes, names_of
-from .locate import base_folder, family_of_base
-from .lora import Lora
-from .lora_layouts import Address
+from .layouts import Address
+from .pairs import Lora
 
 
 def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
