@@ -29,7 +29,7 @@ class Preset:
     Attributes:
         repository: its id on the hub; a folder whose path ends in it is taken for it.
         base: hub id of the base it was trained on.
-        family: a name of `families.py`.
+        family: a name of `families`.
         recipe: the other fields of `StudentRecipe` that its authors state.
         sampler: what they call the sampler, for humans.
         source: where that is stated.

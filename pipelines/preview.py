@@ -19,7 +19,8 @@ def preview(pipe: Any, latents: Tensor, size: Size) -> list[Image.Image]:
     """Latents as small pictures, one per sample; of a video its first frame.
 
     Args:
-        pipe: the `TDMPipeline` that decodes them. Pictures of at most 32 latent pixels a side look as the pipeline itself would show them.
+        pipe: the `TDMPipeline` that decodes them. Pictures of at most 32 latent pixels a side look as the pipeline
+            itself would show them.
         latents: in the layout and scale of the pipeline's loop, (B, ...).
         size: of the call.
     """

@@ -44,7 +44,7 @@ class StudentRecipe:
 
     Attributes:
         base_model: hub id or local folder of the base, or "bundled" for the one that ships with this package.
-        family: a name of `families.py`, such as "sd15" or "pixart".
+        family: a name of `families`, such as "sd15" or "pixart".
         prediction_type: what the base's network predicts: "epsilon", "v_prediction", "sample" or "flow_prediction".
         trained_timesteps: for each step count K the K timesteps it was trained on, strictly decreasing.
         guidance_scale: what to run the student with; 1.0 is no guidance, on every family (Z-Image's own 0 is 1.0 here).

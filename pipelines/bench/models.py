@@ -34,7 +34,7 @@ class BenchModel:
     """One architecture; the `tiny_...` entries replace those of the full size, for a trial on any machine.
 
     Attributes:
-        family: a name of `families.py`, and of the model.
+        family: a name of `families`, and of the model.
         network, options: class and config of the denoiser.
         vae, vae_options: the same for the autoencoder.
         scheduler, schedule: the same for the stock scheduler.

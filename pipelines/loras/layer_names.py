@@ -55,7 +55,7 @@ def names_of(network: nn.Module, family: str) -> Names:
 
     Args:
         network: a denoiser of that family, or a text encoder of any.
-        family: a name of `families.py`.
+        family: a name of `families`.
     """
     own = list(layer_shapes(network))
     names: Names = {name: (name,) for name in own}
