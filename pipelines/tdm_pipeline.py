@@ -8,48 +8,34 @@ import inspect
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils.peft_utils import delete_adapter_layers
-from torch import nn
 
 from ..errors import TDMError
 from .attention import use_attention
-from .families import Family
+from .families import Family, family_of_pipeline
 from .image_to_image import image_to_image
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
-from .loras.adapters import (
-    active_adapters,
-    adapters_hidden,
-    adapters_off,
-    is_on,
-    lora_of,
-    require_unfused,
-    require_wide,
-    set_active,
-    staying_active,
-)
+from .loras.adapters import adapters_hidden, adapters_off, require_wide
 from .loras.file import LoraFile, read_lora_file
-from .loras.pairs import Lora, peft_config, state_dict_of
-from .loras.places import Placed, flat, place
+from .loras.pairs import state_dict_of
+from .loras.places import flat, place
 from .presets import known_of
 from .recipe_on_base import recipe_for, student_scheduler
 from .scheduler import TDMScheduler
 from .stream import Step, stream
 from .student import STUDENT_FILE, StudentRecipe, save_student
-
-STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
+from .student_adapter import STUDENT_ADAPTER, StudentAdapter
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _logger = logging.getLogger(__name__)
 
 
-class TDMPipeline(DiffusionPipeline):
+class TDMPipeline(StudentAdapter):
     """A few-step student, ready to call. Build one with `TDMPipeline.from_pretrained`.
 
     The object is an instance of the base's own pipeline class (`isinstance(pipe, StableDiffusionXLPipeline)`), with
@@ -67,11 +53,8 @@ class TDMPipeline(DiffusionPipeline):
     """
 
     recipe: StudentRecipe
-    _family: Family
     _base: str
     _teacher_scheduler: Any
-    _sampler: Any  # the scheduler that came with the student
-    _teaching = False
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -133,6 +116,39 @@ class TDMPipeline(DiffusionPipeline):
         pipe._load(lora, fields)
         return pipe
 
+    @classmethod
+    def from_pipe(  # type: ignore[override]
+        cls, pipeline: DiffusionPipeline, *, student: Source, recipe: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> TDMPipeline:
+        """Put a student on a pipeline that is loaded already, such as a fine-tune that came as a single file.
+
+        The networks are shared, not copied, and have the student's adapter from then on: go on with what is returned.
+
+        Args:
+            pipeline: a stock pipeline of a supported family.
+            student: as in `load_student`.
+            recipe: fields that complete or replace the student's metadata.
+            kwargs: what the stock `from_pipe` takes; the dtype stays unless `dtype` is given.
+
+        Raises:
+            TDMError: an unsupported pipeline, one that has a student, or as in `load_student`.
+
+        >>> from diffusers import PixArtAlphaPipeline
+        >>> from tdm.pipelines.locate import bundled_path
+        >>> base = PixArtAlphaPipeline.from_pretrained(bundled_path() / "teacher")
+        >>> TDMPipeline.from_pipe(base, student="bundled").recipe.default_steps
+        4
+        """
+        if isinstance(pipeline, TDMPipeline):
+            raise TDMError("this pipeline has a student already; put another one in with load_student")
+        family = family_of_pipeline(type(pipeline).__name__)
+        loader: Any = super(TDMPipeline, _student_class(family))
+        pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})
+        base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
+        pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
+        pipe.load_student(student, recipe=recipe)
+        return pipe
+
     def load_student(self, student: Source, *, recipe: Mapping[str, Any] | None = None) -> None:
         """Put a student into the pipeline, in the place of the one it has. Other adapters stay as they are.
 
@@ -162,37 +178,10 @@ class TDMPipeline(DiffusionPipeline):
         require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
         self._require_unfused()
 
-        active = {name: active_adapters(network) for name, network in self._adaptable().items()}
-        self._detach()
-        for name, layers in placed.items():
-            self._attach(name, layers)
-        for name, network in self._adaptable().items():  # the loaders made the new adapter the only active one
-            set_active(network, [*(other for other in active[name] if other != STUDENT_ADAPTER), STUDENT_ADAPTER])
+        self._replace_student(placed)
         self.scheduler, self._sampler, self.recipe = scheduler, scheduler, new
         count = sum(map(len, placed.values()))
         _logger.info("%s: all %d LoRA layers match the %s", lora.path, count, " and the ".join(placed))
-
-    def _attach(self, component: str, layers: Mapping[str, Lora]) -> None:
-        """Put the student's layers of one network into it."""
-        options: dict[str, Any] = {"adapter_name": STUDENT_ADAPTER, "low_cpu_mem_usage": True, "_pipeline": self}
-        settings = {f"{component}.{key}": value for key, value in peft_config(layers).items()}
-        state = {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
-        network = self._adaptable()[component]
-        if component == self._family.denoiser:
-            network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
-        else:
-            load: Any = self.load_lora_into_text_encoder
-            load(state, None, network, prefix=component, metadata=settings, **options)
-
-    def _detach(self) -> None:
-        """Take the student out of every network that has it."""
-        for component, network in self._adaptable().items():
-            if STUDENT_ADAPTER not in getattr(network, "peft_config", {}):
-                continue
-            if component == self._family.denoiser:
-                network.delete_adapters(STUDENT_ADAPTER)
-            else:
-                delete_adapter_layers(network, STUDENT_ADAPTER)
 
     def image_to_image(self, prompt: str | list[str] | None, image: Any, strength: float = 0.6, **call: Any) -> Any:
         """Redraw a picture: start from it, noised to the trained timestep nearest to `strength`, and end on the grid.
@@ -213,16 +202,6 @@ class TDMPipeline(DiffusionPipeline):
                 `TDMScheduler` (as in `teacher`).
         """
         return image_to_image(self, image, strength, {"prompt": prompt, **call})
-
-    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Load a LoRA beside the student: the stock method, except that all adapters that were on stay on.
-
-        Stock pipelines leave only the newest on, which would switch the student off. Strengths are set as ever, with
-        ``pipe.set_adapters(["student", "style"], [1.0, 0.7])``, in any order.
-        """
-        loader: Any = super()
-        with staying_active(self._adaptable().values()):
-            loader.load_lora_weights(*args, **kwargs)
 
     def stream(self, *args: Any, **kwargs: Any) -> Generator[Step, None, None]:
         """A call that can be watched and stopped: what `pipe(...)` takes, step by step.
@@ -330,57 +309,6 @@ class TDMPipeline(DiffusionPipeline):
         'native'
         """
         return use_attention(self._denoiser, backend, self._execution_device)
-
-    @property
-    def _denoiser(self) -> Any:
-        denoiser = getattr(self, self._family.denoiser)
-        return getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
-
-    def _modules(self) -> list[nn.Module]:
-        return [component for component in self.components.values() if isinstance(component, nn.Module)]
-
-    def _adaptable(self) -> dict[str, Any]:
-        """The networks that can take a LoRA, by component: the denoiser, and text encoders that diffusers supports."""
-        names: list[str] = self._lora_loadable_modules
-        encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
-        return {self._family.denoiser: self._denoiser} | {k: v for k, v in encoders.items() if v is not None}
-
-    def _only_student(self) -> Placed:
-        """The student's LoRA, if the pipeline holds no adapter beside it."""
-        self._require_unfused()
-        attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
-        if other := attached - {STUDENT_ADAPTER}:
-            raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
-        found = {name: lora_of(network, STUDENT_ADAPTER) for name, network in self._adaptable().items()}
-        student = {name: layers for name, layers in found.items() if layers}
-        if not student:
-            raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
-        return student
-
-    def _require_unfused(self) -> None:
-        """Raise TDMError if an adapter is part of the weights, be it that it was unloaded after that."""
-        require_unfused(self._modules())
-        if self.fused_loras:
-            names = ", ".join(sorted(self.fused_loras))
-            raise TDMError(f"the adapters {names} were fused into the weights and unloaded; load the pipeline again")
-
-    def _check_student(self) -> None:
-        """Before a call: the student's sampler must not run the base alone. Another scheduler is the caller's choice.
-
-        Raises:
-            TDMError: the student is gone, after `unload_lora_weights` or `delete_adapters`.
-        """
-        if self._teaching or self.scheduler is not self._sampler or STUDENT_ADAPTER in self.fused_loras:
-            return
-        networks = self._adaptable().values()
-        if not any(STUDENT_ADAPTER in getattr(network, "peft_config", {}) for network in networks):
-            raise TDMError("the student is no longer loaded; call load_student, or use pipe.teacher() for the base")
-        if not any(is_on(network, STUDENT_ADAPTER) for network in networks):
-            warnings.warn(
-                "the student is switched off, but its sampler and defaults are in place: these are not the teacher's "
-                "pictures (those: pipe.teacher()); switch it on with enable_lora() or set_adapters()",
-                stacklevel=3,
-            )
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The arguments of a call by name, completed with the defaults."""

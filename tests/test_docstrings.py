@@ -17,7 +17,10 @@ ROOT = Path(tdm.__file__).parent
 EXAMPLES = {  # what must have an example, by module
     "tdm_pipeline": [
         "TDMPipeline",
-        *(f"TDMPipeline.{name}" for name in ("from_pretrained", "load_student", "teacher", "save_pretrained")),
+        *(
+            f"TDMPipeline.{name}"
+            for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "save_pretrained")
+        ),
         "TDMPipeline.use_attention",
     ],
     "scheduler": ["TDMScheduler", "TDMScheduler.from_config", "TDMScheduler.set_timesteps"],

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..families import family_of_name
 from ..student import StudentRecipe, save_student
-from ..tdm_pipeline import TDMPipeline, _student_class
+from ..tdm_pipeline import TDMPipeline
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _SD_VAE = {
@@ -230,8 +230,7 @@ def build(
         call["prompt_attention_mask"] = torch.ones_like(call["prompt_attention_mask"])
     scheduler = getattr(diffusers, model.scheduler)(**model.schedule)
     nothing: dict[str, Any] = dict.fromkeys(model.components)
-    pipe = _student_class(family)(**parts, scheduler=scheduler, **nothing)
-    pipe._family, pipe._base, pipe._teacher_scheduler = family, "random weights", scheduler
+    stock: Any = getattr(diffusers, family.pipeline)(**parts, scheduler=scheduler, **nothing)
     width, height, frames = model.tiny_size if tiny else model.size
     recipe = StudentRecipe(
         base_model="random weights",
@@ -244,9 +243,9 @@ def build(
         num_frames=frames,
     )
     with tempfile.TemporaryDirectory() as folder:
-        file = save_student(Path(folder, "student.safetensors"), _lora(pipe._denoiser), recipe, lora_alpha=None)
-        pipe.load_student(file)
-    return pipe, call
+        lora = _lora(parts[family.denoiser])
+        file = save_student(Path(folder, "student.safetensors"), lora, recipe, lora_alpha=None)
+        return TDMPipeline.from_pipe(stock, student=file), call
 
 
 def _lora(denoiser: nn.Module, rank: int = 16) -> dict[str, torch.Tensor]:

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tdm import TDMScheduler
+from diffusers import StableDiffusionImg2ImgPipeline
+from tdm import TDMPipeline, TDMScheduler
 from tdm.errors import TDMError
 from tdm.pipelines.student import read_student, read_tensors
+from tdm.tests import tiny
 from tdm.tests.pipelines.students import (
     GRIDS,
     MAIN,
     Make,
+    latents,
     load,
     plain,
     short_call,
@@ -226,3 +229,32 @@ def test_components_and_options_reach_the_stock_loader(make: Make, bases: Callab
         load(v_student)
     v_scheduler = TDMScheduler.from_config(plain(bases("sd15")).scheduler.config, prediction_type="v_prediction")
     assert load(v_student, scheduler=v_scheduler).scheduler.config.prediction_type == "v_prediction"
+
+
+# ---------------------------------------------------------------------- from_pipe
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_student_goes_into_a_pipeline_that_is_loaded_already(
+    family: str, make: Make, bases: Callable[[str], Path]
+) -> None:
+    base = plain(bases(family))
+    stock = base.scheduler
+    pipe = TDMPipeline.from_pipe(base, student=make(family))
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(short_call(pipe, family), short_call(load(make(family)), family))
+    assert base.scheduler is stock
+    with pipe.teacher():
+        assert torch.equal(latents(pipe, family), latents(plain(bases(family)), family))
+
+
+def test_from_pipe_keeps_the_dtype_and_refuses_what_it_cannot_serve(make: Make, bases: Callable[[str], Path]) -> None:
+    base = plain(bases("sd15")).to(torch.bfloat16)
+    pipe = TDMPipeline.from_pipe(base, student=make("sd15"))
+    assert pipe.unet.dtype == torch.bfloat16
+    with pytest.raises(TDMError, match="has a student already"):
+        TDMPipeline.from_pipe(pipe, student=make("sd15"))
+    with pytest.raises(TDMError, match="'StableDiffusionImg2ImgPipeline' is not supported"):
+        TDMPipeline.from_pipe(StableDiffusionImg2ImgPipeline.from_pipe(base), student=make("sd15"))
+    with pytest.raises(TDMError, match="the student was trained for family 'sd15'"):
+        TDMPipeline.from_pipe(plain(bases("sdxl")), student=make("sd15"))

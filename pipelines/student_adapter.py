@@ -1,0 +1,119 @@
+"""The student's place in a pipeline: the adapter "student" on its networks, beside LoRAs of the user."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.peft_utils import delete_adapter_layers
+from torch import nn
+
+from ..errors import TDMError
+from .families import Family
+from .loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active
+from .loras.pairs import Lora, peft_config, state_dict_of
+from .loras.places import Placed
+
+STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
+
+
+class StudentAdapter(DiffusionPipeline):
+    """What `TDMPipeline` does with adapters: the half of it that knows peft."""
+
+    _family: Family
+    _sampler: Any  # the scheduler that came with the student
+    _teaching = False
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Load a LoRA beside the student: the stock method, except that all adapters that were on stay on.
+
+        Stock pipelines leave only the newest on, which would switch the student off. Strengths are set as ever, with
+        ``pipe.set_adapters(["student", "style"], [1.0, 0.7])``, in any order.
+        """
+        loader: Any = super()
+        with staying_active(self._adaptable().values()):
+            loader.load_lora_weights(*args, **kwargs)
+
+    def _replace_student(self, placed: Placed) -> None:
+        """Put a student's layers in the place of the one that is there. Other adapters stay as they are, on or off."""
+        active = {name: active_adapters(network) for name, network in self._adaptable().items()}
+        self._detach()
+        for name, layers in placed.items():
+            self._attach(name, layers)
+        for name, network in self._adaptable().items():  # the loaders made the new adapter the only active one
+            set_active(network, [*(other for other in active[name] if other != STUDENT_ADAPTER), STUDENT_ADAPTER])
+
+    def _attach(self, component: str, layers: Mapping[str, Lora]) -> None:
+        """Put the student's layers of one network into it."""
+        options: dict[str, Any] = {"adapter_name": STUDENT_ADAPTER, "low_cpu_mem_usage": True, "_pipeline": self}
+        settings = {f"{component}.{key}": value for key, value in peft_config(layers).items()}
+        state = {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
+        network = self._adaptable()[component]
+        if component == self._family.denoiser:
+            network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
+        else:
+            load: Any = self.load_lora_into_text_encoder
+            load(state, None, network, prefix=component, metadata=settings, **options)
+
+    def _detach(self) -> None:
+        """Take the student out of every network that has it."""
+        for component, network in self._adaptable().items():
+            if STUDENT_ADAPTER not in getattr(network, "peft_config", {}):
+                continue
+            if component == self._family.denoiser:
+                network.delete_adapters(STUDENT_ADAPTER)
+            else:
+                delete_adapter_layers(network, STUDENT_ADAPTER)
+
+    @property
+    def _denoiser(self) -> Any:
+        denoiser = getattr(self, self._family.denoiser)
+        return getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
+
+    def _modules(self) -> list[nn.Module]:
+        return [component for component in self.components.values() if isinstance(component, nn.Module)]
+
+    def _adaptable(self) -> dict[str, Any]:
+        """The networks that can take a LoRA, by component: the denoiser, and text encoders that diffusers supports."""
+        names: list[str] = self._lora_loadable_modules
+        encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
+        return {self._family.denoiser: self._denoiser} | {k: v for k, v in encoders.items() if v is not None}
+
+    def _only_student(self) -> Placed:
+        """The student's LoRA, if the pipeline holds no adapter beside it."""
+        self._require_unfused()
+        attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
+        if other := attached - {STUDENT_ADAPTER}:
+            raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
+        found = {name: lora_of(network, STUDENT_ADAPTER) for name, network in self._adaptable().items()}
+        student = {name: layers for name, layers in found.items() if layers}
+        if not student:
+            raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
+        return student
+
+    def _require_unfused(self) -> None:
+        """Raise TDMError if an adapter is part of the weights, be it that it was unloaded after that."""
+        require_unfused(self._modules())
+        if self.fused_loras:
+            names = ", ".join(sorted(self.fused_loras))
+            raise TDMError(f"the adapters {names} were fused into the weights and unloaded; load the pipeline again")
+
+    def _check_student(self) -> None:
+        """Before a call: the student's sampler must not run the base alone. Another scheduler is the caller's choice.
+
+        Raises:
+            TDMError: the student is gone, after `unload_lora_weights` or `delete_adapters`.
+        """
+        if self._teaching or self.scheduler is not self._sampler or STUDENT_ADAPTER in self.fused_loras:
+            return
+        networks = self._adaptable().values()
+        if not any(STUDENT_ADAPTER in getattr(network, "peft_config", {}) for network in networks):
+            raise TDMError("the student is no longer loaded; call load_student, or use pipe.teacher() for the base")
+        if not any(is_on(network, STUDENT_ADAPTER) for network in networks):
+            warnings.warn(
+                "the student is switched off, but its sampler and defaults are in place: these are not the teacher's "
+                "pictures (those: pipe.teacher()); switch it on with enable_lora() or set_adapters()",
+                stacklevel=3,
+            )
