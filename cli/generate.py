@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import time
 from pathlib import Path
@@ -56,7 +57,9 @@ def load(args: argparse.Namespace) -> TDMPipeline:
 
 
 def quiet() -> None:
-    """No progress bars of loading: they would bury what a command says."""
+    """No progress bars of loading, and no remarks of torchao on kernels for other machines: they bury what is said."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

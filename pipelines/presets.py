@@ -274,7 +274,7 @@ def preset_of(source: str | os.PathLike[str]) -> Preset | None:
     for repository in (preset.repository for preset in _PRESETS):
         if "/".join(folder.parts[-2:]) == repository or f"models--{repository.replace('/', '--')}" in folder.parts:
             return _preset_in(repository, file)
-    named = [preset for preset in _PRESETS if preset.file == file is not None]
+    named = [preset for preset in _PRESETS if file is not None and preset.file == file]
     return named[0] if len(named) == 1 else None
 
 
