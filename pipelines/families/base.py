@@ -188,12 +188,14 @@ class Family(ABC):
         return vae.encode(pictures).latent_dist.mode()
 
     def scale(self, vae: Any, latents: Tensor) -> Tensor:
-        """The VAE's latents as the denoiser knows them."""
-        return (latents - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        """The VAE's latents as the denoiser knows them: by mean and deviation per channel, or a shift, or neither."""
+        mean, std, factor = _statistics(vae, latents)
+        return (latents - mean) * factor / std
 
     def unscale(self, vae: Any, latents: Tensor) -> Tensor:
         """The inverse of `scale`."""
-        return latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        mean, std, factor = _statistics(vae, latents)
+        return latents * std / factor + mean
 
     def pack(self, latents: Tensor) -> Tensor:
         """Latents [B, *latent_shape] as the pipeline's `latents=` argument and `output_type="latent"` have them."""
@@ -219,13 +221,6 @@ def pad_text(text: Tensor, length: int) -> Tensor:
     return F.pad(text, (0, 0, 0, missing) if text.ndim == 3 else (0, missing)) if missing > 0 else text
 
 
-def channel_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, standard deviation) of a VAE's latent channels, shaped to go with `latents` [B, C, ...]."""
-    shape = (1, -1, *(1,) * (latents.ndim - 2))
-    mean, std = (torch.tensor(v).view(shape).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std))
-    return mean, std
-
-
 def for_vae(vae: Any, x: Tensor) -> Tensor:
     """x in the dtype of a VAE, where the VAE runs (an offloaded one is elsewhere until it is called)."""
     from diffusers.utils.torch_utils import get_module_execution_device
@@ -243,17 +238,14 @@ def without_variance(output: Tensor, channels: int) -> Tensor:
     return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * channels else output
 
 
-def patches(latents: Tensor) -> Tensor:
-    """[B, C, h, w] to the 2 x 2 patches [B, h w / 4, 4 C] of Flux and Qwen-Image."""
-    b, c, h, w = latents.shape
-    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
-
-
-def from_patches(packed: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `patches`, for latents of a height and width."""
-    b, _, c = packed.shape
-    latents = packed.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return latents.reshape(b, c // 4, height, width)
+def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any, float]:
+    """(mean, standard deviation, scaling factor) of a VAE's latents [B, C, ...], as its config states them."""
+    config, factor = vae.config, vae.config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is None or config.get("latents_std") is None:
+        return config.get("shift_factor") or 0.0, 1.0, factor
+    shape = (1, -1, *(1,) * (latents.ndim - 2))
+    mean, std = (torch.tensor(v).view(shape).to(latents) for v in (config.latents_mean, config.latents_std))
+    return mean, std, factor
 
 
 def _expand_like(one: Condition, like: Condition) -> Condition:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Family, Size, from_patches, patches, text_options
+from .base import Condition, Size, text_options
+from .patched import PatchedFamily, from_patches, patches
 
 
-class Flux(Family):
+class Flux(PatchedFamily):
     """A joint transformer on 2 x 2 patches of 16-channel latents; T5 text and a pooled CLIP prompt.
 
     The dev model is guidance-distilled: its network takes a guidance scale, which a student's recipe then names.
@@ -21,16 +22,6 @@ class Flux(Family):
         r".*(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
         r"|single_transformer_blocks\.\d+\.proj_(mlp|out))"
     )
-
-    def default_size(self, pipe: Any) -> Size:
-        side = pipe.default_sample_size * pipe.vae_scale_factor
-        return Size(side, side)
-
-    def patch_pixels(self, pipe: Any) -> int:
-        return 2 * pipe.vae_scale_factor
-
-    def latent_channels(self, pipe: Any) -> int:
-        return pipe.transformer.config.in_channels // 4
 
     def embeds_guidance(self, pipe: Any) -> bool:
         return pipe.transformer.config.guidance_embeds
@@ -59,9 +50,3 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return from_patches(output, height, width)
-
-    def pack(self, latents: Tensor) -> Tensor:
-        return patches(latents)
-
-    def unpack(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
-        return from_patches(latents, size.height // pipe.vae_scale_factor, size.width // pipe.vae_scale_factor)

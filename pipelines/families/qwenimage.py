@@ -7,37 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    JOINT_ATTENTION,
-    Condition,
-    Family,
-    Size,
-    channel_statistics,
-    for_vae,
-    from_patches,
-    patches,
-    text_options,
-    to_uint8,
-)
+from .base import JOINT_ATTENTION, Condition, Size, for_vae, text_options, to_uint8
+from .patched import PatchedFamily, from_patches, patches
 
 
-class QwenImage(Family):
+class QwenImage(PatchedFamily):
     """A joint transformer on 2 x 2 patches of a video VAE's latents, Qwen2.5-VL text."""
 
     name = "qwenimage"
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     guidance_argument = "true_cfg_scale"
     home = "..mended.batches"
-
-    def default_size(self, pipe: Any) -> Size:
-        side = pipe.default_sample_size * pipe.vae_scale_factor
-        return Size(side, side)
-
-    def patch_pixels(self, pipe: Any) -> int:
-        return 2 * pipe.vae_scale_factor
-
-    def latent_channels(self, pipe: Any) -> int:
-        return pipe.transformer.config.in_channels // 4
 
     def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
         given = text_options(pipe, options, "max_sequence_length")
@@ -58,23 +38,9 @@ class QwenImage(Family):
         )[0]
         return from_patches(output, height, width)
 
-    def pack(self, latents: Tensor) -> Tensor:
-        return patches(latents)
-
-    def unpack(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
-        return from_patches(latents, size.height // pipe.vae_scale_factor, size.width // pipe.vae_scale_factor)
-
     def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
         frames = self.unscale(pipe.vae, for_vae(pipe.vae, latents).unsqueeze(2))
         return to_uint8(pipe.vae.decode(frames, return_dict=False)[0][:, :, 0])
 
     def _vae_latents(self, vae: Any, pictures: Tensor) -> Tensor:
         return vae.encode(pictures.unsqueeze(2)).latent_dist.mode().squeeze(2)
-
-    def scale(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = channel_statistics(vae, latents)
-        return (latents - mean) / std
-
-    def unscale(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = channel_statistics(vae, latents)
-        return latents * std + mean

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Size, channel_statistics, text_options
+from .base import Condition, Size, text_options
 from .sd15 import SD15
 
 
@@ -45,15 +45,3 @@ class SDXL(SD15):
         finally:
             if overflows:
                 pipe.vae.to(dtype=torch.float16)
-
-    def scale(self, vae: Any, latents: Tensor) -> Tensor:
-        if vae.config.get("latents_mean") is None or vae.config.get("latents_std") is None:
-            return super().scale(vae, latents)
-        mean, std = channel_statistics(vae, latents)
-        return (latents - mean) * vae.config.scaling_factor / std
-
-    def unscale(self, vae: Any, latents: Tensor) -> Tensor:
-        if vae.config.get("latents_mean") is None or vae.config.get("latents_std") is None:
-            return super().unscale(vae, latents)
-        mean, std = channel_statistics(vae, latents)
-        return latents * std / vae.config.scaling_factor + mean

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, channel_statistics, for_vae, text_options, to_uint8
+from .base import ATTENTION, Condition, Family, Size, for_vae, text_options, to_uint8
 
 
 class Wan(Family):
@@ -45,11 +45,3 @@ class Wan(Family):
 
     def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
         return latents[:, :, :1]
-
-    def scale(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = channel_statistics(vae, latents)
-        return (latents - mean) / std
-
-    def unscale(self, vae: Any, latents: Tensor) -> Tensor:
-        mean, std = channel_statistics(vae, latents)
-        return latents * std + mean

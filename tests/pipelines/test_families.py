@@ -143,6 +143,17 @@ def test_decoding_gives_the_pipelines_pixels(name: str) -> None:
     assert ours.float().std() > 1
 
 
+@pytest.mark.parametrize("name", ["sdxl", "wan", "qwenimage"])
+def test_a_vae_with_statistics_per_channel_is_decoded_as_the_pipeline_does(name: str) -> None:
+    pipe, family, size, call = ready(name)
+    pipe.vae.register_to_config(latents_mean=[0.5, -1.0, 0.2, 0.0], latents_std=[2.0, 0.5, 1.5, 3.0])
+    latents = family.unpack(pipe, sampled_way(pipe, call, **family.guidance(1.0)), size)
+    theirs = torch.as_tensor(sampled_way(pipe, call, **family.guidance(1.0), output_type="pt"))
+    ours = family.decode(pipe, latents, size)
+    assert int((ours.float() - theirs.float() * 255).abs().max().round()) <= 1
+    torch.testing.assert_close(family.scale(pipe.vae, family.unscale(pipe.vae, latents)), latents)
+
+
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_sizes_that_the_network_cannot_work_in_are_refused(name: str) -> None:
     pipe, family, size, _ = ready(name)

@@ -1,0 +1,42 @@
+"""What Flux and Qwen-Image share: the pipeline keeps latents as a row of 2 x 2 patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .base import Family, Size
+
+
+class PatchedFamily(Family):
+    """A family whose pipeline packs latents [B, C, h, w] into patches [B, h w / 4, 4 C]."""
+
+    def default_size(self, pipe: Any) -> Size:
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        return Size(side, side)
+
+    def patch_pixels(self, pipe: Any) -> int:
+        return 2 * pipe.vae_scale_factor
+
+    def latent_channels(self, pipe: Any) -> int:
+        return pipe.transformer.config.in_channels // 4
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return patches(latents)
+
+    def unpack(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+        return from_patches(latents, size.height // pipe.vae_scale_factor, size.width // pipe.vae_scale_factor)
+
+
+def patches(latents: Tensor) -> Tensor:
+    """[B, C, h, w] to [B, h w / 4, 4 C]."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def from_patches(packed: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `patches`, for latents of a height and width."""
+    b, _, c = packed.shape
+    latents = packed.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, c // 4, height, width)
