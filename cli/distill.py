@@ -14,8 +14,8 @@ Distil a few-step student by Trajectory Distribution Matching: prompts only, no 
 LoRA adapters on the one frozen base; the teacher is the base itself.
 
 CONFIG is a YAML file; without it the bundled teacher is distilled (some minutes on two CPU cores). Any setting
-can be given as key=value after it; training/config.py explains each. Out of memory: lower batch_size, then
-gradient_checkpointing=true, then student.rank and critic.rank.
+can be given as key=value after it; training/config.py explains each. Out of memory: lower micro_batch_size, then
+memory.gradient_checkpointing=true, then a smaller base (memory.base).
 
   tdm distill
   tdm distill seed=1 updates=200 --out runs/short

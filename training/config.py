@@ -1,8 +1,8 @@
 """The configuration of a distillation: one tree of dataclasses, loaded from YAML and ``key=value`` overrides.
 
 An unknown key, a wrong type or settings that cannot work together are one-line :class:`TDMError`s with the nearest
-name. Every switch is here and nowhere else. Out of memory: lower ``batch_size``, then turn on
-``gradient_checkpointing``, then lower ``student.rank`` and ``critic.rank``.
+name. Every switch is here and nowhere else. Out of memory: lower ``micro_batch_size``, then turn on
+``memory.gradient_checkpointing``, then store the base smaller (``memory.base``).
 """
 
 from __future__ import annotations
@@ -94,6 +94,22 @@ class EmaConfig:
     warmup: bool = True  # start with a short memory: min(decay, (1 + n) / (10 + n)) at update n
 
 
+Storage = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "nf4"]
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What a run may cost in memory. None of it changes what is learned, beyond the rounding of a smaller base."""
+
+    # How the frozen base is stored. auto: bf16 on a GPU, fp32 on a CPU. fp8: layerwise casting, int8: torchao's
+    # weight-only, nf4: bitsandbytes (GPU only).
+    base: Storage = "auto"
+    gradient_checkpointing: bool = False  # recompute instead of storing activations: less memory, about 30 % slower
+    offload: bool = False  # keep the base in main memory and bring groups of its layers to the GPU as they are called
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: bitsandbytes (GPU only)
+    shard: bool = False  # several processes: each holds its part of the base (FSDP2), not the whole
+
+
 @dataclass(frozen=True)
 class OutputConfig:
     """What a run writes, in updates between two; 0 is never."""
@@ -112,16 +128,17 @@ class DistillConfig:
     task: dict[str, Any] = field(default_factory=lambda: {"name": "mixture"})
     seed: int = 0  # of all randomness; the same seed is the same run, bit for bit, on a CPU
     updates: int = 1000  # student updates
-    batch_size: int = 16  # samples per update; lower on out of memory, best a multiple of trajectory.steps
+    batch_size: int = 16  # samples per update, over all processes; best a multiple of trajectory.steps
+    micro_batch_size: int | None = None  # of these at a time on a device, the gradients summed; None: all of its share
     # bf16: autocast; adapters, losses and optimisers stay float32. auto: bf16 where the device is faster with it.
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    gradient_checkpointing: bool = False  # recompute instead of storing activations: less memory, about 30 % slower
     start_from: str | None = None  # checkpoint.pt of an earlier run, whose adapters to begin with; None: the teacher
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     student: RoleConfig = field(default_factory=RoleConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:

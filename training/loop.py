@@ -174,19 +174,19 @@ def distill(
 
 def _best_precision(task: Task, config: DistillConfig) -> Precision:
     device = next(task.base.parameters()).device.type
-    return "fp32" if device == "cpu" and config.gradient_checkpointing else best_precision(device)
+    return "fp32" if device == "cpu" and config.memory.gradient_checkpointing else best_precision(device)
 
 
 def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> AdapterRoles:
     """The task's base with fresh adapters, or those of ``config.start_from``."""
-    if config.gradient_checkpointing:
+    if config.memory.gradient_checkpointing:
         if config.precision == "bf16" and next(task.base.parameters()).device.type == "cpu":
             raise TDMError(
-                "on a CPU bf16 cannot be checkpointed; set precision to fp32 or gradient_checkpointing to false"
+                "on a CPU bf16 cannot be checkpointed; set precision to fp32 or memory.gradient_checkpointing to false"
             )
         enable = getattr(task.base, "enable_gradient_checkpointing", None)
         if enable is None:
-            raise TDMError(f"{type(task.base).__name__} cannot checkpoint; set gradient_checkpointing to false")
+            raise TDMError(f"{type(task.base).__name__} cannot checkpoint; set memory.gradient_checkpointing to false")
         enable()
     assert config.precision != "auto"
     roles = AdapterRoles(

@@ -208,9 +208,9 @@ def test_checkpoints_of_other_kinds_are_refused(tmp_path):
 
 def test_checkpointing_needs_a_base_that_can(tmp_path):
     with pytest.raises(TDMError, match="MixtureDenoiser cannot checkpoint"):
-        go(tmp_path, "gradient_checkpointing=true")
+        go(tmp_path, "memory.gradient_checkpointing=true")
     with pytest.raises(TDMError, match="on a CPU bf16 cannot be checkpointed"):
-        go(tmp_path, "gradient_checkpointing=true", "precision=bf16")
+        go(tmp_path, "memory.gradient_checkpointing=true", "precision=bf16")
 
 
 def test_automatic_precision_is_settled_before_the_first_update(tmp_path, monkeypatch):
