@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..errors import TDMError
 from .config import DistillConfig
-from .roles import ROLES, AdapterRoles, Ema, Role
+from .roles import ROLES, Ema, Role, Roles
 
 FORMAT = 1
 
@@ -29,7 +29,7 @@ def save_checkpoint(
     *,
     step: int,
     config: DistillConfig,
-    roles: AdapterRoles,
+    roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
@@ -71,7 +71,7 @@ def restore_checkpoint(
     path: Path,
     *,
     config: DistillConfig,
-    roles: AdapterRoles,
+    roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,

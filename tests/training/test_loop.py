@@ -8,8 +8,9 @@ from tdm.errors import TDMError
 from tdm.training import checkpoint as checkpoint_module
 from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import RoleConfig, load_config
-from tdm.training.loop import distill, learning_rate
+from tdm.training.loop import distill
 from tdm.training.mixture import MixtureTask
+from tdm.training.optimizers import learning_rate
 from tdm.training.precision import best_precision
 
 SMALL = [
@@ -38,10 +39,10 @@ class Task(MixtureTask):
         super().__init__(width=8, samples=50)
 
     def conditions(self, n, generator):
-        return {"label": torch.randint(3, (n,), generator=generator)}
+        return {"label": torch.randint(3, (n,), generator=generator)}, (2,)
 
     def preview(self, student, teacher):
-        noise, cond = torch.zeros(3, 2), self.conditions(3, torch.Generator().manual_seed(0))
+        noise, (cond, _) = torch.zeros(3, 2), self.conditions(3, torch.Generator().manual_seed(0))
         assert student(noise, cond).shape == teacher(noise, cond).shape == (3, 2)
         return Picture()
 
