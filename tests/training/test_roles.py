@@ -107,7 +107,7 @@ def test_roles_start_as_the_teacher_and_then_differ():
 def test_lora_scale_is_alpha_over_rank():
     roles, x, _ = make()
     layer = roles.base.first
-    roles._activate("critic")
+    roles._network("critic")
     a, b = layer.lora_A["critic"].weight, layer.lora_B["critic"].weight
     torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ a.T @ b.T * (4.0 / 2))
 
