@@ -45,7 +45,7 @@ def predictor(pipe: Any, family: Family, size: Size, scale: float, options: dict
     def both(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         if scale == 1:
             return once(x, timesteps, cond)
-        null = family.null(pipe, cond, size, **options)
+        null = family.null(pipe, cond, **options)
         two = {key: torch.cat([cond[key], null[key]]) for key in cond}
         x0, eps = once(torch.cat([x, x]), torch.cat([timesteps, timesteps]), two)
         return guided(x0[: len(x)], x0[len(x) :], scale), guided(eps[: len(x)], eps[len(x) :], scale)
