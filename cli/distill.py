@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import TDMError
 from .generate import quiet
@@ -25,6 +26,9 @@ memory.gradient_checkpointing=true, then a smaller base (memory.base).
 The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
 previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
 """
+if TYPE_CHECKING:
+    import torch
+
 DEFAULT = Path(__file__).parents[1] / "training" / "configs" / "bundled.yaml"
 
 
@@ -33,6 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("settings", nargs="*", metavar="CONFIG | key=value", help="a YAML file first, if any, then overrides")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
+    add("--device", help="where to train, such as cpu or cuda:1 (default: cuda if there is one, else cpu)")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if gpu else "cpu"))
+    except RuntimeError as error:
+        raise TDMError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise TDMError(f"--device {name}: there is no such GPU here; leave it out for the best there is")
+    return device
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.tasks import build_task
 
     quiet()
-    task = build_task(config.task)
+    task = build_task(config.task, config.memory, _device(args.device))
     finished = distill(task, config, args.out, resume=args.resume)
     if curves := plot_curves(args.out):
         print(f"curves   {curves}")

@@ -102,6 +102,7 @@ def test_compare_writes_one_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_distil_then_generate_with_the_new_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     short = ["updates=2", "batch_size=4", "output.preview_every=0", "output.evaluate_every=0", "critic.head_start=0"]
+    short += ["task.prompt_count=8", f"task.cache={tmp_path / 'prompts'}"]
     assert main(["distill", *short, "--out", str(run)]) == 0
     student = run / "student.safetensors"
     assert (run / "curves.png").exists()

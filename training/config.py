@@ -22,6 +22,7 @@ from ..errors import TDMError
 from .losses import CriticWeight, Rho
 
 T = TypeVar("T")
+_ITEMS = {float: "numbers", int: "numbers", str: "texts"}  # in errors
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return None if value is None else _coerce(value, next(a for a in args if a is not type(None)), name)
     if origin is tuple:
         if not isinstance(value, list | tuple) or (args[-1] is not ... and len(value) != len(args)):
-            raise TDMError(f"{name} must be a list of {'numbers' if args[-1] is ... else len(args)}, not {value!r}")
+            items = _ITEMS.get(args[0], "lists") if args[-1] is ... else len(args)
+            raise TDMError(f"{name} must be a list of {items}, not {value!r}")
         return tuple(_coerce(item, args[0], name) for item in value)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from ..errors import TDMError
+from ..pipelines.families.base import on_device
 from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
 from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
@@ -40,22 +41,21 @@ class Task(Protocol):
     schedule: NoiseSchedule
     prediction_type: PredictionType
     targets: Sequence[str] | str  # the layers that get adapters, as in peft
-    latent_shape: tuple[int, ...]  # of one sample
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """The network's output for ``x`` ``[B, *latent_shape]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
+        """The network's output for ``x`` ``[B, ...]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
         parts in float32.
         """
         ...
 
-    def conditions(self, n: int, generator: torch.Generator) -> Condition:
-        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded, on the base's device; ``{}`` if
-        there are none.
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
+        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded (``{}`` if there are none), and the
+        shape of one sample, which may differ from batch to batch. The condition may be on the CPU.
         """
         ...
 
     def null(self, cond: Condition) -> Condition:
-        """The unconditional counterpart of ``cond``, in the same shapes."""
+        """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
         ...
 
     def preview(self, student: Sampler, teacher: Sampler) -> Any | None:
@@ -144,8 +144,9 @@ def distill(
     device = next(task.base.parameters()).device
 
     def draw() -> Batch:
-        cond = task.conditions(config.batch_size, generator)
-        noise = torch.randn((config.batch_size, *task.latent_shape), generator=generator).to(device, non_blocking=True)
+        cond, shape = task.conditions(config.batch_size, generator)
+        cond = on_device(cond, device)
+        noise = torch.randn((config.batch_size, *shape), generator=generator).to(device, non_blocking=True)
         return Batch(cond, task.null(cond) if config.objective.guidance_scale != 1 else {}, noise)
 
     output = config.output

@@ -134,9 +134,9 @@ class MixtureTask:
         """See ``loop.Task``."""
         return base(x, timesteps)
 
-    def conditions(self, n: int, generator: torch.Generator) -> Condition:  # noqa: ARG002
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002
         """No prompts."""
-        return {}
+        return {}, self.latent_shape
 
     def null(self, cond: Condition) -> Condition:
         """No prompts."""

@@ -266,6 +266,11 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any, float]:
     return mean, std, factor
 
 
+def on_device(cond: Condition, device: torch.device | str) -> Condition:
+    """A condition where the network is. "length" stays on the CPU: it cuts, and a cut must not wait."""
+    return {k: v if k == "length" else v.to(device, non_blocking=True) for k, v in cond.items()}
+
+
 def null_like(one: Condition, like: Condition) -> Condition:
     """`encode_null`'s one condition for a whole batch, padded like it, on its device, with its facts."""
     null = dict(like)

@@ -38,10 +38,10 @@ class Task(MixtureTask):
         super().__init__(width=8, samples=50)
 
     def conditions(self, n, generator):
-        return {"label": torch.randint(3, (n,), generator=generator)}
+        return {"label": torch.randint(3, (n,), generator=generator)}, self.latent_shape
 
     def preview(self, student, teacher):
-        noise, cond = torch.zeros(3, 2), self.conditions(3, torch.Generator().manual_seed(0))
+        noise, (cond, _) = torch.zeros(3, 2), self.conditions(3, torch.Generator().manual_seed(0))
         assert student(noise, cond).shape == teacher(noise, cond).shape == (3, 2)
         return Picture()
 
