@@ -83,7 +83,7 @@ def load_denoiser(
 
         quantize_(network, Int8WeightOnlyConfig(), device=device)
     elif storage == "fp8":
-        # A convolution keeps its very weight for the backward pass and would find it in 8 bits; a linear layer's is safe.
+        # A convolution keeps its own weight for the backward pass and would find it in 8 bits; linear layers do not.
         network.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_classes=_CONVOLUTIONS)
     if memory.offload:
         _offload(network, device)

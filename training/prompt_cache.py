@@ -127,25 +127,18 @@ def build_cache(
         return
     shards = {path: prompts for path, prompts in cache.shards.items() if path in missing}
     progress = _Progress(sum(map(len, shards.values())), report or _print)
-    try:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad(), open_encoders() as encoders:
-            null = encoders.null()
-            _save(cache.null_file, _unpadded(null)[0])
-            index = {**cache.identity, "text_length": None if _end(null) is not None else null["text"].shape[1]}
-            _replace(cache.index, lambda temporary: temporary.write_text(json.dumps(index)))
-            for path, prompts in shards.items():
-                ones: list[Condition] = []
-                for start in range(0, len(prompts), BATCH):
-                    part = prompts[start : start + BATCH]
-                    ones += _unpadded(encoders.prompts(part))
-                    progress.add(len(part))
-                _save(path, {f"{i}.{key}": value for i, one in enumerate(ones) for key, value in one.items()})
-    except (OSError, SafetensorError) as error:
-        line = str(error).splitlines()[0]
-        raise TDMError(
-            f"the prompt cache {cache.folder} cannot be written ({line}); task.cache names another"
-        ) from error
+    with torch.no_grad(), open_encoders() as encoders:
+        null = encoders.null()
+        _save(cache.null_file, _unpadded(null)[0])
+        index = {**cache.identity, "text_length": None if _end(null) is not None else null["text"].shape[1]}
+        _replace(cache.index, lambda temporary: temporary.write_text(json.dumps(index)))
+        for path, prompts in shards.items():
+            ones: list[Condition] = []
+            for start in range(0, len(prompts), BATCH):
+                part = prompts[start : start + BATCH]
+                ones += _unpadded(encoders.prompts(part))
+                progress.add(len(part))
+            _save(path, {f"{i}.{key}": value for i, one in enumerate(ones) for key, value in one.items()})
 
 
 def default_root() -> Path:
@@ -211,10 +204,13 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
-    finally:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
+        line = str(error).splitlines()[0]
+        raise TDMError(f"encoded prompts cannot be written ({line}); make room, or set task.cache") from error
 
 
 class _Progress:
