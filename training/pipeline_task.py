@@ -130,6 +130,11 @@ class PipelineTask:
         scale = self.config.embedded_guidance
         return {} if scale is None else {"guidance_scale": scale}
 
+    @property
+    def merged_loras(self) -> list[str]:
+        """The LoRAs that are part of the teacher, as ``name@strength``: the student wants them beside it."""
+        return [f"{lora.file.name}@{lora.strength:g}" for lora in self.parts.loras]
+
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         """See ``loop.Task``. States and conditions enter in the dtype that the base computes in."""
         cond = {key: value.to(self._dtype) if value.is_floating_point() else value for key, value in cond.items()}

@@ -13,6 +13,7 @@ each file depends only on its own prompts, the result is the same to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -208,7 +209,8 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         line = str(error).splitlines()[0]
         raise TDMError(f"encoded prompts cannot be written ({line}); make room, or set task.cache") from error
 
