@@ -44,11 +44,14 @@ class UserLora(NamedTuple):
         Raises:
             TDMError: there is no such file, or the strength is no number.
         """
-        path, at, strength = (text, "", "1") if Path(text).is_file() else text.rpartition("@")
+        path, at, number = text.rpartition("@")
+        if not at or Path(text).is_file():
+            return cls(student_file(text, {}), 1.0)
         try:
-            return cls(student_file(path if at else text, {}), float(strength) if at else 1.0)
+            strength = float(number)
         except ValueError:
             raise TDMError(f"task.loras: {text!r} is neither a file nor path@strength") from None
+        return cls(student_file(path, {}), strength)
 
 
 class _ConfigOnly(NamedTuple):

@@ -28,10 +28,10 @@ def prompts(tmp_path: Path) -> str:
     return str(path)
 
 
-def task_of(family: str, base: Path, prompts: str, **memory: Any) -> PipelineTask:
+def task_of(family: str, folder: Path, prompts: str, **memory: Any) -> PipelineTask:
     call = tiny.call_kwargs(family)
     size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
-    return PipelineTask(PipelineTaskConfig(model=str(base), prompts=prompts, **size), MemoryConfig(**memory))
+    return PipelineTask(PipelineTaskConfig(model=str(folder), prompts=prompts, **size), MemoryConfig(**memory))
 
 
 def stored(network: nn.Module) -> dict[str, Tensor]:
