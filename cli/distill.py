@@ -22,7 +22,9 @@ memory.gradient_checkpointing=true, then a smaller base (memory.base).
   tdm distill seed=1 updates=200 --out runs/short
   tdm distill my.yaml student.lr=1e-4
   tdm distill --resume --out runs/short
+  tdm distill task.model=my/base task.prompts=prompts.txt task.loras=[style.safetensors@0.8]
 
+All prompts are encoded first, once, into ~/.cache/tdm/prompts (task.cache names another folder).
 The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
 previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
 """
@@ -43,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _device(name: str | None) -> torch.device:
     import torch
 
-    gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if gpu else "cpu"))
-    except RuntimeError as error:
-        raise TDMError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TDMError(f"--device {name}: there is no such GPU here; leave it out for the best there is")
-    return device
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise TDMError(f"--device must be cpu, cuda or cuda:1 and so on, not {name}")
+    if kind == "cuda" and int(number or 0) >= (there := torch.cuda.device_count()):
+        raise TDMError(f"--device {name}: this machine has {there} GPUs; leave it out for the best there is")
+    return torch.device(name)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -75,6 +75,7 @@ class AdapterRoles:
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
+                    warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # warns of merging, which is not done here
                     inject_adapter_in_model(lora, base, adapter_name=role)
             except ValueError as error:
                 raise TDMError(f"no {role} adapter fits the base: {error}") from error
