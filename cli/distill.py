@@ -26,10 +26,15 @@ memory.gradient_checkpointing=true, then a smaller base (memory.base).
   tdm distill my.yaml student.lr=1e-4
   tdm distill --resume --out runs/short
   torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml
+  tdm distill task.model=my/base task.prompts=prompts.txt task.loras=[style.safetensors@0.8]
 
+All prompts are encoded first, once, into ~/.cache/tdm/prompts (task.cache names another folder).
 The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
 previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
 """
+if TYPE_CHECKING:
+    from ..training.loop import Run
+
 DEFAULT = Path(__file__).parents[1] / "training" / "configs" / "bundled.yaml"
 
 
@@ -57,8 +62,9 @@ def run(args: argparse.Namespace) -> None:
     from ..training.tasks import build_task
 
     quiet()
-    with joined(args.device) as (processes, _device):
-        task = build_task(config.task)
+    with joined(args.device) as (processes, device):
+        # The first encodes the prompts; the others then find them.
+        task = processes.first_alone(lambda: build_task(config.task, config.memory, device))
         finished = distill(task, config, args.out, processes=processes, resume=args.resume)
         if processes.first:
             _finish(finished)

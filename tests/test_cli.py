@@ -52,6 +52,10 @@ def wrong_files(tmp_path: Path) -> Path:
         (["distill", "{tmp}/a.yaml"], "did you mean updates?"),
         (["distill", "student.lrr=1"], "did you mean lr?"),
         (["distill", "student.lr=-1"], "student.lr must be positive"),
+        (["distill", "--device", "gpu", "--out", "{tmp}/run"], "must be cpu, cuda or cuda:1 and so on, not gpu"),
+        (["distill", "--device", "cuda:99", "--out", "{tmp}/run"], "leave it out for the best there is"),
+        (["distill", "memory.base=nf4", "--device", "cpu", "--out", "{tmp}/run"], "memory.base=nf4 needs a GPU"),
+        (["distill", "task.name=mixture", "memory.base=int8", "--out", "{tmp}/run"], "the mixture is computed in"),
         (["distill", "task.model={tmp}/nowhere", "--out", "{tmp}/run"], "nowhere"),
         (["distill", "task.prompts={tmp}/nothing.txt", "--out", "{tmp}/run"], "nothing.txt"),
     ],
@@ -102,6 +106,7 @@ def test_compare_writes_one_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_distil_then_generate_with_the_new_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     short = ["updates=2", "batch_size=4", "output.preview_every=0", "output.evaluate_every=0", "critic.head_start=0"]
+    short += ["task.prompt_count=8", f"task.cache={tmp_path / 'prompts'}"]
     assert main(["distill", *short, "--out", str(run)]) == 0
     student = run / "student.safetensors"
     assert (run / "curves.png").exists()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines.families import Condition
+from ..pipelines.families.base import on_device
 from .trajectory import Trajectory
 
 
@@ -59,8 +60,8 @@ class Batch(NamedTuple):
             return renoise._replace(xi=renoise.xi.to(device, non_blocking=True))
 
         return self._replace(
-            cond={key: value.to(device, non_blocking=True) for key, value in self.cond.items()},
-            null={key: value.to(device, non_blocking=True) for key, value in self.null.items()},
+            cond=on_device(self.cond, device),
+            null=on_device(self.null, device),
             noise=self.noise.to(device, non_blocking=True),
             critic=move(self.critic),
             student=None if self.student is None else move(self.student),

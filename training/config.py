@@ -22,6 +22,7 @@ from ..errors import TDMError
 from .losses import CriticWeight, Rho
 
 T = TypeVar("T")
+_ITEMS = {float: "numbers", int: "numbers", str: "texts"}  # in errors
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class ObjectiveConfig:
     """What the student minimises (training/losses.py)."""
 
     guidance_scale: float = 1.0  # w of the teacher; 1 is none and saves one of 6.5 passes
+    # w of each stage, the noisiest first; None: guidance_scale in all. Previews and evaluation keep guidance_scale.
+    stage_guidance: tuple[float, ...] | None = None
     rho: Rho = "pseudo_huber"  # the penalty: pseudo_huber (elementwise), vector_huber (whole sample), mse
     huber_c: float | None = None  # its width; None: 1e-3 (pseudo_huber), 0.00054 sqrt(d) (vector_huber)
     normalise: bool = True  # divide by mean |x0 - x0_teacher| per sample
@@ -104,8 +107,9 @@ Storage = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "nf4"]
 class MemoryConfig:
     """What a run may cost in memory. None of it changes what is learned, beyond the rounding of a smaller base."""
 
-    # How the frozen base is stored. auto: bf16 on a GPU, fp32 on a CPU. fp8: layerwise casting, int8: torchao's
-    # weight-only, nf4: bitsandbytes (GPU only).
+    # How the frozen base is stored. auto: bf16 on a GPU, fp32 on a CPU. fp8: layerwise casting (with
+    # gradient_checkpointing, or the backward pass keeps what was cast), int8: torchao's weight-only, nf4: bitsandbytes
+    # (GPU only). Convolutions stay as they are in fp8 and int8.
     base: Storage = "auto"
     gradient_checkpointing: bool = False  # recompute instead of storing activations: less memory, about 30 % slower
     offload: bool = False  # keep the base in main memory and bring groups of its layers to the GPU as they are called
@@ -210,7 +214,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return None if value is None else _coerce(value, next(a for a in args if a is not type(None)), name)
     if origin is tuple:
         if not isinstance(value, list | tuple) or (args[-1] is not ... and len(value) != len(args)):
-            raise TDMError(f"{name} must be a list of {'numbers' if args[-1] is ... else len(args)}, not {value!r}")
+            items = _ITEMS.get(args[0], "lists") if args[-1] is ... else len(args)
+            raise TDMError(f"{name} must be a list of {items}, not {value!r}")
         return tuple(_coerce(item, args[0], name) for item in value)
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
@@ -258,6 +263,11 @@ def _validate(c: DistillConfig) -> None:
     need(
         c.objective.guidance_scale >= 1,
         f"objective.guidance_scale must be at least 1, not {c.objective.guidance_scale}",
+    )
+    by_stage = c.objective.stage_guidance
+    need(
+        by_stage is None or (len(by_stage) == t.steps and min(by_stage) >= 1 and c.objective.guidance_scale > 1),
+        f"objective.stage_guidance wants {t.steps} numbers of at least 1, beside a guidance_scale above 1",
     )
     need(c.objective.norm_min > 0, f"objective.norm_min must be positive, not {c.objective.norm_min}")
     need(

@@ -34,6 +34,7 @@ def export_student(run: Run, path: Path) -> Path | None:
             "method": "Trajectory Distribution Matching (arXiv 2503.06674)",
             "training": f"{run.step} updates of {config.batch_size} prompts, seed {config.seed}, "
             f"teacher guidance {config.objective.guidance_scale:g}",
+            **({"load_beside": ", ".join(task.merged_loras)} if task.merged_loras else {}),
         },
     )
     weights = {f"{prefix}.{name}": tensor for name, tensor in run.ema.weights.items()}

@@ -56,12 +56,12 @@ class Task(Protocol):
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
         """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded (``{}`` if there are none), and the
-        shape of one sample's latents. On any device: the loop moves what it needs.
+        shape of one sample, which may differ from batch to batch. On any device: the loop moves what it needs.
         """
         ...
 
     def null(self, cond: Condition) -> Condition:
-        """The unconditional counterpart of ``cond``, in the same shapes."""
+        """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
         ...
 
     def preview(self, student: Sampler, teacher: Sampler) -> Any | None:

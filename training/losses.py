@@ -23,7 +23,7 @@ def sample_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def guided(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
+def guided(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Classifier-free guidance, ``c + (w - 1)(c - u)``: ``w = 1`` is the conditional prediction itself."""
     return cond + (guidance_scale - 1.0) * (cond - uncond)
 

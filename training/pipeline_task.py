@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,23 @@ from torch import Tensor, nn
 
 from ..errors import TDMError
 from ..pipelines.families import Condition, Size
-from ..pipelines.locate import BUNDLED, base_folder, family_of_base
+from ..pipelines.families.base import null_like, on_device
+from ..pipelines.locate import BUNDLED
 from ..pipelines.schedule import NoiseSchedule, PredictionType
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.sheet import contact_sheet
+from .base_model import BaseModel
+from .base_storage import storage_on
+from .config import MemoryConfig
 from .loop import Sampler
 from .metrics import colour_ratios
-from .world.captions import caption
-from .world.scene import Scene, random_scene, scenes
+from .prompt_cache import PromptCache, TextEncoders, build_cache, default_root
+from .prompts import STICKERS, held_out, training_prompts
+from .world.scene import Scene
 from .world.verify import verify
 
-STICKERS = "stickers"
 PREVIEWS = 8
+CHUNK = 32  # pictures at a time in previews and evaluation
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,16 @@ class PipelineTaskConfig:
 
     name: str = "pipeline"
     model: str = BUNDLED  # folder or hub id of the base, or the bundled one
+    loras: tuple[str, ...] = ()  # LoRAs to merge into the base first: path, or path@strength; the teacher has them
     prompts: str = STICKERS  # a text file with one prompt a line, or the grammar of the bundled world
+    prompt_count: int = 4096  # how many of the grammar's prompts; a file is used whole
+    cache: str | None = None  # folder for encoded prompts, several runs may share it; None: ~/.cache/tdm/prompts
     height: int | None = None  # in pixels; None is the size that the model was made for
     width: int | None = None
     num_frames: int | None = None  # of a video
+    # Several sizes, [height, width] or [height, width, num_frames]: each update draws one. The student's own is the
+    # first.
+    sizes: tuple[tuple[int, ...], ...] | None = None
     embedded_guidance: float | None = None  # what a guidance-distilled network (FLUX.1-dev) is told; None: its default
     evaluate: int = 64  # held-out prompts per evaluation (the bundled world only)
 
@@ -46,55 +57,73 @@ class PipelineTaskConfig:
 class PipelineTask:
     """``loop.Task`` of a pipeline of any family (see ``pipelines/families``).
 
+    All prompts of the run are encoded first (``prompt_cache``); then the denoiser is loaded, without text encoders. The
+    VAE comes with the first decoding and leaves the device after each.
+
     Args:
-        config: which base, which prompts and which size.
-        device, dtype: of the frozen base.
+        config: which base, which prompts and which sizes.
+        memory: how the base is stored.
+        device: where it computes.
 
     Raises:
-        TDMError: an unsupported base, a size that does not fit it, or a prompt file that is missing or empty.
+        TDMError: an unsupported base or storage, a size or LoRA that does not fit it, or a prompt file that is missing
+            or empty.
     """
 
-    def __init__(self, config: PipelineTaskConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        self.config = config
-        folder = base_folder(config.model)
-        self.family = family_of_base(folder)
-        self.pipe: Any = self.family.pipeline_class().from_pretrained(folder, dtype=dtype)
-        self.pipe.to(device).set_progress_bar_config(disable=True)
-        for part in self.pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
+    def __init__(
+        self, config: PipelineTaskConfig, memory: MemoryConfig | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        self.config, self.device = config, torch.device(device)
+        memory = memory or MemoryConfig()
+        storage_on(memory, self.device)  # refused here, before anything is read
+        self.parts = BaseModel.find(config.model, config.loras)
+        self.family = self.parts.family
+        self.prompts = training_prompts(config.prompts, config.prompt_count)
+        measured = config.evaluate if config.prompts == STICKERS else 0
+        self._held_out, self._wanted = held_out(measured)
+        self.cache = encode_prompts(self.parts, [*self.prompts, *self._held_out], config.cache, self.device)
+
+        self.pipe, self._dtype = self.parts.pipeline(memory, self.device)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
         self.targets: Sequence[str] | str = self.family.lora_targets
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
         self.schedule: NoiseSchedule = scheduler.schedule
         self.prediction_type: PredictionType = scheduler.config.prediction_type
-        own = self.family.default_size(self.pipe)
-        self.size = Size(config.height or own.height, config.width or own.width, config.num_frames or own.num_frames)
-        if self.size.num_frames is not None and not self.family.video:
-            raise TDMError(
-                f"task.num_frames is {config.num_frames}, but {self.family.name} makes pictures; leave it out"
-            )
-        self.latent_shape: tuple[int, ...] = self.family.latent_shape(self.pipe, self.size)
+        self.sizes = self._sizes()
+        self.size = self.sizes[0]
+        self.latent_shape = self.family.latent_shape(self.pipe, self.size)
         if config.embedded_guidance is not None and not self.family.embeds_guidance(self.pipe):
             raise TDMError(
                 "task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out"
             )
-        self.draw_prompts = _prompt_source(config.prompts)
+        self._vae: Any = None
         self._teacher_pictures: dict[str, Tensor] = {}
+
+    def _sizes(self) -> list[Size]:
+        config, own = self.config, self.family.default_size(self.pipe)
+        if config.sizes is None:
+            given: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
+        elif (config.height, config.width, config.num_frames) != (None, None, None) or not config.sizes:
+            raise TDMError("give task.sizes, a list of [height, width], or task.height and task.width, not both")
+        else:
+            given = config.sizes
+        sizes = []
+        for numbers in given:
+            if len(numbers) not in (2, 3):
+                raise TDMError(f"a size in task.sizes is [height, width] or [height, width, num_frames], not {numbers}")
+            height, width, num_frames = (*numbers, None)[:3]
+            if num_frames is not None and not self.family.video:
+                raise TDMError(f"num_frames is {num_frames}, but {self.family.name} makes pictures; leave it out")
+            size = Size(height or own.height, width or own.width, num_frames or own.num_frames)
+            self.family.latent_shape(self.pipe, size)  # refuses what does not fit
+            sizes.append(size)
+        return sizes
 
     @property
     def student_guidance(self) -> float:
         """The guidance scale to run the student with: 1.0 is none; a guidance-distilled network is told the same."""
-        return float(self.encode([""])["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
-
-    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``loop.Task``."""
-        return self.family.denoise(base, x, timesteps, cond)
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Condition:
-        """The condition of prompts, as the pipeline itself makes it."""
-        return self.family.encode(self.pipe, prompts, self.size, **self._told)
+        told = self.family.facts(self.pipe, self.cache.null, self.size, **self._told)
+        return float(told["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
 
     @property
     def _told(self) -> dict[str, float]:
@@ -102,35 +131,59 @@ class PipelineTask:
         return {} if scale is None else {"guidance_scale": scale}
 
     @property
-    def device(self) -> torch.device:
-        """Where the base runs."""
-        return self.pipe.device
+    def merged_loras(self) -> list[str]:
+        """The LoRAs that are part of the teacher, as ``name@strength``: the student wants them beside it."""
+        return [f"{lora.file.name}@{lora.strength:g}" for lora in self.parts.loras]
+
+    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        """See ``loop.Task``. States and conditions enter in the dtype that the base computes in."""
+        cond = {key: value.to(self._dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        return self.family.denoise(base, x.to(self._dtype), timesteps, cond)
+
+    def encode(self, prompts: Sequence[str], size: Size | None = None) -> Condition:
+        """The condition of prompts of this run on the CPU, for pictures of a size (the first if not given).
+
+        Raises:
+            TDMError: a prompt is not one of the run's.
+        """
+        text = self.cache.conditions(prompts)
+        return text | self.family.facts(self.pipe, text, size or self.size, **self._told)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
         """See ``loop.Task``."""
-        seed = int(torch.randint(2**62, (), generator=generator))
-        return self.encode(list(islice(self.draw_prompts(random.Random(seed)), n))), self.latent_shape
+        rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        size = rng.choice(self.sizes)
+        return self.encode(rng.choices(self.prompts, k=n), size), self.family.latent_shape(self.pipe, size)
 
-    @torch.no_grad()
     def null(self, cond: Condition) -> Condition:
-        """No prompt, in the shapes of ``cond``."""
-        return self.family.null(self.pipe, cond, self.size, **self._told)
+        """See ``loop.Task``."""
+        return null_like(self.cache.null, cond)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, *latent_shape] to uint8 pictures [B, 3, H, W] on the CPU; of a video its middle frame."""
-        pixels = torch.cat([self.family.decode(self.pipe, part, self.size) for part in latents.split(32)])
+        if self._vae is None:
+            self._vae = self.parts.vae()
+        self.pipe.vae = self._vae.to(self.device)
+        try:
+            pixels = torch.cat([self.family.decode(self.pipe, part, self.size) for part in latents.split(CHUNK)])
+        finally:
+            self._vae.to("cpu")
+            self.pipe.vae = None
         return pixels[:, pixels.shape[1] // 2] if self.family.video else pixels
 
     def pictures(self, sampler: Sampler, prompts: list[str], seed: int) -> Tensor:
         """uint8 pictures of ``prompts`` from fixed noise."""
         noise = torch.randn(len(prompts), *self.latent_shape, generator=torch.Generator().manual_seed(seed))
-        chunks = zip(noise.split(32), _chunks(prompts, 32), strict=True)
-        return self.decode(torch.cat([sampler(n.to(self.pipe.device), self.encode(p)) for n, p in chunks]))
+        made = []
+        for start in range(0, len(prompts), CHUNK):
+            cond = on_device(self.encode(prompts[start : start + CHUNK]), self.device)
+            made.append(sampler(noise[start : start + CHUNK].to(self.device), cond))
+        return self.decode(torch.cat(made))
 
     def preview(self, student: Sampler, teacher: Sampler) -> Image.Image:
         """Teacher above student, the same prompts and noise."""
-        prompts = list(islice(self.draw_prompts(random.Random(0)), PREVIEWS))
+        prompts = self.prompts[:PREVIEWS]
         if "preview" not in self._teacher_pictures:
             self._teacher_pictures["preview"] = self.pictures(teacher, prompts, 0)
         rows = (self._teacher_pictures["preview"], self.pictures(student, prompts, 0))
@@ -139,11 +192,9 @@ class PipelineTask:
 
     def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
         """Accuracy on held-out combinations, and colours over the teacher's; nothing without the bundled world."""
-        if self.config.prompts != STICKERS or self.config.evaluate == 0:
+        if not self._wanted:
             return {}
-        wanted = list(islice(scenes(1, "held_out"), self.config.evaluate))
-        rng = random.Random(1)
-        prompts = [caption(scene, rng) for scene in wanted]
+        prompts, wanted = self._held_out, self._wanted
         if "evaluate" not in self._teacher_pictures:
             self._teacher_pictures["evaluate"] = self.pictures(teacher, prompts, 1)
         reference = self._teacher_pictures["evaluate"]
@@ -152,32 +203,20 @@ class PipelineTask:
         return accuracy | colour_ratios(made, reference)
 
 
+def encode_prompts(parts: BaseModel, prompts: list[str], root: str | None, device: torch.device) -> PromptCache:
+    """The cache of these prompts, built now if it is not there or not whole."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    cache = PromptCache(default_root() if root is None else Path(root), parts.encoder_identity(dtype), prompts)
+
+    @contextmanager
+    def encoders() -> Iterator[TextEncoders]:
+        with parts.text_encoders(device, dtype) as pipe:
+            encode, null = parts.family.encode_text, parts.family.encode_null
+            yield TextEncoders(lambda part: encode(pipe, part), lambda: null(pipe))
+
+    build_cache(cache, encoders)
+    return cache
+
+
 def _accuracy(pictures: Tensor, wanted: list[Scene]) -> float:
     return sum(verdict.correct for verdict in verify(pictures, wanted)) / len(wanted)
-
-
-def _chunks(items: list[str], size: int) -> list[list[str]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _prompt_source(name: str) -> Callable[[random.Random], Iterator[str]]:
-    """An endless stream of prompts for a random state: the bundled grammar (training split), or lines of a file."""
-    if name == STICKERS:
-
-        def grammar(rng: random.Random) -> Iterator[str]:
-            while True:
-                yield caption(random_scene(rng, "train"), rng)
-
-        return grammar
-    path = Path(name)
-    if not path.is_file():
-        raise TDMError(f"no prompt file {name}; give a text file with one prompt a line, or {STICKERS!r}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise TDMError(f"{name} holds no prompts")
-
-    def from_file(rng: random.Random) -> Iterator[str]:
-        while True:
-            yield rng.choice(lines)
-
-    return from_file

@@ -77,26 +77,30 @@ class Processes:
 
 
 @contextmanager
-def joined(device: str | None) -> Iterator[tuple[Processes, str]]:
+def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that a launcher started and the device of this one; without a launcher, one process.
 
     Args:
         device: "cpu", "cuda" or "cuda:N"; None is a GPU if there is one. Several processes get one GPU each.
 
     Raises:
-        TDMError: several processes on one named GPU.
+        TDMError: no such device, or several processes on one named GPU.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
+        raise TDMError(f"--device must be cpu, cuda or cuda:1 and so on, not {device}")
+    if kind == "cuda" and int(number or 0) >= (there := torch.cuda.device_count()):
+        raise TDMError(f"--device {device}: this machine has {there} GPUs; leave it out for the best there is")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Processes(), kind
+        yield Processes(), torch.device(device or kind)
         return
-    if ":" in kind:
-        raise TDMError(f"--device {kind} names one GPU, but several processes were started; give 'cuda' or nothing")
+    if number:
+        raise TDMError(f"--device {device} names one GPU, but several processes were started; give cuda or nothing")
     from accelerate import PartialState
 
     state = PartialState(cpu=kind == "cpu", timeout=PATIENCE)
     try:
-        yield Processes(state.process_index, state.num_processes), str(state.device)
+        yield Processes(state.process_index, state.num_processes), torch.device(state.device)
     finally:
         state.destroy_process_group()
 

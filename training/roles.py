@@ -92,12 +92,14 @@ class Roles(ABC):
 
     @torch.no_grad()
     def guided_teacher(
-        self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition, guidance_scale: float
+        self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition, guidance_scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The teacher's ``(x0, eps)`` with classifier-free guidance, both halves in one batch; ``w = 1`` makes one
-        pass.
+        """The teacher's ``(x0, eps)`` with classifier-free guidance (a number, or one for each sample, ``[B]`` on the
+        CPU), both halves in one batch; the number 1 makes one pass.
         """
-        if guidance_scale == 1:
+        if isinstance(guidance_scale, Tensor):
+            guidance_scale = expand(guidance_scale, x)
+        elif guidance_scale == 1:
             return self.teacher(x, timesteps, cond)
         both = {key: torch.cat([cond[key], null[key]]) for key in cond}
         x0, eps = self.teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both)
@@ -164,6 +166,7 @@ class AdapterRoles(Roles):
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
+                    warnings.filterwarnings("ignore", "TorchaoLoraLinear")  # warns of merging, which is not done here
                     inject_adapter_in_model(lora, base, adapter_name=role)
             except ValueError as error:
                 raise TDMError(f"no {role} adapter fits the base: {error}") from error

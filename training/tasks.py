@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..errors import TDMError
-from .config import from_dict
+from .config import MemoryConfig, from_dict
 from .loop import Task
 
 
-def build_task(section: dict[str, Any]) -> Task:
+def build_task(section: dict[str, Any], memory: MemoryConfig, device: str | torch.device) -> Task:
     """The task of a configuration's ``task`` section: ``name: mixture`` or ``name: pipeline``, with its settings.
+
+    Args:
+        memory: how the base is stored.
+        device: where it computes. The mixture is small and always on the CPU.
 
     Raises:
         TDMError: an unknown name or setting, or what the task itself refuses.
@@ -19,9 +25,11 @@ def build_task(section: dict[str, Any]) -> Task:
     if name == "mixture":
         from .mixture import MixtureTask
 
+        if memory.base not in ("auto", "fp32") or memory.offload:
+            raise TDMError("the mixture is computed in float32 on the CPU: leave memory.base and memory.offload out")
         return MixtureTask(**{key: value for key, value in section.items() if key != "name"})
     if name == "pipeline":
         from .pipeline_task import PipelineTask, PipelineTaskConfig
 
-        return PipelineTask(from_dict(PipelineTaskConfig, section, "task."))
+        return PipelineTask(from_dict(PipelineTaskConfig, section, "task."), memory, device)
     raise TDMError(f"task.name must be 'pipeline' or 'mixture', not {name!r}")

@@ -77,7 +77,10 @@ def student_objective(
     in each of ``stages`` stages (NaN where the batch has no such stage).
     """
     x_tau, tau = seen.noised.x_tau, seen.tau
-    x0_teacher, _ = roles.guided_teacher(x_tau, tau, batch.cond, batch.null, config.guidance_scale)
+    w: float | Tensor = config.guidance_scale
+    if config.stage_guidance is not None:
+        w = torch.tensor(config.stage_guidance)[batch.stages]
+    x0_teacher, _ = roles.guided_teacher(x_tau, tau, batch.cond, batch.null, w)
     x0_critic = seen.x0_critic.detach()
     loss = generator_loss(
         x0,

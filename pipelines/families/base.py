@@ -130,20 +130,38 @@ class Family(ABC):
 
     # ------------------------------------------------------------------ the network, as training calls it
 
-    @abstractmethod
     def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:
-        """The condition of prompts, as the stock pipeline makes it: "text" [B, L, D], and what else the network takes.
+        """The condition of prompts, as the stock pipeline makes it: `encode_text` and `facts`.
 
         Args:
             pipe: the pipeline; its text encoders are used.
             prompts: B of them.
             size: of the pictures, which some networks are told.
-            options: arguments of `pipe(...)` about the text, such as `max_sequence_length`; its own defaults otherwise.
+            options: arguments of `pipe(...)` about the text, such as `max_sequence_length`, and `guidance_scale` where
+                the network takes it; its own defaults otherwise.
+        """
+        text = self.encode_text(pipe, prompts, **options)
+        return text | self.facts(pipe, text, size, **options)
+
+    @abstractmethod
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
+        """What follows from the prompts alone: "text" [B, L, D], and what else the text encoders give.
+
+        Of the denoiser only its config is read: it need not be loaded. "mask" [B, L] or "length" [B] (on the CPU) say
+        where a prompt ends, if the family's network leaves out what is behind.
         """
 
-    def null(self, pipe: Any, like: Condition, size: Size, **options: Any) -> Condition:
+    def encode_null(self, pipe: Any, **options: Any) -> Condition:
+        """`encode_text` of no prompt, for the unconditional half of guidance, [1, ...]."""
+        return self.encode_text(pipe, [""], **options)
+
+    def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        """What the network is told beside the text, such as the size, [B, ...] for the `text` of B prompts."""
+        return {}
+
+    def null(self, pipe: Any, like: Condition, **options: Any) -> Condition:
         """The condition of no prompt, in the shapes of `like`: the unconditional half of guidance."""
-        return _expand_like(self.encode(pipe, [""], size, **options), like)
+        return null_like(self.encode_null(pipe, **options), like)
 
     @abstractmethod
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
@@ -248,9 +266,15 @@ def _statistics(vae: Any, latents: Tensor) -> tuple[Any, Any, float]:
     return mean, std, factor
 
 
-def _expand_like(one: Condition, like: Condition) -> Condition:
-    null: Condition = {}
+def on_device(cond: Condition, device: torch.device | str) -> Condition:
+    """A condition where the network is. "length" stays on the CPU: it cuts, and a cut must not wait."""
+    return {k: v if k == "length" else v.to(device, non_blocking=True) for k, v in cond.items()}
+
+
+def null_like(one: Condition, like: Condition) -> Condition:
+    """`encode_null`'s one condition for a whole batch, padded like it, on its device, with its facts."""
+    null = dict(like)
     for key, value in one.items():
         value = pad_text(value, like[key].shape[1]) if key in ("text", "mask") else value
-        null[key] = value.expand(len(like[key]), *value.shape[1:])
+        null[key] = value.to(like[key].device).expand(len(like[key]), *value.shape[1:])
     return null

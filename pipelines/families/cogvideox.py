@@ -38,7 +38,7 @@ class CogVideoX(Family):
         patch = pipe.transformer.config.patch_size_t
         return -self._frames(pipe, size) % patch if patch else 0
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:  # noqa: ARG002
         length = pipe.transformer.config.max_text_seq_length  # text and video share positions: exactly this long
         return {"text": pipe.encode_prompt(prompts, None, False, max_sequence_length=length)[0]}
 

@@ -26,14 +26,17 @@ class Flux(PatchedFamily):
     def embeds_guidance(self, pipe: Any) -> bool:
         return pipe.transformer.config.guidance_embeds
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")
         text, pooled, _ = pipe.encode_prompt(prompts, None, **given)
-        cond = {"text": text, "pooled": pooled}
-        if self.embeds_guidance(pipe):
-            scale = text_options(pipe, options, "guidance_scale")["guidance_scale"]
-            cond["guidance"] = torch.full((len(prompts),), scale, device=text.device, dtype=torch.float32)
-        return cond
+        return {"text": text, "pooled": pooled}
+
+    def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        if not self.embeds_guidance(pipe):
+            return {}
+        scale = text_options(pipe, options, "guidance_scale")["guidance_scale"]
+        pooled = text["pooled"]
+        return {"guidance": torch.full((len(pooled),), scale, device=pooled.device, dtype=torch.float32)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         height, width = x.shape[-2:]

@@ -21,15 +21,18 @@ class PixArt(Family):
     binned_sample_sizes = frozenset({32, 64, 128})
     home = "..mended.pixart"
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         length = text_options(pipe, options, "max_sequence_length")["max_sequence_length"]
         length = min(length, pipe.tokenizer.model_max_length)  # what is behind a prompt is masked: padding is only cost
         text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, max_sequence_length=length)
-        cond = {"text": text, "mask": mask}
-        if pipe.transformer.use_additional_conditions:  # the 1024 model of PixArt-alpha
-            facts = {"resolution": [size.height, size.width], "aspect_ratio": [size.height / size.width]}
-            cond |= {key: torch.tensor(v).to(text).expand(len(prompts), -1) for key, v in facts.items()}
-        return cond
+        return {"text": text, "mask": mask}
+
+    def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        if not pipe.transformer.use_additional_conditions:  # those are of the 1024 model of PixArt-alpha
+            return {}
+        told = {"resolution": [size.height, size.width], "aspect_ratio": [size.height / size.width]}
+        like = text["text"]
+        return {key: torch.tensor(value).to(like).expand(len(like), -1) for key, value in told.items()}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         output = network(

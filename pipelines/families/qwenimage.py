@@ -19,7 +19,7 @@ class QwenImage(PatchedFamily):
     guidance_argument = "true_cfg_scale"
     home = "..mended.batches"
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")
         text, mask = pipe.encode_prompt(prompts, **given)
         if mask is None:  # nothing to mask in this batch; the next may have something

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, text_options, without_variance
+from .base import ATTENTION, Condition, Family, text_options, without_variance
 
 
 class Sana(Family):
@@ -19,14 +19,14 @@ class Sana(Family):
     pixel_multiple = 32
     float32_latents = True
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length", "complex_human_instruction")
         text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, **given)
         return {"text": text, "mask": mask}
 
-    def null(self, pipe: Any, like: Condition, size: Size, **options: Any) -> Condition:
+    def encode_null(self, pipe: Any, **options: Any) -> Condition:
         """The empty prompt, which the pipeline encodes without its instruction to the language model."""
-        return super().null(pipe, like, size, **{**options, "complex_human_instruction": None})
+        return super().encode_null(pipe, **{**options, "complex_human_instruction": None})
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         output = network(

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, text_options
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, text_options
 
 
 class SD15(Family):
@@ -16,7 +16,7 @@ class SD15(Family):
     denoiser = "unet"
     lora_targets = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "clip_skip")
         return {"text": pipe.encode_prompt(prompts, pipe._execution_device, 1, False, **given)[0]}
 

@@ -19,7 +19,7 @@ class SD3(Family):
         side = pipe.default_sample_size * pipe.vae_scale_factor
         return Size(side, side)
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "clip_skip", "max_sequence_length")
         text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **given)
         return {"text": text, "pooled": pooled}

@@ -16,19 +16,22 @@ class SDXL(SD15):
 
     name = "sdxl"
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "clip_skip")
         text, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)
-        sides = (size.height, size.width)
-        # Original size, crop and target size, as the pipeline has them when nothing is said.
-        sizes = pipe._get_add_time_ids(sides, (0, 0), sides, text.dtype, pooled.shape[-1]).to(text.device)
-        return {"text": text, "pooled": pooled, "sizes": sizes.expand(len(prompts), -1)}
+        return {"text": text, "pooled": pooled}
 
-    def null(self, pipe: Any, like: Condition, size: Size, **options: Any) -> Condition:
+    def encode_null(self, pipe: Any, **options: Any) -> Condition:
         """Zeros where the model's own configuration says so, the empty prompt elsewhere."""
-        if not pipe.config.force_zeros_for_empty_prompt:
-            return super().null(pipe, like, size, **options)
-        return like | {key: torch.zeros_like(like[key]) for key in ("text", "pooled")}
+        null = super().encode_null(pipe, **options)
+        zeros = pipe.config.force_zeros_for_empty_prompt
+        return {key: torch.zeros_like(value) for key, value in null.items()} if zeros else null
+
+    def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
+        pooled, sides = text["pooled"], (size.height, size.width)
+        # Original size, crop and target size, as the pipeline has them when nothing is said.
+        sizes = pipe._get_add_time_ids(sides, (0, 0), sides, pooled.dtype, pooled.shape[-1]).to(pooled.device)
+        return {"sizes": sizes.expand(len(pooled), -1)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}

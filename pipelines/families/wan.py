@@ -31,7 +31,7 @@ class Wan(Family):
         factor = pipe.vae_scale_factor_spatial
         return (self.latent_channels(pipe), frames, size.height // factor, size.width // factor)
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")
         return {"text": pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)[0]}
 

@@ -26,7 +26,7 @@ class ZImage(Family):
     def patch_pixels(self, pipe: Any) -> int:
         return 2 * pipe.vae_scale_factor
 
-    def encode(self, pipe: Any, prompts: list[str], size: Size, **options: Any) -> Condition:  # noqa: ARG002
+    def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")
         # The pipeline writes its chat template into the list that it is given.
         texts, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **given)

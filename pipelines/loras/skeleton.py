@@ -40,14 +40,14 @@ def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
         if library is None or name is None:  # a base may leave an encoder out
             continue
         try:
-            networks[component] = _skeleton(library, name, folder, component, hub)
+            networks[component] = skeleton(library, name, folder, component, hub)
         except (OSError, ValueError) as error:
             line = next(iter(str(error).splitlines()), type(error).__name__)
             raise TDMError(f"cannot read the config of {component} of the base {base} ({line})") from None
     return family, networks
 
 
-def _skeleton(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
+def skeleton(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
     network_class = getattr(importlib.import_module(library), name)
     if library == "diffusers":
         config = network_class.load_config(folder, subfolder=component, **hub)

@@ -32,7 +32,7 @@ def ready(name: str) -> tuple[Any, Family, Size, dict[str, Any]]:
     return pipe, family_of_pipeline(type(pipe).__name__), size, call
 
 
-def predictor(pipe: Any, family: Family, size: Size, scale: float, options: dict[str, Any]) -> Any:
+def predictor(pipe: Any, family: Family, scale: float, options: dict[str, Any]) -> Any:
     """The trainer's prediction: (x0, epsilon) with guidance."""
     network, config, schedule = getattr(pipe, family.denoiser), pipe.scheduler.config, pipe.scheduler.schedule
 
@@ -45,7 +45,7 @@ def predictor(pipe: Any, family: Family, size: Size, scale: float, options: dict
     def both(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         if scale == 1:
             return once(x, timesteps, cond)
-        null = family.null(pipe, cond, size, **options)
+        null = family.null(pipe, cond, **options)
         two = {key: torch.cat([cond[key], null[key]]) for key in cond}
         x0, eps = once(torch.cat([x, x]), torch.cat([timesteps, timesteps]), two)
         return guided(x0[: len(x)], x0[len(x) :], scale), guided(eps[: len(x)], eps[len(x) :], scale)
@@ -61,7 +61,7 @@ def trained_way(pipe: Any, family: Family, size: Size, scale: float, options: di
     )
     cond = family.encode(pipe, PROMPTS, size, **options)
     assert all(len(value) == len(PROMPTS) for value in cond.values())
-    return sample(predictor(pipe, family, size, scale, options), pipe.scheduler.schedule, GRID, noise, cond)
+    return sample(predictor(pipe, family, scale, options), pipe.scheduler.schedule, GRID, noise, cond)
 
 
 def sampled_way(pipe: Any, call: dict[str, Any], **changes: Any) -> Any:

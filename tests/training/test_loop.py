@@ -39,7 +39,7 @@ class Task(MixtureTask):
         super().__init__(width=width, samples=50)
 
     def conditions(self, n, generator):
-        return {"label": torch.randint(3, (n,), generator=generator)}, (2,)
+        return {"label": torch.randint(3, (n,), generator=generator)}, (self.dim,)
 
     def preview(self, student, teacher):
         noise, (cond, _) = torch.zeros(3, 2), self.conditions(3, torch.Generator().manual_seed(0))

@@ -129,5 +129,6 @@ def test_what_cannot_be_shared_is_refused(config, tmp_path, monkeypatch):
     with pytest.raises(TDMError, match=r"memory\.shard needs several processes"):
         alone(config, tmp_path, "memory.shard=true")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(TDMError, match="names one GPU"), joined("cuda:1"):
         pass

@@ -1,0 +1,17 @@
+"""Encoded prompts of tests go into a folder of their own, never into the user's cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def prompt_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prompts")
+
+
+@pytest.fixture(autouse=True)
+def _own_prompt_caches(prompt_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdm.training.pipeline_task.default_root", lambda: prompt_caches)

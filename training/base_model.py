@@ -1,0 +1,194 @@
+"""A base on disk, of which only what is needed is loaded: text encoders, then the denoiser, for previews the VAE."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from ..errors import TDMError
+from ..pipelines.families import Family
+from ..pipelines.locate import base_folder, family_of_base, student_file
+from ..pipelines.loras.file import read_lora_file
+from ..pipelines.loras.merge import merge
+from ..pipelines.loras.places import Placed, place
+from ..pipelines.loras.skeleton import skeleton, skeletons
+from .base_storage import load_denoiser
+from .config import MemoryConfig
+
+_TEXT = ("text_encoder", "tokenizer")
+
+
+class UserLora(NamedTuple):
+    """A LoRA that becomes part of the teacher."""
+
+    file: Path
+    strength: float
+
+    @classmethod
+    def parse(cls, text: str) -> UserLora:
+        """``path`` or ``path@strength``; also ``owner/repository/file.safetensors`` of the hub.
+
+        Raises:
+            TDMError: there is no such file, or the strength is no number.
+        """
+        path, at, number = text.rpartition("@")
+        if not at or Path(text).is_file():
+            return cls(student_file(text, {}), 1.0)
+        try:
+            strength = float(number)
+        except ValueError:
+            raise TDMError(f"task.loras: {text!r} is neither a file nor path@strength") from None
+        return cls(student_file(path, {}), strength)
+
+
+class _ConfigOnly(NamedTuple):
+    """In the place of a network that is not loaded: what it would be like."""
+
+    config: Any
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The parts of a base, loaded one at a time.
+
+    Attributes:
+        folder: on this machine; a hub repository is in the hub's cache.
+        family: of the base.
+        loras: merged into each part that is loaded.
+    """
+
+    folder: str
+    family: Family
+    loras: tuple[UserLora, ...] = ()
+
+    @classmethod
+    def find(cls, name: str, loras: Sequence[str] = ()) -> BaseModel:
+        """The base of that name: a folder, a hub repository (downloaded if it is not here) or "bundled".
+
+        Raises:
+            TDMError: there is none, or it is not supported; or as in `UserLora.parse`.
+        """
+        folder = base_folder(name)
+        family = family_of_base(folder)
+        if not Path(folder).is_dir():
+            folder = str(DiffusionPipeline.download(folder))
+        return cls(folder, family, tuple(UserLora.parse(text) for text in loras))
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, tuple[str, str]]:
+        """(library, class) of each part that the base has."""
+        index: Any = DiffusionPipeline.load_config(self.folder)
+        return {name: tuple(c) for name, c in index.items() if isinstance(c, list | tuple) and c[0] is not None}
+
+    # ------------------------------------------------------------------ text encoders
+
+    def encoder_identity(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What the condition of a prompt depends on, as JSON: the encoders' and tokenizers' files, LoRAs, versions."""
+        folders = [Path(self.folder) / name for name in sorted(self._classes) if name.startswith(_TEXT)]
+        files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {
+            "pipeline": self.family.pipeline,
+            "files": {str(path.relative_to(self.folder)): _sha256(path) for path in files},
+            "loras": [(_sha256(lora.file), lora.strength) for lora in self.loras],
+            "dtype": str(dtype),
+            "versions": [diffusers.__version__, transformers.__version__],
+        }
+
+    @contextmanager
+    def text_encoders(self, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
+        """The pipeline with text encoders and tokenizers alone, for the length of a `with`; their memory is freed."""
+        encoders = [name for name in self._classes if name.startswith("text_encoder")]
+        absent = {name: None for name in self._classes if not name.startswith((*_TEXT, "scheduler"))}
+        pipe = self.family.pipeline_class().from_pretrained(self.folder, dtype=dtype, **absent)
+        setattr(pipe, self.family.denoiser, _ConfigOnly(self._skeleton(self.family.denoiser).config))
+        for name in encoders:
+            encoder = getattr(pipe, name)
+            self._merge_loras(name, encoder)
+            encoder.eval().requires_grad_(False).to(device)
+        try:
+            yield pipe
+        finally:
+            for name in encoders:
+                setattr(pipe, name, None)
+            del encoder
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    # ------------------------------------------------------------------ denoiser and VAE
+
+    def pipeline(self, memory: MemoryConfig, device: torch.device) -> tuple[Any, torch.dtype]:
+        """(the pipeline with the frozen denoiser and nothing else, the dtype that the denoiser computes in).
+
+        What the pipeline takes from the VAE's config, such as the factor between pixels and latents, is there.
+
+        Raises:
+            TDMError: the storage cannot be had here, or a LoRA does not fit.
+        """
+        name = self.family.denoiser
+        merge_loras = functools.partial(self._merge_loras, name) if self.loras else None
+        denoiser, dtype = load_denoiser(self._class(name), self.folder, name, memory, device, merge_loras)
+        vae = self._skeleton("vae")
+        absent = {part: None for part in self._classes if part not in (name, "vae", "scheduler")}
+        pipe = self.family.pipeline_class().from_pretrained(self.folder, **{**absent, name: denoiser, "vae": vae})
+        pipe.vae = None
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, dtype
+
+    def vae(self) -> Any:
+        """The VAE in float32, which decodes large pictures in tiles and batches one by one, where it can."""
+        vae = self._class("vae").from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
+        vae.eval().requires_grad_(False)
+        for switch in ("enable_tiling", "enable_slicing"):
+            if hasattr(vae, switch):
+                getattr(vae, switch)()
+        return vae
+
+    def _class(self, name: str) -> Any:
+        library, class_name = self._classes[name]
+        return getattr(importlib.import_module(library), class_name)
+
+    def _skeleton(self, name: str) -> Any:
+        return skeleton(*self._classes[name], self.folder, name, {})
+
+    # ------------------------------------------------------------------ LoRAs
+
+    @functools.cached_property
+    def _placed(self) -> list[Placed]:
+        """The layers of each LoRA, on the names of all networks that can take one."""
+        if not self.loras:
+            return []
+        family, networks = skeletons(self.folder)
+        placed = []
+        for lora in self.loras:
+            try:
+                placed.append(place(read_lora_file(lora.file), family, networks, scale=lora.strength))
+            except TDMError as error:
+                raise TDMError(f"task.loras: {lora.file}: {error}") from None
+        return placed
+
+    def _merge_loras(self, component: str, network: nn.Module) -> None:
+        for placed in self._placed:
+            merge(network, placed.get(component, {}))
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's content; the hub's cache has it as the name of the file that a link points to."""
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == 64:
+        return blob
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,103 @@
+"""How the frozen base is stored: in full, in 16 or 8 bits, in 4; adapters train on each of them.
+
+Whatever the storage, a layer computes in one dtype (bf16 on a GPU, float32 on a CPU; fp32, bf16 and fp16 in their own)
+and the adapters are float32. The backward pass keeps what a layer computed with: fp8 and offload save memory beyond the
+student's own forward only with `memory.gradient_checkpointing`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TDMError
+from .config import MemoryConfig, Storage
+
+_PLAIN: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def storage_on(memory: MemoryConfig, device: torch.device) -> Storage:
+    """The storage of the base on a device, with `auto` settled.
+
+    Raises:
+        TDMError: it cannot be had there.
+    """
+    gpu = device.type == "cuda"
+    if memory.offload and not gpu:
+        raise TDMError("memory.offload is for a GPU; on a CPU the base is in main memory anyway: set it to false")
+    if memory.base == "auto":
+        return "bf16" if gpu else "fp32"
+    if memory.base == "nf4" and not gpu:
+        raise TDMError("memory.base=nf4 needs a GPU; on a CPU the smallest are int8 and fp8")
+    needed = {"nf4": "bitsandbytes", "int8": "torchao"}.get(memory.base)
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        raise TDMError(f"memory.base={memory.base} needs {needed}, which is not installed: pip install {needed}")
+    return memory.base
+
+
+def compute_dtype(storage: Storage, device: torch.device) -> torch.dtype:
+    """What the layers of a base compute in."""
+    return _PLAIN.get(storage, torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def load_denoiser(
+    network_class: Any,
+    folder: str,
+    subfolder: str,
+    memory: MemoryConfig,
+    device: torch.device,
+    merge_loras: Callable[[nn.Module], None] | None = None,
+) -> tuple[nn.Module, torch.dtype]:
+    """The frozen denoiser of a base on its device, and the dtype that it computes in.
+
+    Args:
+        network_class: of diffusers.
+        folder, subfolder: where its weights are.
+        merge_loras: changes the weights before they are made smaller.
+
+    Raises:
+        TDMError: the storage cannot be had on the device or with LoRAs, or the network cannot be offloaded.
+    """
+    storage = storage_on(memory, device)
+    dtype = compute_dtype(storage, device)
+    options: dict[str, Any] = {}
+    if storage == "nf4":
+        if merge_loras is not None:
+            raise TDMError("task.loras cannot be merged into weights that are read as nf4; use memory.base=int8 or fp8")
+        from diffusers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    network = network_class.from_pretrained(folder, subfolder=subfolder, dtype=dtype, **options)
+    network.eval().requires_grad_(False)
+    if merge_loras is not None:
+        merge_loras(network)
+    if storage == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(network, Int8WeightOnlyConfig(), device=device)
+    elif storage == "fp8":
+        # A convolution keeps its own weight for the backward pass and would find it in 8 bits; linear layers do not.
+        network.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_classes=_CONVOLUTIONS)
+    if memory.offload:
+        _offload(network, device)
+    elif storage != "nf4":  # which bitsandbytes has put there
+        network.to(device)
+    return network, dtype
+
+
+def _offload(network: Any, device: torch.device) -> None:
+    convolutions = [name for name, layer in network.named_modules() if isinstance(layer, _CONVOLUTIONS)]
+    if any("block" in name for name in convolutions):  # as above: the backward pass would find it in main memory
+        raise TDMError(
+            f"memory.offload cannot train through convolutions, which {type(network).__name__} has; set it to false"
+        )
+    network.enable_group_offload(
+        onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True
+    )

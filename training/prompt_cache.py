@@ -1,0 +1,236 @@
+"""Encoded prompts on disk: the text encoders run once, before training, and never sit beside the denoiser.
+
+A cache is one folder for one text encoder and one list of prompts, named by a hash of both: another encoder, or other
+prompts, get another folder, and none ever holds what does not belong in it.
+
+    index.json           the encoder as hashes of its files, a hash of each prompt, the length of unmasked text
+    null.safetensors     no prompt, for guidance
+    00000.safetensors    256 prompts: "<i>.text" [L_i, D] and what else the encoder gives, without padding; and so on
+
+Every file is written beside its place and renamed. A build that was killed goes on with the first missing file, and as
+each file depends only on its own prompts, the result is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import TDMError
+from ..pipelines.families import Condition
+from ..pipelines.families.base import pad_text
+
+FORMAT = 1
+SHARD = 256  # prompts per file
+BATCH = 32  # prompts per call of the encoders
+
+
+class TextEncoders(NamedTuple):
+    """What a family's text encoders give: `Family.encode_text` and `Family.encode_null` on loaded encoders."""
+
+    prompts: Callable[[list[str]], Condition]
+    null: Callable[[], Condition]
+
+
+class PromptCache:
+    """The conditions of a list of prompts, read from the folder that `build_cache` fills.
+
+    Args:
+        root: folder of all caches.
+        encoder: what identifies the text encoder (JSON): hashes of its files, its dtype and options.
+        prompts: all that a run needs; those that occur twice are stored once.
+
+    Attributes:
+        folder: of this cache.
+        prompts: each one once, in the order of the files.
+    """
+
+    def __init__(self, root: Path, encoder: dict[str, Any], prompts: Sequence[str]) -> None:
+        self.prompts = list(dict.fromkeys(prompts))
+        hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in self.prompts]
+        self.identity: dict[str, Any] = {"format": FORMAT, "encoder": encoder, "prompts": hashes}
+        self.folder = root / hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+        self.index, self.null_file = self.folder / "index.json", self.folder / "null.safetensors"
+        starts = range(0, len(self.prompts), SHARD)
+        self.shards = {self.folder / f"{i:05}.safetensors": self.prompts[s : s + SHARD] for i, s in enumerate(starts)}
+        self._places = {prompt: (path, i) for path, part in self.shards.items() for i, prompt in enumerate(part)}
+        self._open: dict[Path, Any] = {}
+
+    def missing(self) -> list[Path]:
+        """The files that are still to be built: not there, or damaged."""
+        return [path for path in (self.null_file, self.index, *self.shards) if not _readable(path)]
+
+    @functools.cached_property
+    def _text_length(self) -> int | None:
+        """The length of all texts, where padding is part of what the network sees; None where it is left out."""
+        return json.loads(self.index.read_text())["text_length"]
+
+    @functools.cached_property
+    def null(self) -> Condition:
+        """The condition of no prompt, [1, ...]."""
+        one = load_file(self.null_file)
+        return _padded([one], self._text_length or len(one["text"]))
+
+    def conditions(self, prompts: Sequence[str]) -> Condition:
+        """The conditions of prompts as one batch [B, ...] on the CPU.
+
+        Text that ends with its mask is padded to the longest of the batch (or the null prompt, so that this fits),
+        other text to the length that the encoder itself gives.
+
+        Raises:
+            TDMError: a prompt is not in the cache.
+        """
+        ones = [self._one(prompt) for prompt in prompts]
+        longest = max(self.null["text"].shape[1], *(len(one["text"]) for one in ones))
+        return _padded(ones, self._text_length or longest)
+
+    def _one(self, prompt: str) -> Condition:
+        if prompt not in self._places:
+            raise TDMError(f"the prompt {prompt!r} is not among those that this run encoded")
+        path, i = self._places[prompt]
+        if path not in self._open:
+            self._open[path] = safe_open(path, "pt")
+        return {key: self._open[path].get_tensor(f"{i}.{key}") for key in self.null}
+
+
+def build_cache(
+    cache: PromptCache,
+    open_encoders: Callable[[], AbstractContextManager[TextEncoders]],
+    report: Callable[[str], None] | None = None,
+) -> None:
+    """Encode what is missing of a cache; if nothing is, nothing is loaded.
+
+    One process of a run calls this; the others read once it is done. Two that do it at once only do the work twice.
+
+    Args:
+        open_encoders: loads the text encoders for the length of a `with`.
+        report: takes the progress lines; None prints them to stderr.
+
+    Raises:
+        TDMError: the folder cannot be written.
+    """
+    missing = cache.missing()
+    if not missing:
+        return
+    shards = {path: prompts for path, prompts in cache.shards.items() if path in missing}
+    progress = _Progress(sum(map(len, shards.values())), report or _print)
+    with torch.no_grad(), open_encoders() as encoders:
+        null = encoders.null()
+        _save(cache.null_file, _unpadded(null)[0])
+        index = {**cache.identity, "text_length": None if _end(null) is not None else null["text"].shape[1]}
+        _replace(cache.index, lambda temporary: temporary.write_text(json.dumps(index)))
+        for path, prompts in shards.items():
+            ones: list[Condition] = []
+            for start in range(0, len(prompts), BATCH):
+                part = prompts[start : start + BATCH]
+                ones += _unpadded(encoders.prompts(part))
+                progress.add(len(part))
+            _save(path, {f"{i}.{key}": value for i, one in enumerate(ones) for key, value in one.items()})
+
+
+def default_root() -> Path:
+    """The folder of the user's caches of prompts."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm" / "prompts"
+
+
+# ---------------------------------------------------------------------- conditions of single prompts
+
+
+def _end(cond: Condition) -> list[int] | None:
+    """Where each prompt of a batch ends, if the network leaves out what is behind; None if it sees the padding."""
+    if "mask" in cond:
+        return [_last(row) for row in cond["mask"]]
+    return cond["length"].tolist() if "length" in cond else None
+
+
+def _last(row: Tensor) -> int:
+    """The number of entries up to the last that is not zero, at least 1."""
+    places = row.nonzero()
+    return int(places.max()) + 1 if len(places) else 1
+
+
+def _unpadded(cond: Condition) -> list[Condition]:
+    """Each prompt of a batch alone and on the CPU, cut where it ends; padding that is seen is cut where it is zero."""
+    ends = _end(cond) or [_last(text.any(1)) for text in cond["text"]]
+    return [
+        {key: (v[i, :end] if key in ("text", "mask") else v[i]).cpu().contiguous().clone() for key, v in cond.items()}
+        for i, end in enumerate(ends)
+    ]
+
+
+def _padded(ones: Sequence[Condition], length: int) -> Condition:
+    """The inverse of `_unpadded`, with text [B, length, D]."""
+    return {
+        key: torch.cat(
+            [pad_text(one[key][None], length) if key in ("text", "mask") else one[key][None] for one in ones]
+        )
+        for key in ones[0]
+    }
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _readable(path: Path) -> bool:
+    """Whether a file is there and whole: of tensors, the header says how long it must be."""
+    if not path.is_file():
+        return False
+    try:
+        if path.suffix == ".json":
+            return "text_length" in json.loads(path.read_text())
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    _replace(path, lambda temporary: save_file(tensors, temporary))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        line = str(error).splitlines()[0]
+        raise TDMError(f"encoded prompts cannot be written ({line}); make room, or set task.cache") from error
+
+
+class _Progress:
+    """At most a line every few seconds; a build that is over sooner says nothing."""
+
+    def __init__(self, total: int, report: Callable[[str], None], every: float = 3.0) -> None:
+        self.total, self.report, self.every, self.done = total, report, every, 0
+        self.start = self.last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= self.every or (self.done == self.total and self.last > self.start):
+            self.last = now
+            left = (now - self.start) / self.done * (self.total - self.done)
+            eta = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+            self.report(f"encoding prompts {self.done}/{self.total}  ETA {eta}")
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
