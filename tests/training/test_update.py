@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig, load_config
@@ -168,3 +169,19 @@ def test_a_perfect_student_is_at_rest():
     metrics = bench.update()  # both adapters still are the teacher: the direction is 0
     assert metrics["student_grad"].item() == 0
     assert all(torch.equal(value, before[key]) for key, value in bench.roles.state("student").items())
+
+
+def test_each_stage_has_its_own_guidance():
+    """One number for all stages is the plain scale; a stage that asks for another gets it."""
+
+    def student(*overrides):
+        bench = Bench("objective.guidance_scale=3", *overrides)
+        bench.update()
+        return bench.roles.state("student")
+
+    plain, same = student(), student("objective.stage_guidance=[3,3,3,3]")
+    other = student("objective.stage_guidance=[3,3,3,1]")
+    assert all(torch.allclose(plain[key], same[key], rtol=0, atol=1e-7) for key in plain)
+    assert any(not torch.allclose(plain[key], other[key], rtol=0, atol=1e-4) for key in plain)
+    with pytest.raises(TDMError, match="wants 4 numbers of at least 1"):
+        load_config(None, ["objective.guidance_scale=3", "objective.stage_guidance=[3,3]"])
