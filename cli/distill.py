@@ -5,45 +5,44 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import TDMError
 from .generate import quiet
 from .output import check_folder
+from .settings import print_presets, read_settings
 
 HELP = """\
 Distil a few-step student by Trajectory Distribution Matching: prompts only, no pictures. Student and critic are two
 LoRA adapters on the one frozen base; the teacher is the base itself.
 
-CONFIG is a YAML file; without it the bundled teacher is distilled (some minutes on two CPU cores). Any setting
-can be given as key=value after it; training/config.py explains each. Out of memory: lower micro_batch_size, then
-memory.gradient_checkpointing=true, then a smaller base (memory.base).
+CONFIG is a YAML file or the name of a preset (--list shows them); of several, a later one replaces what it sets: a
+model family first, then a memory class. Without one that says what to distil it is the bundled teacher (some minutes
+on two CPU cores). Any setting can be given as key=value; training/config.py explains each. Out of memory: lower
+micro_batch_size, then memory.gradient_checkpointing=true, then a smaller base (memory.base); `tdm estimate` says what
+a run will take before it starts.
 
   tdm distill
   tdm distill seed=1 updates=200 --out runs/short
-  tdm distill my.yaml student.lr=1e-4
+  tdm distill sdxl 24gb task.prompts=prompts.txt student.lr=2e-4 --dry-run
+  tdm distill my.yaml 12gb
   tdm distill --resume --out runs/short
 
 The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
 previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
 """
-DEFAULT = Path(__file__).parents[1] / "training" / "configs" / "bundled.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("settings", nargs="*", metavar="CONFIG | key=value", help="a YAML file first, if any, then overrides")
+    add("settings", nargs="*", metavar="CONFIG | key=value", help="YAML files or presets, and settings of your own")
+    add("--list", action="store_true", help="show the presets and do nothing else")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.config import load_config
-
-    first = args.settings[0] if args.settings else None
-    config_file = Path(first) if first is not None and "=" not in first else None
-    overrides = args.settings[1:] if config_file is not None else args.settings
-    if any("=" not in text for text in overrides):
-        raise TDMError(f"one configuration file, then key=value settings; not {' '.join(args.settings)}")
-    config = load_config(config_file or DEFAULT, overrides)
+    if args.list:
+        print_presets()
+        return
+    config = read_settings(args.settings)
     check_folder(args.out)
 
     from ..training.export import export_student, plot_curves

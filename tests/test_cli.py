@@ -50,6 +50,7 @@ def wrong_files(tmp_path: Path) -> Path:
         (["eval", "--steps", "1,x"], "whole numbers"),
         (["distill", "{tmp}/missing.yaml"], "missing.yaml"),
         (["distill", "{tmp}/a.yaml"], "did you mean updates?"),
+        (["distill", "sdlx", "24gb"], "did you mean sdxl?"),
         (["distill", "student.lrr=1"], "did you mean lr?"),
         (["distill", "student.lr=-1"], "student.lr must be positive"),
         (["distill", "task.model={tmp}/nowhere", "--out", "{tmp}/run"], "nowhere"),
@@ -97,6 +98,13 @@ def test_compare_writes_one_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[
     width, height = Image.open(tmp_path / "s.png").size
     assert width > 2 * 160
     assert height > 2 * 160
+
+
+def test_the_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--list"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert "one GPU with 12 GB" in lines["12gb"]
+    assert "Stable Diffusion XL" in lines["sdxl"]
 
 
 def test_distil_then_generate_with_the_new_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
