@@ -81,6 +81,9 @@ class CriticConfig(RoleConfig):
     weight: CriticWeight = "v"
     weight_limit: float = 5.0  # the most an error may weigh
     per_student: int = 1  # critic updates per student update; each beyond the first costs about 3.5 passes
+    # Student and critic look at the same re-noised state, and the student follows the critic as it was before its step:
+    # one pass less of 6.5.
+    share_noise: bool = False
     head_start: int = 0  # critic updates before the student's first, so that the student never follows an untrained one
     # Which adapter it starts from when `start_from` gives the student one: the earlier critic's, the student's, or
     # none.

@@ -1,0 +1,192 @@
+"""An update on tensors without data: the training code itself on the meta device, to see what it will cost.
+
+Nothing is loaded and nothing is computed, but every operator runs, with its shapes and dtypes, and so the FLOPs and the
+memory that tensors hold are those of the real run. Two things of a GPU have no counterpart there and are put in: its
+autocast, and its attention, which never holds the matrix of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop, sdpa_flop
+
+from ..errors import TDMError
+from ..pipelines.bench.memory import LiveMemory
+from ..pipelines.families import Condition, Size
+from ..pipelines.outline import outline
+from ..pipelines.scheduler import TDMScheduler
+from .config import DistillConfig, from_dict
+from .loop import build_roles
+from .pipeline_task import PipelineTaskConfig
+from .roles import ROLES, Role
+from .trajectory import Trajectory
+from .update import Batch, tdm_update
+
+_ATEN = torch.ops.aten
+_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu  # keeps what every fused attention keeps
+register_flop_formula(_ATTENTION, get_raw=True)(sdpa_flop)  # torch counts only those of GPUs
+register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu_backward, get_raw=True)(sdpa_backward_flop)
+
+# What CUDA's autocast runs in bfloat16 and in float32 (at::autocast), as far as networks here call it.
+_HALF: set[Any] = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.einsum, torch.matmul, torch.bmm, torch.mm,
+    torch.baddbmm, torch.addmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm, F.scaled_dot_product_attention,
+}  # fmt: skip
+_SINGLE: set[Any] = {
+    F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.pow, Tensor.pow, Tensor.__pow__,
+    torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.sum, Tensor.sum, torch.cumsum,
+    Tensor.cumsum, torch.prod, Tensor.prod, F.softplus, torch.norm, Tensor.norm, torch.reciprocal, Tensor.reciprocal,
+}  # fmt: skip
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Inside, tensors on the meta device are computed as on a GPU: attention fused, and autocast if ``bf16``."""
+
+    def __init__(self, bf16: bool) -> None:
+        super().__init__()
+        self.bf16 = bf16
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:  # a mode is off in what it calls, but checkpointing computes forwards again there
+            with self:
+                loss = args[0]
+                return _engine_run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+        if self.bf16 and (func in _HALF or func in _SINGLE):
+            wanted = torch.bfloat16 if func in _HALF else torch.float32
+
+            def cast(value: Any) -> Any:
+                if isinstance(value, list | tuple):
+                    return type(value)(map(cast, value))
+                narrow = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+                return value.to(wanted) if narrow and value.device.type == "meta" else value
+
+            args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    mask = None if attn_mask is None else attn_mask.to(query.dtype)
+    return _ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+class Outline:
+    """``loop.Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
+
+    Raises:
+        TDMError: another task than a pipeline, or what ``PipelineTask`` would refuse about base and size.
+    """
+
+    def __init__(self, section: dict[str, Any], dtype: torch.dtype) -> None:
+        if section.get("name") != "pipeline":
+            raise TDMError(f"only task.name=pipeline can be estimated, not {section.get('name')!r}")
+        config = from_dict(PipelineTaskConfig, section, "task.")
+        self.family, self.pipe = outline(config.model)
+        self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
+        self.targets = self.family.lora_targets
+        scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
+        self.schedule, self.prediction_type = scheduler.schedule, scheduler.config.prediction_type
+        own = self.family.default_size(self.pipe)
+        self.size = Size(config.height or own.height, config.width or own.width, config.num_frames or own.num_frames)
+        self.latent_shape = self.family.latent_shape(self.pipe, self.size)
+        self._cond = self.family.blank(self.pipe, 1, self.size)
+
+    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        """See ``loop.Task``."""
+        return self.family.denoise(base, x, timesteps, cond)
+
+    def conditions(self, n: int) -> Condition:
+        """Of ``n`` prompts of full length."""
+        return {key: value.repeat_interleave(n, 0) for key, value in self._cond.items()}
+
+
+class Rehearsal:
+    """The run of a configuration on the meta device.
+
+    Args:
+        config: of the run; its base is built, without weights.
+        dtype: of the frozen base's weights as the network computes with them.
+        bf16: under autocast.
+
+    Attributes:
+        base_layers: weights of the frozen base, as (bytes per weight may shrink, numel) of every parameter.
+        trained: numbers of trained weights by role.
+    """
+
+    def __init__(self, config: DistillConfig, dtype: torch.dtype, bf16: bool) -> None:
+        self.task = Outline(config.task, dtype)
+        self.bf16 = bf16
+        self.base_shapes = shapes_of(self.task.base)
+        self.trajectory = Trajectory(config.trajectory, self.task.schedule)
+        self.config = replace(config, precision="fp32", start_from=None)  # autocast is put in here
+        self.generator = torch.Generator().manual_seed(0)
+        with torch.device("meta"):
+            self.roles = build_roles(self.task, self.config, self.generator)  # type: ignore[arg-type]
+        self.trained = {role: sum(p.numel() for p in self.roles.parameters(role)) for role in ROLES}
+
+    def flops(self) -> dict[str, float]:
+        """FLOPs per sample of a pass of each role: "student", "critic", "teacher", "student_backward", ..., the last
+        with what gradient checkpointing makes again.
+        """
+        x, cond = torch.empty(1, *self.task.latent_shape, device="meta"), self.task.conditions(1)
+        t = self.trajectory.timesteps[:1]
+        found: dict[str, float] = {"teacher": self._count(lambda: self.roles.teacher(x, t, cond))}
+        for role in ROLES:
+            predict = getattr(self.roles, role)
+            with torch.no_grad():
+                found[role] = self._count(lambda predict=predict: predict(x, t, cond))
+            both = self._count(lambda predict=predict: predict(x, t, cond)[0].sum().backward())
+            found[f"{role}_backward"] = both - found[role]
+        return found
+
+    def _count(self, work: Callable[[], Any]) -> float:
+        with AsOnGpu(self.bf16), FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    def memory(self, samples: int) -> int:
+        """Bytes that an update's own tensors hold at its peak, ``samples`` at a time: activations, gradients and what
+        operators need in passing. Weights and optimisers are not in it.
+        """
+        config = replace(self.config, batch_size=samples, micro_batch_size=None)
+        optimizers: dict[Role, Optimizer] = {role: SGD(self.roles.parameters(role), lr=0.0) for role in ROLES}
+
+        def draw() -> Batch:
+            noise = torch.randn(samples, *self.task.latent_shape, generator=self.generator).to("meta")
+            cond, null = self.task.conditions(samples), self.task.conditions(samples)
+            return Batch(cond, null, noise)
+
+        with AsOnGpu(self.bf16), LiveMemory("meta") as memory:
+            tdm_update(self.roles, self.trajectory, config, draw, optimizers, self.generator)
+        return memory.peak
+
+
+def shapes_of(base: nn.Module) -> list[tuple[str, torch.Size]]:
+    """(kind, shape) of every weight of a network; the kind "linear" is a matrix that quantisation makes smaller."""
+    linear = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear)}
+    return [("linear" if id(p) in linear else "other", p.shape) for p in base.parameters()]
