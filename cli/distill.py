@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .generate import quiet
 from .output import check_folder
 from .settings import print_presets, read_settings
+
+if TYPE_CHECKING:
+    from ..training.loop import Run
 
 HELP = """\
 Distil a few-step student by Trajectory Distribution Matching: prompts only, no pictures. Student and critic are two
@@ -24,6 +28,7 @@ a run will take before it starts.
   tdm distill sdxl 24gb task.prompts=prompts.txt student.lr=2e-4 --dry-run
   tdm distill my.yaml 12gb
   tdm distill --resume --out runs/short
+  torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml
 
 The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
 previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
@@ -35,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("settings", nargs="*", metavar="CONFIG | key=value", help="YAML files or presets, and settings of your own")
     add("--list", action="store_true", help="show the presets and do nothing else")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one; several processes take one each)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
 
 
@@ -45,17 +51,26 @@ def run(args: argparse.Namespace) -> None:
     config = read_settings(args.settings)
     check_folder(args.out)
 
-    from ..training.export import export_student, plot_curves
     from ..training.loop import distill
+    from ..training.processes import joined
     from ..training.tasks import build_task
 
     quiet()
-    task = build_task(config.task)
-    finished = distill(task, config, args.out, resume=args.resume)
-    if curves := plot_curves(args.out):
+    with joined(args.device) as (processes, _device):
+        task = build_task(config.task)
+        finished = distill(task, config, args.out, processes=processes, resume=args.resume)
+        if processes.first:
+            _finish(finished)
+
+
+def _finish(run: Run) -> None:
+    """Draw the curves, write the student, and say where everything is."""
+    from ..training.export import export_student, plot_curves
+
+    if curves := plot_curves(run.out_dir):
         print(f"curves   {curves}")
-    if previews := sorted((args.out / "previews").glob("*.png")):
+    if previews := sorted((run.out_dir / "previews").glob("*.png")):
         print(f"preview  {previews[-1]}")
-    if student := export_student(finished, args.out / "student.safetensors"):
+    if student := export_student(run, run.out_dir / "student.safetensors"):
         print(f"student  {student}")
         print(f'try it   tdm generate --compare "a red star above two blue moons at night" --student {student}')

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..errors import TDMError
 from .config import DistillConfig
-from .roles import ROLES, AdapterRoles, Ema, Role
+from .roles import ROLES, Ema, Role, Roles
 
 FORMAT = 1
 
@@ -29,7 +29,7 @@ def save_checkpoint(
     *,
     step: int,
     config: DistillConfig,
-    roles: AdapterRoles,
+    roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
@@ -59,7 +59,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TDMError(f"no checkpoint {path}")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if "torchao" not in str(error):
+                raise
+            import torchao.optim  # noqa: F401  # which makes its 8-bit moments known to weights_only
+
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise TDMError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
@@ -71,7 +78,7 @@ def restore_checkpoint(
     path: Path,
     *,
     config: DistillConfig,
-    roles: AdapterRoles,
+    roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,

@@ -136,6 +136,8 @@ class DistillConfig:
     micro_batch_size: int | None = None  # of these at a time on a device, the gradients summed; None: all of its share
     # bf16: autocast; adapters, losses and optimisers stay float32. auto: bf16 where the device is faster with it.
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    # Train whole copies of the network in float32 (two more of them, and their optimisers), not adapters.
+    full_weights: bool = False
     start_from: str | None = None  # checkpoint.pt of an earlier run, whose adapters to begin with; None: the teacher
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -257,6 +259,11 @@ def _validate(c: DistillConfig) -> None:
     t, grid = c.trajectory, c.trajectory.timesteps
     need(c.updates > 0, f"updates must be positive, not {c.updates}")
     need(c.batch_size > 0, f"batch_size must be positive, not {c.batch_size}")
+    micro = c.micro_batch_size
+    need(
+        micro is None or (micro > 0 and c.batch_size % micro == 0),
+        f"micro_batch_size must divide batch_size, which is {c.batch_size}; {micro} does not",
+    )
     need(t.steps > 0, f"trajectory.steps must be positive, not {t.steps}")
     if grid is not None:
         need(len(grid) == t.steps, f"trajectory.timesteps has {len(grid)} entries for {t.steps} steps; give as many")

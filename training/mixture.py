@@ -116,7 +116,7 @@ class MixtureTask:
 
     base: nn.Module
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
-    latent_shape: tuple[int, ...] = (2,)
+    device: torch.device = torch.device("cpu")
 
     def __init__(
         self, kind: str = "flow", width: int = 128, samples: int = 10_000, mixture: Mixture | None = None
@@ -126,6 +126,7 @@ class MixtureTask:
         )
         self.prediction_type: PredictionType = "flow_prediction" if kind == "flow" else "v_prediction"
         self.mixture = mixture or Mixture.scattered()
+        self.dim = self.mixture.means.shape[1]
         self.samples = samples
         generator = torch.Generator().manual_seed(0)  # the base is the same in every run
         self.base = MixtureDenoiser(self.mixture, self.schedule, self.prediction_type, width, generator)
@@ -134,9 +135,9 @@ class MixtureTask:
         """See ``loop.Task``."""
         return base(x, timesteps)
 
-    def conditions(self, n: int, generator: torch.Generator) -> Condition:  # noqa: ARG002
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002
         """No prompts."""
-        return {}
+        return {}, (self.dim,)
 
     def null(self, cond: Condition) -> Condition:
         """No prompts."""
@@ -150,6 +151,6 @@ class MixtureTask:
         """Energy distance to true samples, and the smallest and largest share of a mode over its weight."""
         generator = torch.Generator().manual_seed(1)
         true = self.mixture.sample(self.samples, generator)
-        x = student(torch.randn(self.samples, *self.latent_shape, generator=generator), {})
+        x = student(torch.randn(self.samples, self.dim, generator=generator), {})
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}
