@@ -7,8 +7,9 @@ autocast, and its attention, which never holds the matrix of scores.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,19 +18,21 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from ..errors import TDMError
 from ..pipelines.bench.memory import LiveMemory
 from ..pipelines.families import Condition, Size
 from ..pipelines.outline import outline
 from ..pipelines.scheduler import TDMScheduler
+from .batch import Batch, draw_batch
 from .config import DistillConfig, from_dict
 from .loop import build_roles
 from .pipeline_task import PipelineTaskConfig
-from .roles import ROLES, Role
+from .processes import Processes
+from .roles import ROLES, Role, Roles
 from .trajectory import Trajectory
-from .update import Batch, tdm_update
+from .update import tdm_update
 
 _ATEN = torch.ops.aten
 _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu  # keeps what every fused attention keeps
@@ -125,68 +128,126 @@ class Outline:
         return {key: value.repeat_interleave(n, 0) for key, value in self._cond.items()}
 
 
+@dataclass(frozen=True)
+class Course:
+    """What a rehearsed update took.
+
+    Attributes:
+        flops: of one sample's pass, by "student", "critic", "teacher", "student_backward" and "critic_backward"; the
+            last two with what gradient checkpointing computes again.
+        peak: bytes that its tensors held at a time: activations, gradients, and what operators need in passing.
+    """
+
+    flops: dict[str, float]
+    peak: int
+
+
 class Rehearsal:
     """The run of a configuration on the meta device.
 
     Args:
         config: of the run; its base is built, without weights.
-        dtype: of the frozen base's weights as the network computes with them.
+        dtype: that the network computes with, its frozen weights.
         bf16: under autocast.
 
     Attributes:
-        base_layers: weights of the frozen base, as (bytes per weight may shrink, numel) of every parameter.
+        shapes: of the frozen base's weights, see `shapes_of`.
+        largest_block: of the base, as a fraction of it.
+        offloads: whether it can be trained from main memory, which a convolution in a block prevents.
         trained: numbers of trained weights by role.
     """
 
     def __init__(self, config: DistillConfig, dtype: torch.dtype, bf16: bool) -> None:
         self.task = Outline(config.task, dtype)
-        self.bf16 = bf16
-        self.base_shapes = shapes_of(self.task.base)
+        self.bf16, self.shapes = bf16, shapes_of(self.task.base)
+        self.largest_block = _largest_block(self.task.base)
+        self.offloads = not any(
+            "block" in name and isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            for name, m in self.task.base.named_modules()
+        )
         self.trajectory = Trajectory(config.trajectory, self.task.schedule)
         self.config = replace(config, precision="fp32", start_from=None)  # autocast is put in here
-        self.generator = torch.Generator().manual_seed(0)
         with torch.device("meta"):
-            self.roles = build_roles(self.task, self.config, self.generator)  # type: ignore[arg-type]
+            self.roles = build_roles(self.task, self.config, torch.Generator())  # type: ignore[arg-type]
         self.trained = {role: sum(p.numel() for p in self.roles.parameters(role)) for role in ROLES}
 
-    def flops(self) -> dict[str, float]:
-        """FLOPs per sample of a pass of each role: "student", "critic", "teacher", "student_backward", ..., the last
-        with what gradient checkpointing makes again.
-        """
-        x, cond = torch.empty(1, *self.task.latent_shape, device="meta"), self.task.conditions(1)
-        t = self.trajectory.timesteps[:1]
-        found: dict[str, float] = {"teacher": self._count(lambda: self.roles.teacher(x, t, cond))}
-        for role in ROLES:
-            predict = getattr(self.roles, role)
-            with torch.no_grad():
-                found[role] = self._count(lambda predict=predict: predict(x, t, cond))
-            both = self._count(lambda predict=predict: predict(x, t, cond)[0].sum().backward())
-            found[f"{role}_backward"] = both - found[role]
-        return found
+    def update(self, samples: int, parts: int = 1) -> Course:
+        """One update without data. Its stage is the first, so that nothing rolls: a prefix holds less than the rest.
 
-    def _count(self, work: Callable[[], Any]) -> float:
-        with AsOnGpu(self.bf16), FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops()
-
-    def memory(self, samples: int) -> int:
-        """Bytes that an update's own tensors hold at its peak, ``samples`` at a time: activations, gradients and what
-        operators need in passing. Weights and optimisers are not in it.
+        Args:
+            samples: at a time.
+            parts: micro batches; more than two hold what two do.
         """
-        config = replace(self.config, batch_size=samples, micro_batch_size=None)
+        parts = min(parts, 2)
         optimizers: dict[Role, Optimizer] = {role: SGD(self.roles.parameters(role), lr=0.0) for role in ROLES}
+        shape = (samples * parts, *self.task.latent_shape)
 
-        def draw() -> Batch:
-            noise = torch.randn(samples, *self.task.latent_shape, generator=self.generator).to("meta")
-            cond, null = self.task.conditions(samples), self.task.conditions(samples)
-            return Batch(cond, null, noise)
+        def draw(student: bool) -> list[Batch]:
+            cond = self.task.conditions(shape[0])
+            batch = draw_batch(self.trajectory, cond, dict(cond), shape, torch.Generator(), student=student)
+            stages = torch.zeros_like(batch.stages)
+            tau = self.trajectory.draw_tau(stages, torch.Generator())
+            critic, again = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
+            batch = batch._replace(stages=stages, critic=critic, student=again)
+            return [batch.part(i, parts).to(torch.device("meta")) for i in range(parts)]
 
-        with AsOnGpu(self.bf16), LiveMemory("meta") as memory:
-            tdm_update(self.roles, self.trajectory, config, draw, optimizers, self.generator)
-        return memory.peak
+        once = replace(self.config, critic=replace(self.config.critic, per_student=1))
+        with AsOnGpu(self.bf16), _Tally(self.roles) as tally:
+            tdm_update(self.roles, self.trajectory, once, draw, optimizers, Processes())
+        for role in ROLES:
+            tally.samples[f"{role}_backward"] = shape[0]
+        return Course({part: n / tally.samples[part] for part, n in tally.flops.items() if n}, tally.peak)
+
+
+class _Tally(LiveMemory):
+    """FLOPs by pass, while an update runs. Between the passes are the backward ones: the student's after the teacher's
+    forward, the critic's else.
+    """
+
+    def __init__(self, roles: Roles) -> None:
+        super().__init__("meta")
+        self.roles, self.part = roles, "critic_backward"
+        self.flops: Counter[str] = Counter()
+        self.samples: Counter[str] = Counter()
+
+    def __enter__(self) -> _Tally:
+        for name in (*ROLES, "teacher"):
+            setattr(self.roles, name, self._watched(name, getattr(self.roles, name)))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for name in (*ROLES, "teacher"):
+            delattr(self.roles, name)  # the class's own is under it
+
+    def _watched(self, name: str, predict: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(x: Tensor, *rest: Any) -> Any:
+            self.part = name
+            self.samples[name] += len(x)
+            out = predict(x, *rest)
+            self.part = "student_backward" if name == "teacher" else "critic_backward"
+            return out
+
+        return watched
+
+    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.flops[self.part] += formula(*args, **kwargs, out_val=out)
 
 
 def shapes_of(base: nn.Module) -> list[tuple[str, torch.Size]]:
     """(kind, shape) of every weight of a network; the kind "linear" is a matrix that quantisation makes smaller."""
     linear = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear)}
     return [("linear" if id(p) in linear else "other", p.shape) for p in base.parameters()]
+
+
+def _largest_block(base: nn.Module) -> float:
+    """What share of a network's weights the largest of the blocks has that stay together (``_no_split_modules``)."""
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    sizes = [_numel(module) for module in base.modules() if type(module).__name__ in names]
+    return max(sizes, default=_numel(base)) / _numel(base)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -63,9 +63,7 @@ class _Meter(LiveMemory):
         super().__init__()
         self.counts, self.part = Counts(), "rest"
 
-    def seen(self, function: Any, tensors: bool, allocations: int) -> None:
-        if not tensors:  # such as promote_types
-            return
+    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
         cost, name = self.counts.parts[self.part], function.overloadpacket.__name__
         cost.operators += 1
         cost.copies += name in COPIES

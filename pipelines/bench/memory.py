@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
@@ -27,7 +27,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
+        given, made = list(_tensors((args, *kwargs.values()))), list(_tensors((out,)))
         known = {tensor.untyped_storage()._cdata for tensor in given}
         new = {t.untyped_storage()._cdata: t for t in made if self.device in (None, t.device.type)}
         for address in new.keys() - known:
@@ -35,11 +35,20 @@ class LiveMemory(TorchDispatchMode):
             self.live += storage.nbytes()
             weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.live)
-        self.seen(function, bool(given or made), len(new.keys() - known))
+        if given or made:  # others are such as promote_types
+            self.seen(function, args, kwargs, out, len(new.keys() - known))
         return out
 
-    def seen(self, function: Any, tensors: bool, allocations: int) -> None:
-        """Called after each operator: whether it has to do with tensors, and how many memories it made."""
+    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:
+        """Called after each operator on tensors, with the number of memories that it made."""
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
