@@ -38,6 +38,7 @@ previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("settings", nargs="*", metavar="CONFIG | key=value", help="YAML files or presets, and settings of your own")
+    add("--dry-run", action="store_true", help="check everything, print settings and estimate, train and write nothing")
     add("--list", action="store_true", help="show the presets and do nothing else")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one; several processes take one each)")
@@ -49,6 +50,12 @@ def run(args: argparse.Namespace) -> None:
         print_presets()
         return
     config = read_settings(args.settings)
+    if args.dry_run:
+        from .dry_run import dry_run
+
+        quiet()
+        print(dry_run(config, args.out, resume=args.resume))
+        return
     check_folder(args.out)
 
     from ..training.loop import distill

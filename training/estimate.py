@@ -17,7 +17,7 @@ from ..errors import TDMError
 from .config import DistillConfig, MemoryConfig, Storage, load_config
 from .cost import Passes, micro_batch_size, micro_batches, passes
 from .presets import MEMORY
-from .rehearsal import Course, Rehearsal
+from .rehearsal import Course, Outline, Rehearsal
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # CUDA's context and the workspaces of its libraries: assumed
@@ -154,7 +154,8 @@ class Estimator:
         same = replace(config, batch_size=1, micro_batch_size=None, memory=memory)
         key = f"{dtype} {same}"
         if key not in self._rehearsals:
-            self._rehearsals[key] = Rehearsal(same, dtype, bf16=config.precision != "fp32")
+            task = Outline(config.task, dtype)
+            self._rehearsals[key] = Rehearsal(same, task, bf16=config.precision != "fp32")
         return key, self._rehearsals[key]
 
     def _course(self, key: str, rehearsal: Rehearsal, samples: int, parts: int) -> Course:

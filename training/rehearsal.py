@@ -76,7 +76,7 @@ class AsOnGpu(TorchFunctionMode):
                 return value.to(wanted) if narrow and value.device.type == "meta" else value
 
             args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
-        if func is F.scaled_dot_product_attention:
+        if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).device.type == "meta":
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -109,6 +109,7 @@ class Outline:
         if section.get("name") != "pipeline":
             raise TDMError(f"only task.name=pipeline can be estimated, not {section.get('name')!r}")
         config = from_dict(PipelineTaskConfig, section, "task.")
+        self.dtype = dtype
         self.family, self.pipe = outline(config.model)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
         self.targets = self.family.lora_targets
@@ -116,12 +117,21 @@ class Outline:
         self.schedule, self.prediction_type = scheduler.schedule, scheduler.config.prediction_type
         own = self.family.default_size(self.pipe)
         self.size = Size(config.height or own.height, config.width or own.width, config.num_frames or own.num_frames)
+        if config.num_frames is not None and not self.family.video:
+            raise TDMError(
+                f"task.num_frames is {config.num_frames}, but {self.family.name} makes pictures; leave it out"
+            )
+        if config.embedded_guidance is not None and not self.family.embeds_guidance(self.pipe):
+            raise TDMError(
+                "task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out"
+            )
         self.latent_shape = self.family.latent_shape(self.pipe, self.size)
+        self.device = torch.device("meta")
         self._cond = self.family.blank(self.pipe, 1, self.size)
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         """See ``loop.Task``."""
-        return self.family.denoise(base, x, timesteps, cond)
+        return self.family.denoise(base, x.to(self.dtype), timesteps, cond)
 
     def conditions(self, n: int) -> Condition:
         """Of ``n`` prompts of full length."""
@@ -143,11 +153,11 @@ class Course:
 
 
 class Rehearsal:
-    """The run of a configuration on the meta device.
+    """The run of a configuration, for one update.
 
     Args:
-        config: of the run; its base is built, without weights.
-        dtype: that the network computes with, its frozen weights.
+        config: of the run.
+        task: with or without weights; on the meta device nothing is computed.
         bf16: under autocast.
 
     Attributes:
@@ -157,9 +167,9 @@ class Rehearsal:
         trained: numbers of trained weights by role.
     """
 
-    def __init__(self, config: DistillConfig, dtype: torch.dtype, bf16: bool) -> None:
-        self.task = Outline(config.task, dtype)
-        self.bf16, self.shapes = bf16, shapes_of(self.task.base)
+    def __init__(self, config: DistillConfig, task: Outline, bf16: bool) -> None:
+        self.task, self.bf16 = task, bf16
+        self.shapes = shapes_of(self.task.base)
         self.largest_block = _largest_block(self.task.base)
         self.offloads = not any(
             "block" in name and isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -167,7 +177,7 @@ class Rehearsal:
         )
         self.trajectory = Trajectory(config.trajectory, self.task.schedule)
         self.config = replace(config, precision="fp32", start_from=None)  # autocast is put in here
-        with torch.device("meta"):
+        with task.device:
             self.roles = build_roles(self.task, self.config, torch.Generator())  # type: ignore[arg-type]
         self.trained = {role: sum(p.numel() for p in self.roles.parameters(role)) for role in ROLES}
 
@@ -183,16 +193,16 @@ class Rehearsal:
         shape = (samples * parts, *self.task.latent_shape)
 
         def draw(student: bool) -> list[Batch]:
-            cond = self.task.conditions(shape[0])
-            batch = draw_batch(self.trajectory, cond, dict(cond), shape, torch.Generator(), student=student)
+            batch = draw_batch(self.trajectory, {}, {}, shape, torch.Generator(), student=student)
             stages = torch.zeros_like(batch.stages)
             tau = self.trajectory.draw_tau(stages, torch.Generator())
             critic, again = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
             batch = batch._replace(stages=stages, critic=critic, student=again)
-            return [batch.part(i, parts).to(torch.device("meta")) for i in range(parts)]
+            cond, null = self.task.conditions(samples), self.task.conditions(samples)
+            return [batch.part(i, parts).to(self.task.device)._replace(cond=cond, null=null) for i in range(parts)]
 
         once = replace(self.config, critic=replace(self.config.critic, per_student=1))
-        with AsOnGpu(self.bf16), _Tally(self.roles) as tally:
+        with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type) as tally:
             tdm_update(self.roles, self.trajectory, once, draw, optimizers, Processes())
         for role in ROLES:
             tally.samples[f"{role}_backward"] = shape[0]
@@ -204,8 +214,8 @@ class _Tally(LiveMemory):
     forward, the critic's else.
     """
 
-    def __init__(self, roles: Roles) -> None:
-        super().__init__("meta")
+    def __init__(self, roles: Roles, device: str) -> None:
+        super().__init__(device)
         self.roles, self.part = roles, "critic_backward"
         self.flops: Counter[str] = Counter()
         self.samples: Counter[str] = Counter()
