@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tdm.cli import main
-from tdm.training.config import load_config
 from tdm.tests.commands import refused
+from tdm.training.config import load_config
 
 PROMPT = "two red stars above a blue ball at night"
 
