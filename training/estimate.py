@@ -15,7 +15,7 @@ import torch
 
 from ..errors import TDMError
 from .config import DistillConfig, MemoryConfig, Storage, load_config
-from .cost import Passes, micro_batch_size, micro_batches, passes
+from .cost import Passes, micro_batch_size, passes
 from .presets import MEMORY
 from .rehearsal import Course, Outline, Rehearsal
 
@@ -123,8 +123,11 @@ class Estimator:
         """
         if config.batch_size % processes:
             raise TDMError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} devices")
+        share, micro = config.batch_size // processes, micro_batch_size(config, processes)
+        if share % micro:
+            raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each device has")
         key, rehearsal = self._rehearsal(config)
-        course = self._course(key, rehearsal, micro_batch_size(config, processes), micro_batches(config, processes))
+        course = self._course(key, rehearsal, micro, share // micro)
         trained = sum(rehearsal.trained.values())
         memory = {
             "base": _base_bytes(rehearsal, config.memory, processes),
@@ -205,11 +208,11 @@ def lighter(config: DistillConfig, processes: int = 1, *, offload: bool = True) 
         if share % micro == 0:
             config = replace(config, micro_batch_size=micro)
             yield f"micro_batch_size={micro}", config
-    stored = list(_BYTES).index(config.memory.base)
+    smaller: tuple[Storage, ...] = ("int8", "nf4")
     changes: list[tuple[str, dict[str, object]]] = [
         ("memory.gradient_checkpointing=true", {"gradient_checkpointing": True}),
         ("memory.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
-        *((f"memory.base={base}", {"base": base}) for base in list(_BYTES)[max(stored, 4) + 1 :]),
+        *((f"memory.base={base}", {"base": base}) for base in smaller if _BYTES[base] < _BYTES[config.memory.base]),
     ]
     if offload:
         changes.append(("memory.offload=true", {"offload": True}))
