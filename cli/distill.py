@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import TDMError
 from .generate import quiet
 from .output import check_folder
+from .settings import print_presets, read_settings
 
 if TYPE_CHECKING:
     from ..training.loop import Run
@@ -17,13 +17,16 @@ HELP = """\
 Distil a few-step student by Trajectory Distribution Matching: prompts only, no pictures. Student and critic are two
 LoRA adapters on the one frozen base; the teacher is the base itself.
 
-CONFIG is a YAML file; without it the bundled teacher is distilled (some minutes on two CPU cores). Any setting
-can be given as key=value after it; training/config.py explains each. Out of memory: lower micro_batch_size, then
-memory.gradient_checkpointing=true, then a smaller base (memory.base).
+CONFIG is a YAML file or the name of a preset (--list shows them); of several, a later one replaces what it sets: a
+model family first, then a memory class. Without one that says what to distil it is the bundled teacher (some minutes
+on two CPU cores). Any setting can be given as key=value; training/config.py explains each. Out of memory: lower
+micro_batch_size, then memory.gradient_checkpointing=true, then a smaller base (memory.base); `tdm estimate` says what
+a run will take before it starts.
 
   tdm distill
   tdm distill seed=1 updates=200 --out runs/short
-  tdm distill my.yaml student.lr=1e-4
+  tdm distill sdxl 24gb task.prompts=prompts.txt student.lr=2e-4 --dry-run
+  tdm distill my.yaml 12gb
   tdm distill --resume --out runs/short
   torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml
   tdm distill task.model=my/base task.prompts=prompts.txt task.loras=[style.safetensors@0.8]
@@ -32,29 +35,29 @@ All prompts are encoded first, once, into ~/.cache/tdm/prompts (task.cache names
 The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
 previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
 """
-if TYPE_CHECKING:
-    from ..training.loop import Run
-
-DEFAULT = Path(__file__).parents[1] / "training" / "configs" / "bundled.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("settings", nargs="*", metavar="CONFIG | key=value", help="a YAML file first, if any, then overrides")
+    add("settings", nargs="*", metavar="CONFIG | key=value", help="YAML files or presets, and settings of your own")
+    add("--dry-run", action="store_true", help="check everything, print settings and estimate, train and write nothing")
+    add("--list", action="store_true", help="show the presets and do nothing else")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one; several processes take one each)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.config import load_config
+    if args.list:
+        print_presets()
+        return
+    config = read_settings(args.settings)
+    if args.dry_run:
+        from .dry_run import dry_run
 
-    first = args.settings[0] if args.settings else None
-    config_file = Path(first) if first is not None and "=" not in first else None
-    overrides = args.settings[1:] if config_file is not None else args.settings
-    if any("=" not in text for text in overrides):
-        raise TDMError(f"one configuration file, then key=value settings; not {' '.join(args.settings)}")
-    config = load_config(config_file or DEFAULT, overrides)
+        quiet()
+        print(dry_run(config, args.out, resume=args.resume))
+        return
     check_folder(args.out)
 
     from ..training.loop import distill

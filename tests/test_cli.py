@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tdm.cli import main
 from tdm.tests.commands import refused
+from tdm.training.config import load_config
 
 PROMPT = "two red stars above a blue ball at night"
 
@@ -50,6 +51,7 @@ def wrong_files(tmp_path: Path) -> Path:
         (["eval", "--steps", "1,x"], "whole numbers"),
         (["distill", "{tmp}/missing.yaml"], "missing.yaml"),
         (["distill", "{tmp}/a.yaml"], "did you mean updates?"),
+        (["distill", "sdlx", "24gb"], "did you mean sdxl?"),
         (["distill", "student.lrr=1"], "did you mean lr?"),
         (["distill", "student.lr=-1"], "student.lr must be positive"),
         (["distill", "--device", "gpu", "--out", "{tmp}/run"], "must be cpu, cuda or cuda:1 and so on, not gpu"),
@@ -101,6 +103,60 @@ def test_compare_writes_one_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[
     width, height = Image.open(tmp_path / "s.png").size
     assert width > 2 * 160
     assert height > 2 * 160
+
+
+def test_the_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "--list"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert "one GPU with 12 GB" in lines["12gb"]
+    assert "Stable Diffusion XL" in lines["sdxl"]
+
+
+def test_a_dry_run_prints_settings_that_load_again_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    arguments = ["bundled", "24gb", f"task.prompts={tmp_path}/prompts.txt", "trajectory.timesteps=[900, 600, 300, 100]"]
+    assert main(["distill", *arguments, "--dry-run", "--out", str(tmp_path / "run")]) == 0
+    said, _, estimate = capsys.readouterr().out.partition("\n\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
+    (tmp_path / "again.yaml").write_text(said)
+    assert load_config(tmp_path / "again.yaml") == load_config(arguments[:2], arguments[2:])
+    assert "rtx4090" in estimate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["task.model={tmp}/nowhere"], "nowhere"),
+        (["task.prompts={tmp}/nothing.txt"], "nothing.txt"),
+        (["task.height=63"], "multiples of"),
+        (["trajectory.timesteps=[2000, 700, 500, 300]"], "2000"),
+        (["start_from={tmp}/none.pt"], "none.pt"),
+        (["--resume"], "no run to resume"),
+        (["--out", "{tmp}/file/run"], "choose another --out"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    out = [] if "--out" in given else ["--out", str(tmp_path / "run")]
+    assert said in refused(["distill", "--dry-run", *given, *out], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_estimate_says_what_fits_and_what_to_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "batch_size=512", "--gpu", "rtx4090", "--batch"]) == 0
+    printed = capsys.readouterr().out
+    assert "6.5 forwards, 2 backwards" in printed
+    assert "largest micro_batch_size that fits rtx4090: 512" in printed
+    assert main(["estimate", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["total"] == pytest.approx(sum(told["memory"].values()))
+    assert "did you mean rtx4090?" in refused(["estimate", "--gpu", "rtx409"], capsys)
+    assert "needs a --gpu" in refused(["estimate", "--batch"], capsys)
 
 
 def test_distil_then_generate_with_the_new_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

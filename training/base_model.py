@@ -24,7 +24,7 @@ from ..pipelines.locate import base_folder, family_of_base, student_file
 from ..pipelines.loras.file import read_lora_file
 from ..pipelines.loras.merge import merge
 from ..pipelines.loras.places import Placed, place
-from ..pipelines.loras.skeleton import skeleton, skeletons
+from ..pipelines.loras.skeleton import network_without_weights, skeletons
 from .base_storage import load_denoiser
 from .config import MemoryConfig
 
@@ -162,7 +162,7 @@ class BaseModel:
         return getattr(importlib.import_module(library), class_name)
 
     def _skeleton(self, name: str) -> Any:
-        return skeleton(*self._classes[name], self.folder, name, {})
+        return network_without_weights(*self._classes[name], self.folder, name, {})
 
     # ------------------------------------------------------------------ LoRAs
 

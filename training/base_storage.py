@@ -92,9 +92,15 @@ def load_denoiser(
     return network, dtype
 
 
+def can_offload(network: nn.Module) -> bool:
+    """Whether a network can be trained from main memory: not through convolutions, whose backward pass, as above, would
+    find their weights there.
+    """
+    return not any("block" in name and isinstance(m, _CONVOLUTIONS) for name, m in network.named_modules())
+
+
 def _offload(network: Any, device: torch.device) -> None:
-    convolutions = [name for name, layer in network.named_modules() if isinstance(layer, _CONVOLUTIONS)]
-    if any("block" in name for name in convolutions):  # as above: the backward pass would find it in main memory
+    if not can_offload(network):
         raise TDMError(
             f"memory.offload cannot train through convolutions, which {type(network).__name__} has; set it to false"
         )

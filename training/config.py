@@ -20,6 +20,7 @@ import yaml
 
 from ..errors import TDMError
 from .losses import CriticWeight, Rho
+from .presets import find_config
 
 T = TypeVar("T")
 _ITEMS = {float: "numbers", int: "numbers", str: "texts"}  # in errors
@@ -154,22 +155,22 @@ class DistillConfig:
         _validate(self)
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> DistillConfig:
-    """Read a YAML file, apply ``section.key=value`` overrides (values are YAML) and check it.
+def load_config(
+    configs: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()
+) -> DistillConfig:
+    """Read configurations, apply ``section.key=value`` overrides (values are YAML) and check the result.
+
+    Args:
+        configs: YAML files, or names of presets (training/presets.py). A later one replaces the keys that it has, in
+            sections key by key.
+        overrides: applied last, in their order.
 
     Raises:
-        TDMError: the file is missing or not a mapping, a key is unknown, a type or a value is wrong.
+        TDMError: a file is missing or not a mapping, a key is unknown, a type or a value is wrong.
     """
-    data: Any = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise TDMError(f"no configuration file {path}")
-        try:
-            data = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as error:
-            raise TDMError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(data, dict):
-            raise TDMError(f"{path} must hold 'key: value' settings")
+    data: dict[str, Any] = {}
+    for config in (configs,) if isinstance(configs, str | Path) else configs or ():
+        _merge(data, _read(find_config(config)))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -182,6 +183,24 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
                 raise TDMError(f"{key}: {section} is a value, not a section")
         node[last] = yaml.safe_load(value)
     return from_dict(DistillConfig, data)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TDMError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise TDMError(f"{path} must hold 'key: value' settings")
+    return data
+
+
+def _merge(data: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:

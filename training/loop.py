@@ -22,6 +22,7 @@ from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
 from .batch import Batch, draw_batch
 from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
+from .cost import micro_batch_size
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import Precision, best_precision
 from .processes import Processes, shard
@@ -199,8 +200,7 @@ def _portions(config: DistillConfig, processes: Processes) -> int:
         raise TDMError("memory.shard is for a frozen base with adapters; set full_weights or memory.shard to false")
     if config.batch_size % processes.size:
         raise TDMError(f"batch_size {config.batch_size} cannot be shared evenly by {processes.size} processes")
-    share = config.batch_size // processes.size
-    micro = min(config.micro_batch_size or share, share)
+    share, micro = config.batch_size // processes.size, micro_batch_size(config, processes.size)
     if share % micro:
         raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each process has")
     return config.batch_size // micro

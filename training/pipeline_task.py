@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import TDMError
-from ..pipelines.families import Condition, Size
+from ..pipelines.families import Condition, Family, Size
 from ..pipelines.families.base import null_like, on_device
 from ..pipelines.locate import BUNDLED
 from ..pipelines.schedule import NoiseSchedule, PredictionType
@@ -89,35 +89,11 @@ class PipelineTask:
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
         self.schedule: NoiseSchedule = scheduler.schedule
         self.prediction_type: PredictionType = scheduler.config.prediction_type
-        self.sizes = self._sizes()
+        self.sizes = sizes_of(config, self.family, self.pipe)
         self.size = self.sizes[0]
         self.latent_shape = self.family.latent_shape(self.pipe, self.size)
-        if config.embedded_guidance is not None and not self.family.embeds_guidance(self.pipe):
-            raise TDMError(
-                "task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out"
-            )
         self._vae: Any = None
         self._teacher_pictures: dict[str, Tensor] = {}
-
-    def _sizes(self) -> list[Size]:
-        config, own = self.config, self.family.default_size(self.pipe)
-        if config.sizes is None:
-            given: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
-        elif (config.height, config.width, config.num_frames) != (None, None, None) or not config.sizes:
-            raise TDMError("give task.sizes, a list of [height, width], or task.height and task.width, not both")
-        else:
-            given = config.sizes
-        sizes = []
-        for numbers in given:
-            if len(numbers) not in (2, 3):
-                raise TDMError(f"a size in task.sizes is [height, width] or [height, width, num_frames], not {numbers}")
-            height, width, num_frames = (*numbers, None)[:3]
-            if num_frames is not None and not self.family.video:
-                raise TDMError(f"num_frames is {num_frames}, but {self.family.name} makes pictures; leave it out")
-            size = Size(height or own.height, width or own.width, num_frames or own.num_frames)
-            self.family.latent_shape(self.pipe, size)  # refuses what does not fit
-            sizes.append(size)
-        return sizes
 
     @property
     def student_guidance(self) -> float:
@@ -201,6 +177,38 @@ class PipelineTask:
         made = self.pictures(student, prompts, 1)
         accuracy = {"accuracy": _accuracy(made, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
         return accuracy | colour_ratios(made, reference)
+
+
+def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size]:
+    """The sizes that a run draws from.
+
+    Args:
+        config: of the task.
+        family, pipe: of the base; weights are not looked at.
+
+    Raises:
+        TDMError: sizes given twice, or what the base has no use for, embedded guidance among it.
+    """
+    if config.embedded_guidance is not None and not family.embeds_guidance(pipe):
+        raise TDMError("task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out")
+    own = family.default_size(pipe)
+    if config.sizes is None:
+        given: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
+    elif (config.height, config.width, config.num_frames) != (None, None, None) or not config.sizes:
+        raise TDMError("give task.sizes, a list of [height, width], or task.height and task.width, not both")
+    else:
+        given = config.sizes
+    sizes = []
+    for numbers in given:
+        if len(numbers) not in (2, 3):
+            raise TDMError(f"a size in task.sizes is [height, width] or [height, width, num_frames], not {numbers}")
+        height, width, num_frames = (*numbers, None)[:3]
+        if num_frames is not None and not family.video:
+            raise TDMError(f"num_frames is {num_frames}, but {family.name} makes pictures; leave it out")
+        size = Size(height or own.height, width or own.width, num_frames or own.num_frames)
+        family.latent_shape(pipe, size)  # refuses what does not fit
+        sizes.append(size)
+    return sizes
 
 
 def encode_prompts(parts: BaseModel, prompts: list[str], root: str | None, device: torch.device) -> PromptCache:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ..tdm_pipeline import TDMPipeline
+from .memory import LiveMemory
 
 COPIES = {"_to_copy", "clone", "copy_", "_copy_from"}
 READS = {"_local_scalar_dense", "nonzero", "equal"}  # the host waits for a value
@@ -58,34 +56,20 @@ class Counts:
     peak: int = 0
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(LiveMemory):
     """Counts every operator that runs inside the `with`, under the part that is set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts, self.part, self._live = Counts(), "rest", 0
+        self.counts, self.part = Counts(), "rest"
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = function(*args, **kwargs)
-        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
-        if not given and not made:  # such as promote_types
-            return out
+    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
         cost, name = self.counts.parts[self.part], function.overloadpacket.__name__
         cost.operators += 1
         cost.copies += name in COPIES
         cost.reads += name in READS
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        for address, storage in {t.untyped_storage()._cdata: t.untyped_storage() for t in made}.items():
-            if address not in known:
-                cost.allocations += 1
-                self._live += storage.nbytes()
-                weakref.finalize(storage, self._free, storage.nbytes())
-        self.counts.peak = max(self.counts.peak, self._live)
-        return out
-
-    def _free(self, size: int) -> None:
-        self._live -= size
+        cost.allocations += allocations
+        self.counts.peak = self.peak
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:

@@ -164,6 +164,12 @@ class Family(ABC):
         return null_like(self.encode_null(pipe, **options), like)
 
     @abstractmethod
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:
+        """Conditions of n prompts as long as the pipeline lets them be, in the shapes and dtypes that `encode` gives
+        and with nothing in them: no text encoder is asked. They are on the denoiser's device.
+        """
+
+    @abstractmethod
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         """The network's prediction at x, in the shape of x.
 
@@ -231,6 +237,22 @@ def text_options(pipe: Any, options: Mapping[str, Any], *names: str) -> dict[str
     """The arguments of `pipe(...)` about the text: those given, or the pipeline's own defaults."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     return {name: options.get(name, parameters[name].default) for name in names}
+
+
+def zeros(pipe: Any, denoiser: str, *shape: int) -> Tensor:
+    """Zeros on the device and in the dtype of a pipeline's denoiser."""
+    network = getattr(pipe, denoiser)
+    return torch.zeros(shape, device=network.device, dtype=network.dtype)
+
+
+def clip_tokens(pipe: Any) -> int:
+    """The length of every prompt of a CLIP encoder."""
+    return pipe.tokenizer.model_max_length if pipe.tokenizer is not None else 77
+
+
+def longest_text(pipe: Any) -> int:
+    """The pipeline's own limit of a prompt's tokens."""
+    return text_options(pipe, {}, "max_sequence_length")["max_sequence_length"]
 
 
 def pad_text(text: Tensor, length: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, for_vae, to_uint8
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, for_vae, to_uint8, zeros
 
 
 class CogVideoX(Family):
@@ -41,6 +41,10 @@ class CogVideoX(Family):
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:  # noqa: ARG002
         length = pipe.transformer.config.max_text_seq_length  # text and video share positions: exactly this long
         return {"text": pipe.encode_prompt(prompts, None, False, max_sequence_length=length)[0]}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        config = pipe.transformer.config
+        return {"text": zeros(pipe, self.denoiser, n, config.max_text_seq_length, config.text_embed_dim)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         return network(

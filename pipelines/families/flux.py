@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Size, text_options
+from .base import Condition, Size, longest_text, text_options, zeros
 from .patched import PatchedFamily, from_patches, patches
 
 
@@ -37,6 +37,12 @@ class Flux(PatchedFamily):
         scale = text_options(pipe, options, "guidance_scale")["guidance_scale"]
         pooled = text["pooled"]
         return {"guidance": torch.full((len(pooled),), scale, device=pooled.device, dtype=torch.float32)}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        config = pipe.transformer.config
+        text = zeros(pipe, self.denoiser, n, longest_text(pipe), config.joint_attention_dim)
+        cond = {"text": text, "pooled": text.new_zeros(n, config.pooled_projection_dim)}
+        return cond | ({"guidance": text.new_zeros(n, dtype=torch.float32)} if self.embeds_guidance(pipe) else {})
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         height, width = x.shape[-2:]

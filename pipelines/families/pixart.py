@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, text_options, without_variance
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, longest_text, text_options, without_variance, zeros
 
 
 class PixArt(Family):
@@ -33,6 +33,16 @@ class PixArt(Family):
         told = {"resolution": [size.height, size.width], "aspect_ratio": [size.height / size.width]}
         like = text["text"]
         return {key: torch.tensor(value).to(like).expand(len(like), -1) for key, value in told.items()}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        tokens = longest_text(pipe)
+        if pipe.tokenizer is not None:
+            tokens = min(tokens, pipe.tokenizer.model_max_length)
+        text = zeros(pipe, self.denoiser, n, tokens, pipe.transformer.config.caption_channels)
+        cond = {"text": text, "mask": torch.zeros(n, tokens, device=text.device, dtype=torch.long)}
+        if pipe.transformer.use_additional_conditions:
+            cond |= {"resolution": text.new_zeros(n, 2), "aspect_ratio": text.new_zeros(n, 1)}
+        return cond
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         output = network(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import JOINT_ATTENTION, Condition, Size, for_vae, text_options, to_uint8
+from .base import JOINT_ATTENTION, Condition, Size, for_vae, longest_text, text_options, to_uint8, zeros
 from .patched import PatchedFamily, from_patches, patches
 
 
@@ -25,6 +25,10 @@ class QwenImage(PatchedFamily):
         if mask is None:  # nothing to mask in this batch; the next may have something
             mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
         return {"text": text, "mask": mask}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        text = zeros(pipe, self.denoiser, n, longest_text(pipe), pipe.transformer.config.joint_attention_dim)
+        return {"text": text, "mask": text.new_zeros(text.shape[:2], dtype=torch.long)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         height, width = x.shape[-2:]

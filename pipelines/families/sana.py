@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, text_options, without_variance
+from .base import ATTENTION, Condition, Family, Size, longest_text, text_options, without_variance, zeros
 
 
 class Sana(Family):
@@ -27,6 +28,10 @@ class Sana(Family):
     def encode_null(self, pipe: Any, **options: Any) -> Condition:
         """The empty prompt, which the pipeline encodes without its instruction to the language model."""
         return super().encode_null(pipe, **{**options, "complex_human_instruction": None})
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        text = zeros(pipe, self.denoiser, n, longest_text(pipe), pipe.transformer.config.caption_channels)
+        return {"text": text, "mask": text.new_zeros(text.shape[:2], dtype=torch.long)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         output = network(

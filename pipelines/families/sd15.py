@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, text_options
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, clip_tokens, text_options, zeros
 
 
 class SD15(Family):
@@ -19,6 +19,9 @@ class SD15(Family):
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "clip_skip")
         return {"text": pipe.encode_prompt(prompts, pipe._execution_device, 1, False, **given)[0]}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        return {"text": zeros(pipe, self.denoiser, n, clip_tokens(pipe), pipe.unet.config.cross_attention_dim)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         return network(x, timesteps, encoder_hidden_states=cond["text"], return_dict=False)[0]

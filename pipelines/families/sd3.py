@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import FEED_FORWARD, JOINT_ATTENTION, Condition, Family, Size, text_options
+from .base import FEED_FORWARD, JOINT_ATTENTION, Condition, Family, Size, longest_text, text_options, zeros
 
 
 class SD3(Family):
@@ -23,6 +23,11 @@ class SD3(Family):
         given = text_options(pipe, options, "clip_skip", "max_sequence_length")
         text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **given)
         return {"text": text, "pooled": pooled}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        config, tokens = pipe.transformer.config, pipe.tokenizer_max_length + longest_text(pipe)
+        text = zeros(pipe, self.denoiser, n, tokens, config.joint_attention_dim)
+        return {"text": text, "pooled": zeros(pipe, self.denoiser, n, config.pooled_projection_dim)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         return network(

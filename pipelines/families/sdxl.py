@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Size, text_options
+from .base import Condition, Size, text_options, zeros
 from .sd15 import SD15
 
 
@@ -32,6 +32,12 @@ class SDXL(SD15):
         # Original size, crop and target size, as the pipeline has them when nothing is said.
         sizes = pipe._get_add_time_ids(sides, (0, 0), sides, pooled.dtype, pooled.shape[-1]).to(pooled.device)
         return {"sizes": sizes.expand(len(pooled), -1)}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:
+        config = pipe.unet.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"pooled": zeros(pipe, self.denoiser, n, pooled), "sizes": zeros(pipe, self.denoiser, n, 6)}
+        return super().blank(pipe, n, size) | added
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         added = {"text_embeds": cond["pooled"], "time_ids": cond["sizes"]}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, for_vae, text_options, to_uint8
+from .base import ATTENTION, Condition, Family, Size, for_vae, longest_text, text_options, to_uint8, zeros
 
 
 class Wan(Family):
@@ -34,6 +34,9 @@ class Wan(Family):
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")
         return {"text": pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)[0]}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        return {"text": zeros(pipe, self.denoiser, n, longest_text(pipe), pipe.transformer.config.text_dim)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         text = cond["text"]

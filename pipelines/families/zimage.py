@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import ATTENTION, Condition, Family, Size, text_options
+from .base import ATTENTION, Condition, Family, Size, longest_text, text_options, zeros
 
 
 class ZImage(Family):
@@ -32,6 +32,11 @@ class ZImage(Family):
         texts, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **given)
         lengths = torch.tensor([len(text) for text in texts])  # on the CPU: they cut, and a cut must not wait
         return {"text": pad_sequence(texts, batch_first=True), "length": lengths}
+
+    def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
+        tokens = longest_text(pipe)
+        text = zeros(pipe, self.denoiser, n, tokens, pipe.transformer.config.cap_feat_dim)
+        return {"text": text, "length": torch.full((n,), tokens)}
 
     def denoise(self, network: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         texts = [text[:length] for text, length in zip(cond["text"], cond["length"].tolist(), strict=True)]

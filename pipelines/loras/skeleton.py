@@ -40,14 +40,17 @@ def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
         if library is None or name is None:  # a base may leave an encoder out
             continue
         try:
-            networks[component] = skeleton(library, name, folder, component, hub)
+            networks[component] = network_without_weights(library, name, folder, component, hub)
         except (OSError, ValueError) as error:
             line = next(iter(str(error).splitlines()), type(error).__name__)
             raise TDMError(f"cannot read the config of {component} of the base {base} ({line})") from None
     return family, networks
 
 
-def skeleton(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
+def network_without_weights(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
+    """A component of a base on the meta device, from its config: class `name` of `library` ("diffusers" or
+    "transformers").
+    """
     network_class = getattr(importlib.import_module(library), name)
     if library == "diffusers":
         config = network_class.load_config(folder, subfolder=component, **hub)

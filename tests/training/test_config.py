@@ -65,3 +65,12 @@ def test_wrong_files_are_one_line(tmp_path):
         with pytest.raises(TDMError, match=message) as error:
             load_config(tmp_path / "bad.yaml")
         assert "\n" not in str(error.value)
+
+
+def test_several_configurations_are_merged_in_order_and_settings_come_last(tmp_path):
+    (tmp_path / "a.yaml").write_text("updates: 7\nstudent: {lr: 1e-5, rank: 4}\ntask: {name: pipeline, model: x}\n")
+    (tmp_path / "b.yaml").write_text("student: {rank: 8}\ntask: {prompts: p.txt}\n")
+    config = load_config([tmp_path / "a.yaml", str(tmp_path / "b.yaml")], ["student.alpha=2"])
+    assert (config.updates, config.student.lr, config.student.rank, config.student.alpha) == (7, 1e-5, 8, 2.0)
+    assert config.task == {"name": "pipeline", "model": "x", "prompts": "p.txt"}
+    assert load_config([tmp_path / "b.yaml", tmp_path / "a.yaml"]).student.rank == 4

@@ -8,6 +8,7 @@ from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig, load_config
+from tdm.training.cost import passes
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES, AdapterRoles
 from tdm.training.trajectory import Trajectory
@@ -81,6 +82,7 @@ def test_passes_of_an_update(overrides, forwards, with_grad):
     samples = 10 * bench.config.batch_size
     assert bench.passes["forward"] / samples == forwards
     assert bench.passes["with_grad"] / samples == with_grad
+    assert (passes(bench.config).forwards, passes(bench.config).backwards) == (forwards, with_grad)  # as is estimated
 
 
 def test_passes_are_the_same_on_average_with_one_stage_per_update():

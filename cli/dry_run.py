@@ -1,0 +1,68 @@
+"""Everything that `tdm distill` would refuse, its settings, and what it would take: nothing is trained or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TDMError
+
+if TYPE_CHECKING:
+    from ..training.config import DistillConfig
+
+
+def dry_run(config: DistillConfig, out: Path, *, resume: bool) -> str:
+    """The merged settings, as YAML that `tdm distill` reads, and the estimate of the run.
+
+    Raises:
+        TDMError: what the run itself would refuse: prompts, base, sizes, grid, folder, an earlier checkpoint.
+    """
+    import yaml
+
+    _check_files(config, out, resume)
+    said = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return f"{said}\n{_check_task(config)}"
+
+
+def _check_files(config: DistillConfig, out: Path, resume: bool) -> None:
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise TDMError(
+            f"cannot make the folder {out}: {there} is not a folder that can be written; choose another --out"
+        )
+    written = (out / "checkpoint.pt").exists()
+    if written and not resume:
+        raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
+    if resume and not written:
+        raise TDMError(f"{out} holds no run to resume: checkpoint.pt is missing")
+    if config.start_from is not None and not Path(config.start_from).is_file():
+        raise TDMError(f"start_from: no file {config.start_from}")
+
+
+def _check_task(config: DistillConfig) -> str:
+    """What the run will take; building task and trajectory in outline is what checks them."""
+    from ..training.trajectory import Trajectory
+
+    if config.task.get("name") != "pipeline":
+        from ..training.tasks import build_task
+
+        Trajectory(config.trajectory, build_task(config.task, config.memory, "cpu").schedule)
+        return "no estimate: that is for pipelines"
+    from ..training.config import from_dict
+    from ..training.estimate import Estimator
+    from ..training.pipeline_task import PipelineTaskConfig
+    from ..training.prompts import training_prompts
+    from .estimate import table
+
+    task = from_dict(PipelineTaskConfig, config.task, "task.")
+    training_prompts(task.prompts, task.prompt_count)
+    return table(Estimator()(config))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which YAML knows."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,141 @@
+"""tdm estimate: what a distillation will take, before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from typing import TYPE_CHECKING
+
+from ..errors import TDMError
+from .generate import quiet
+from .settings import read_settings
+
+if TYPE_CHECKING:
+    from ..training.estimate import Estimate, Estimator, Gpu
+
+HELP = """\
+Print what `tdm distill` with the same arguments will take: network passes and FLOPs of an update, memory by part,
+and, for a number of GPUs, whether it fits and how long an update takes. No weight is loaded and no GPU is needed:
+the base is built from its configs on the meta device, and one update is run on tensors without data (a minute, for
+large bases more).
+
+  tdm estimate sdxl 24gb
+  tdm estimate sdxl 12gb --gpu rtx3060
+  tdm estimate flux node --gpus 8 --gpu h100
+  tdm estimate sd3 memory.gradient_checkpointing=true --gpu rtx4090 --batch
+
+With --gpu it says what to lower if it does not fit, and which memory preset would. What is assumed is printed too.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("settings", nargs="*", metavar="CONFIG | key=value", help="as for tdm distill")
+    add("--gpu", help="one GPU by name, such as rtx4090, instead of the table")
+    add("--gpus", type=int, default=1, metavar="N", help="how many of them share a batch (default 1)")
+    add("--batch", action="store_true", help="with --gpu: find the largest micro_batch_size that fits")
+    add("--json", action="store_true", help="print the numbers as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..training.estimate import Estimator
+
+    if args.gpus < 1:
+        raise TDMError(f"--gpus must be at least 1, not {args.gpus}")
+    if args.batch and args.gpu is None:
+        raise TDMError("--batch needs a --gpu to fit into")
+    gpu = None if args.gpu is None else _gpu(args.gpu)
+    quiet()
+    estimator = Estimator()
+    estimate = estimator(read_settings(args.settings), args.gpus)
+    if args.json:
+        print(json.dumps(_plain(estimate), indent=2))
+        return
+    print(table(estimate, [gpu] if gpu else None))
+    if gpu is not None and not estimate.fits(gpu):
+        print(_advice(estimator, estimate, gpu))
+    if gpu is not None and args.batch:
+        print(_batch(estimator, estimate, gpu))
+
+
+def _gpu(name: str) -> Gpu:
+    from ..training.estimate import GPUS
+
+    if name.lower() not in GPUS:
+        near = difflib.get_close_matches(name.lower(), list(GPUS), n=1)
+        raise TDMError(f"unknown GPU {name}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(GPUS)}"))
+    return GPUS[name.lower()]
+
+
+def table(estimate: Estimate, gpus: list[Gpu] | None = None) -> str:
+    """An estimate for people; ``gpus`` are the rows at its end, None all that are known."""
+    from ..training.cost import micro_batch_size
+    from ..training.estimate import CONTEXT, GIB, GPUS, USABLE, UTILISATION
+
+    c, p, f = estimate.config, estimate.passes, estimate.flops
+    trained = estimate.trained
+    kind = "full weights" if c.full_weights else f"LoRA of rank {c.student.rank} and {c.critic.rank}"
+    told = {
+        "base": f"{'spread or offloaded, ' * (c.memory.shard or c.memory.offload)}"
+        f"{'bf16' if c.memory.base == 'auto' else c.memory.base}",
+        "adapters": "student, critic and the student's mean, float32",
+        "optimisers": c.memory.optimizer,
+        "update": f"activations, gradients and workspace, {micro_batch_size(c, estimate.processes)} samples at a time"
+        + (", gradient checkpointing" if c.memory.gradient_checkpointing else ""),
+        "context": "CUDA and its libraries, assumed",
+    }
+    lines = [
+        f"base         {c.task['model']}, {estimate.parameters / 1e9:.3f} B parameters",
+        f"trained      {trained['student'] / 1e6:.1f} M student, {trained['critic'] / 1e6:.1f} M critic ({kind})",
+        f"passes       {p.forwards:g} forwards, {p.backwards} backwards: prefix {p.prefix:g}, student {p.student}, "
+        f"critic {p.critic}, teacher {p.teacher}, critic again {p.score}",
+        f"FLOPs        student forward {_flops(f['student'])}, backward {_flops(f['student_backward'])}; "
+        f"an update of {c.batch_size} samples {_flops(estimate.flops_per_update)}",
+        "memory, GiB" + (" on each device" if estimate.processes > 1 else ""),
+        *(f"  {part:10} {size / GIB:7.2f}  {told[part]}" for part, size in estimate.memory.items()),
+        f"  {'total':10} {estimate.total / GIB:7.2f}  and up to {estimate.prompt / 1e6:.2f} MB of main memory a prompt",
+        f"{'GPU':12} {'GiB':>4}  fits  s per update    hours for {c.updates} updates",
+    ]
+    for gpu in gpus or GPUS.values():
+        least, most = estimate.seconds(gpu)
+        hours = c.updates / 3600
+        lines.append(
+            f"  {gpu.name:10} {gpu.memory:4g}  {'yes' if estimate.fits(gpu) else 'no':4}  "
+            f"{f'{least:.3g} to {most:.3g}':14}  {least * hours:.3g} to {most * hours:.3g}"
+        )
+    lines.append(
+        f"assumed: {UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of a GPU's peak, {USABLE:.0%} of its memory usable, "
+        f"{CONTEXT / GIB:g} GiB for CUDA; not checked against measurements on GPUs yet"
+    )
+    return "\n".join(lines)
+
+
+def _flops(count: float) -> str:
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}FLOP"
+    return f"{count / 1e6:.3g} MFLOP"
+
+
+def _advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
+    from ..training.estimate import presets_that_fit, what_to_lower
+
+    lower = what_to_lower(estimator, estimate.config, gpu, estimate.processes)
+    fitting = presets_that_fit(estimator, estimate.config, gpu, estimate.processes)
+    said = f"it would with {' '.join(lower)}" if lower else "nothing that can be lowered is enough"
+    return f"does not fit {gpu.name}; {said}; presets that fit: {', '.join(fitting) or 'none'}"
+
+
+def _batch(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
+    from ..training.estimate import largest_micro_batch
+
+    micro = largest_micro_batch(estimator, estimate.config, gpu, estimate.processes)
+    return f"largest micro_batch_size that fits {gpu.name}: {micro or 'none'}"
+
+
+def _plain(estimate: Estimate) -> dict[str, object]:
+    found = {f.name: getattr(estimate, f.name) for f in dataclasses.fields(estimate) if f.name != "config"}
+    found["passes"] = dataclasses.asdict(estimate.passes)
+    return found | {"total": estimate.total, "flops_per_update": estimate.flops_per_update}

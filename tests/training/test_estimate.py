@@ -1,0 +1,182 @@
+"""The estimate against what really happens: real updates of tiny networks on the CPU, and published sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tdm.errors import TDMError
+from tdm.pipelines.bench.memory import LiveMemory
+from tdm.pipelines.families import Size
+from tdm.pipelines.outline import outline
+from tdm.tests import tiny
+from tdm.tests.training.outlines import outline_folder
+from tdm.training.batch import draw_batch
+from tdm.training.config import DistillConfig, load_config
+from tdm.training.estimate import CONTEXT, GIB, USABLE, Estimator, Gpu, largest_micro_batch, what_to_lower
+from tdm.training.processes import Processes
+from tdm.training.rehearsal import AsOnGpu, Outline, Rehearsal
+from tdm.training.roles import ROLES
+from tdm.training.update import tdm_update
+from torch import nn
+from torch.optim import SGD
+from torch.utils.flop_counter import FlopCounterMode
+
+Bases = Callable[[str], Path]
+
+
+def settings(family: str, base: Path, *more: str) -> DistillConfig:
+    call = tiny.call_kwargs(family)
+    frames = [f"task.num_frames={call['num_frames']}"] if "num_frames" in call else []
+    size = [f"task.height={call['height']}", f"task.width={call['width']}", *frames]
+    common = ["task.name=pipeline", f"task.model={base}", "objective.guidance_scale=2", "batch_size=4"]
+    return load_config(None, [*common, *size, "student.rank=4", "critic.rank=4", *more])
+
+
+class WithWeights(Outline):
+    """The task of a rehearsal with the real network on the CPU."""
+
+    def __init__(self, config: DistillConfig) -> None:
+        super().__init__(config.task, torch.float32)
+        self.pipe = self.family.pipeline_class().from_pretrained(config.task["model"])
+        self.pipe.set_progress_bar_config(disable=True)
+        self.base = getattr(self.pipe, self.family.denoiser)
+        self.device = torch.device("cpu")
+        self._cond = self.family.blank(self.pipe, 1, self.size)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_rehearsal_holds_and_computes_what_the_real_update_does(family: str, bases: Bases) -> None:
+    config = settings(family, bases(family))
+    tasks = Outline(config.task, torch.float32), WithWeights(config)
+    if family == "zimage":  # the tiny one has room for no more
+        for task in tasks:
+            task._cond = {"text": task._cond["text"][:, :64], "length": torch.tensor([64])}
+    without, real = (Rehearsal(config, task, bf16=False).update(2) for task in tasks)
+    assert without.flops == real.flops
+    assert without.peak == pytest.approx(real.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_blank_conditions_are_those_of_prompts(family: str, bases: Bases) -> None:
+    call = tiny.call_kwargs(family)
+    size = Size(call["height"], call["width"], call.get("num_frames"))
+    kind, without = outline(str(bases(family)))
+    pipe = kind.pipeline_class().from_pretrained(bases(family))
+    blank, real = kind.blank(without, 2, size), kind.encode(pipe, [tiny.PROMPT] * 2, size)
+    padded = family not in ("zimage", "qwenimage")  # whose pipelines pad to the longest prompt of a batch only
+    assert {name: value.dtype for name, value in blank.items()} == {name: value.dtype for name, value in real.items()}
+    for name, value in real.items():
+        assert blank[name].shape[2:] == value.shape[2:]
+        assert not padded or blank[name].shape == value.shape
+    assert kind.latent_shape(without, size) == kind.latent_shape(pipe, size)
+
+
+def test_flops_of_an_update_are_those_of_the_real_one(bases: Bases) -> None:
+    config = settings("pixart", bases("pixart"), "trajectory.stages=sample")  # 4 samples: each stage once
+    run = Rehearsal(config, WithWeights(config), bf16=False)
+    optimizers = {role: SGD(run.roles.parameters(role), lr=0.1) for role in ROLES}
+    cond = run.task.conditions(4)
+    batch = draw_batch(run.trajectory, cond, dict(cond), (4, *run.task.latent_shape), torch.Generator(), student=True)
+    with FlopCounterMode(display=False) as counter:
+        tdm_update(run.roles, run.trajectory, config, lambda _: [batch], optimizers, Processes())
+    assert Estimator()(config).flops_per_update == counter.get_total_flops()
+
+
+def test_gradient_checkpointing_trades_memory_for_a_forward(bases: Bases) -> None:
+    plain, less = (
+        Estimator()(settings("sd3", bases("sd3"), f"memory.gradient_checkpointing={on}")) for on in ("false", "true")
+    )
+    assert less.memory["update"] < 0.7 * plain.memory["update"]
+    again = (less.flops["student_backward"] - plain.flops["student_backward"]) / plain.flops["student"]
+    assert 0.8 < again <= 1.01  # all blocks, not what is around them
+    assert {part: size for part, size in less.memory.items() if part != "update"} == {
+        part: size for part, size in plain.memory.items() if part != "update"
+    }
+
+
+def test_memory_of_more_samples_follows_from_one_and_two(bases: Bases) -> None:
+    config = settings("pixart", bases("pixart"), "batch_size=8", "micro_batch_size=8")
+    rehearsed = Rehearsal(config, Outline(config.task, torch.bfloat16), bf16=False).update(8).peak
+    assert Estimator()(config).memory["update"] == pytest.approx(rehearsed, rel=0.02)
+
+
+def test_parts_of_memory_follow_the_configuration(bases: Bases) -> None:
+    estimator = Estimator()
+
+    def memory(*more: str) -> dict[str, float]:
+        return estimator(settings("pixart", bases("pixart"), *more)).memory
+
+    plain, numbers = memory(), estimator(settings("pixart", bases("pixart")))
+    trained = sum(numbers.trained.values())
+    assert plain["base"] == 2 * numbers.parameters
+    assert plain["adapters"] == 4 * 1.5 * trained  # two roles and the student's mean
+    assert plain["optimisers"] == 8 * trained
+    assert memory("memory.optimizer=adamw8bit")["optimisers"] < 0.3 * plain["optimisers"]
+    assert memory("memory.base=nf4")["base"] < memory("memory.base=int8")["base"] < plain["base"]
+
+
+def test_what_to_lower_is_just_enough(bases: Bases) -> None:
+    config, estimator = settings("pixart", bases("pixart"), "batch_size=8"), Estimator()
+    whole, single = estimator(config), estimator(replace(config, micro_batch_size=1))
+    gpu = Gpu("small", 0.5 * (whole.total + single.total) / GIB / USABLE, 1)
+    assert not whole.fits(gpu)
+    lower = what_to_lower(estimator, config, gpu)
+    assert lower is not None
+    assert [text.partition("=")[0] for text in lower] == ["micro_batch_size"]
+    micro = int(lower[0].partition("=")[2])
+    assert estimator(replace(config, micro_batch_size=micro)).fits(gpu)
+    assert not estimator(replace(config, micro_batch_size=2 * micro)).fits(gpu)
+    assert largest_micro_batch(estimator, config, gpu) == micro
+    assert what_to_lower(estimator, config, Gpu("none", 0.9 * CONTEXT / GIB, 1)) is None
+
+
+@pytest.mark.parametrize(("family", "billions"), [("sdxl", 2.567), ("sd3", 2.03), ("pixart", 0.611), ("flux", 11.90)])
+def test_full_size_bases_have_their_published_number_of_weights(family: str, billions: float, tmp_path: Path) -> None:
+    kind, pipe = outline(str(outline_folder(family, tmp_path)))
+    denoiser = getattr(pipe, kind.denoiser)
+    assert sum(p.numel() for p in denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=0.06)
+    assert all(p.device.type == "meta" for p in denoiser.parameters())
+    assert kind.latent_shape(pipe, kind.default_size(pipe))[-2:] == (128, 128)
+
+
+def test_on_a_gpu_products_are_half_and_norms_single() -> None:
+    x, w = torch.empty(2, 8, device="meta"), torch.empty(4, 8, device="meta")
+    q = torch.empty(1, 2, 64, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with AsOnGpu(bf16=True), LiveMemory("meta") as memory:
+        assert nn.functional.linear(x, w).dtype == torch.bfloat16
+        assert nn.functional.layer_norm(x.bfloat16(), (8,)).dtype == torch.float32
+        out = nn.functional.scaled_dot_product_attention(q, q, q)
+        assert memory.live < 2 * 64 * 64 * 2  # no matrix of scores is kept
+        out.sum().backward()
+    with AsOnGpu(bf16=False):
+        assert nn.functional.linear(x, w).dtype == torch.float32
+
+
+def test_live_memory_follows_what_the_graph_keeps() -> None:
+    x = torch.zeros(1000, requires_grad=True)
+    with LiveMemory() as memory:
+        y = x.exp().exp()  # both results are kept for the backward pass
+        assert memory.live == 8000
+        z = y.detach() + 1
+        del z
+        assert (memory.live, memory.peak) == (8000, 12000)
+        del y
+        assert memory.live == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["task.name=mixture"], "only task.name=pipeline"),
+        (["task.height=17"], "multiples of"),
+        (["batch_size=6", "micro_batch_size=4"], "micro_batch_size"),
+        (["trajectory.timesteps=[2000, 700, 500, 300]"], "2000"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(more: list[str], line: str, bases: Bases) -> None:
+    with pytest.raises(TDMError, match=line):
+        Estimator()(settings("sd15", bases("sd15"), *more))

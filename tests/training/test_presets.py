@@ -1,0 +1,45 @@
+"""The presets: each is sound, every family goes with every memory class, and a wrong name is one line."""
+
+from __future__ import annotations
+
+import pytest
+from tdm.errors import TDMError
+from tdm.tests import tiny
+from tdm.training.config import from_dict, load_config
+from tdm.training.pipeline_task import PipelineTaskConfig
+from tdm.training.presets import MEMORY, presets
+
+
+def test_every_preset_is_sound_and_says_what_it_is_for() -> None:
+    assert set(presets()) == {*tiny.FAMILIES, *MEMORY, "bundled", "mixture"}
+    for name, line in presets().items():
+        load_config(name)
+        assert line[0].isupper()
+        assert line.endswith(".")
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_goes_with_every_memory_class(family: str, memory: str) -> None:
+    alone, small, both = load_config(family), load_config(memory), load_config([family, memory])
+    assert (both.memory, both.batch_size, both.micro_batch_size) == (
+        small.memory,
+        small.batch_size,
+        small.micro_batch_size,
+    )
+    assert (both.task, both.student, both.critic, both.trajectory) == (
+        alone.task,
+        alone.student,
+        alone.critic,
+        alone.trajectory,
+    )
+    assert both.micro_batch_size is not None
+    assert both.batch_size % both.micro_batch_size == 0
+    assert from_dict(PipelineTaskConfig, both.task, "task.").prompts == "prompts.txt"
+
+
+def test_a_mistyped_preset_is_refused_with_the_nearest() -> None:
+    with pytest.raises(TDMError, match=r"sdlx is neither a file nor a preset; did you mean sdxl\?"):
+        load_config(["sdlx", "24gb"])
+    with pytest.raises(TDMError, match=r"presets: .*'24gb'"):
+        load_config("everything")

@@ -1,0 +1,73 @@
+"""How many passes through the network one update takes: counted here once, for the estimate and for the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import DistillConfig
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes per sample of one update, means over the stages.
+
+    Attributes:
+        prefix: the student, without gradient, to where the stage starts.
+        student: the student's one step.
+        critic: the critic, to learn from the student's state.
+        teacher: the base, with and without the prompt.
+        score: the critic again, for the student.
+        student_backward, critic_backward: backward passes.
+    """
+
+    prefix: float
+    student: int
+    critic: int
+    teacher: int
+    score: int
+    student_backward: int
+    critic_backward: int
+
+    @property
+    def forwards(self) -> float:
+        """All forward passes; what gradient checkpointing makes again is not in them."""
+        return self.prefix + self.student + self.critic + self.teacher + self.score
+
+    @property
+    def backwards(self) -> int:
+        """All backward passes."""
+        return self.student_backward + self.critic_backward
+
+
+def passes(config: DistillConfig, processes: int = 1) -> Passes:
+    """The passes of an update of student and critic: 6.5 forwards and 2 backwards at K = 4 with guidance.
+
+    ``critic.share_noise`` saves the critic's second look (5.5). Without it, several micro batches cost the student's
+    one step again (7.5), since its gradient has to wait until the critic has learned from all of them.
+
+    Args:
+        config: of the run.
+        processes: that share a batch, a device each.
+    """
+    k, n, share = config.trajectory.steps, config.critic.per_student, config.critic.share_noise
+    again = micro_batches(config, processes) > 1 and not share
+    return Passes(
+        prefix=n * (k - 1) / 2,
+        student=n + again,
+        critic=n,
+        teacher=1 if config.objective.guidance_scale == 1 else 2,
+        score=0 if share else 1,
+        student_backward=1,
+        critic_backward=n,
+    )
+
+
+def micro_batch_size(config: DistillConfig, processes: int = 1) -> int:
+    """Samples at a time on one device."""
+    share = max(1, config.batch_size // processes)
+    return min(config.micro_batch_size or share, share)
+
+
+def micro_batches(config: DistillConfig, processes: int = 1) -> int:
+    """Micro batches of one device in an update."""
+    return -(-max(1, config.batch_size // processes) // micro_batch_size(config, processes))

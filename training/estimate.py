@@ -1,0 +1,259 @@
+"""What a run will take, before it runs: passes, FLOPs, seconds of an update, and memory by part.
+
+Sizes come from the base's configs, FLOPs and activations from an update without data (training/rehearsal.py). What is
+assumed and not measured has a name here: what CUDA itself takes, the share of a GPU's memory that can be filled, and
+the share of its peak that is reached. None of it has been checked against a GPU yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..errors import TDMError
+from .config import DistillConfig, MemoryConfig, Storage, load_config
+from .cost import Passes, micro_batch_size, passes
+from .presets import MEMORY
+from .rehearsal import Course, Outline, Rehearsal
+
+GIB = 2**30
+CONTEXT = 0.6 * GIB  # CUDA's context and the workspaces of its libraries: assumed
+USABLE = 0.95  # of a GPU's memory, the rest is lost between blocks: assumed
+UTILISATION = (0.25, 0.5)  # of a GPU's peak, that training such networks reaches: assumed
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: memory in GiB, and its maker's peak of dense bfloat16 products summed in float32, in TFLOP/s."""
+
+    name: str
+    memory: float
+    tflops: float
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("rtx3060", 12, 25),
+        Gpu("rtx4060ti", 16, 44),
+        Gpu("rtx4080", 16, 97),
+        Gpu("rtx3090", 24, 71),
+        Gpu("rtx4090", 24, 165),
+        Gpu("rtx5090", 32, 210),
+        Gpu("l40s", 48, 362),
+        Gpu("a100-40gb", 40, 312),
+        Gpu("a100", 80, 312),
+        Gpu("h100", 80, 989),
+        Gpu("h200", 141, 989),
+    )
+}
+
+# Bytes of a weight: of linear layers, and of all else. nf4 and int8 have a scale for every 64 weights and every row.
+_BYTES: dict[Storage, tuple[float, float]] = {
+    "auto": (2, 2),
+    "fp32": (4, 4),
+    "bf16": (2, 2),
+    "fp16": (2, 2),
+    "fp8": (1, 2),
+    "int8": (1, 2),
+    "nf4": (0.5 + 4 / 64, 2),
+}
+_MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of an optimiser's state for a weight
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one configuration on ``processes`` devices.
+
+    Attributes:
+        parameters: of the frozen base.
+        trained: by role.
+        flops: of one sample's pass, by name; see ``Course``.
+        memory: bytes on each device by part, at the peak.
+        prompt: bytes of one prompt's condition, which waits in main memory.
+    """
+
+    config: DistillConfig
+    processes: int
+    passes: Passes
+    parameters: int
+    trained: dict[str, int]
+    flops: dict[str, float]
+    memory: dict[str, float]
+    prompt: int
+
+    @property
+    def total(self) -> float:
+        """Bytes on each device at the peak."""
+        return sum(self.memory.values())
+
+    @property
+    def flops_per_update(self) -> float:
+        """FLOPs of an update of the whole batch, on all devices together."""
+        p, f = self.passes, self.flops
+        forwards = (p.prefix + p.student) * f["student"] + (p.critic + p.score) * f["critic"] + p.teacher * f["teacher"]
+        backwards = p.student_backward * f["student_backward"] + p.critic_backward * f["critic_backward"]
+        return self.config.batch_size * (forwards + backwards)
+
+    def seconds(self, gpu: Gpu) -> tuple[float, float]:
+        """(least, most) seconds of an update, at the assumed ``UTILISATION``."""
+        ideal = self.flops_per_update / (gpu.tflops * 1e12 * self.processes)
+        return ideal / UTILISATION[1], ideal / UTILISATION[0]
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether each device has room, by the assumed ``USABLE`` share."""
+        return self.total <= USABLE * gpu.memory * GIB
+
+
+class Estimator:
+    """Estimates configurations, and rehearses only what has not been rehearsed yet."""
+
+    def __init__(self) -> None:
+        self._rehearsals: dict[str, Rehearsal] = {}
+        self._courses: dict[tuple[str, int, int], Course] = {}
+
+    def __call__(self, config: DistillConfig, processes: int = 1) -> Estimate:
+        """The estimate of a configuration.
+
+        Raises:
+            TDMError: the task is no pipeline, or what it would refuse about base, size or grid.
+        """
+        if config.batch_size % processes:
+            raise TDMError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} devices")
+        share, micro = config.batch_size // processes, micro_batch_size(config, processes)
+        if share % micro:
+            raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each device has")
+        key, rehearsal = self._rehearsal(config)
+        course = self._course(key, rehearsal, micro, share // micro)
+        trained = sum(rehearsal.trained.values())
+        memory = {
+            "base": _base_bytes(rehearsal, config.memory, processes),
+            "adapters": 4.0 * (trained + rehearsal.trained["student"]),
+            "optimisers": _MOMENTS[config.memory.optimizer] * trained,
+            "update": course.peak + _unpacked(rehearsal, config.memory),
+            "context": CONTEXT,
+        }
+        return Estimate(
+            config=config,
+            processes=processes,
+            passes=passes(config, processes),
+            parameters=sum(shape.numel() for _, shape in rehearsal.shapes),
+            trained={str(role): n for role, n in rehearsal.trained.items()},
+            flops=course.flops,
+            memory=memory,
+            prompt=sum(value.nbytes for value in rehearsal.task.conditions(1).values()),
+        )
+
+    def offloads(self, config: DistillConfig) -> bool:
+        """Whether the base can be trained from main memory."""
+        return self._rehearsal(config)[1].offloads
+
+    def _rehearsal(self, config: DistillConfig) -> tuple[str, Rehearsal]:
+        dtype = torch.float32 if config.memory.base == "fp32" else torch.bfloat16
+        memory = MemoryConfig(gradient_checkpointing=config.memory.gradient_checkpointing)
+        same = replace(config, batch_size=1, micro_batch_size=None, memory=memory)
+        key = f"{dtype} {same}"
+        if key not in self._rehearsals:
+            task = Outline(config.task, dtype)
+            self._rehearsals[key] = Rehearsal(same, task, bf16=config.precision != "fp32")
+        return key, self._rehearsals[key]
+
+    def _course(self, key: str, rehearsal: Rehearsal, samples: int, parts: int) -> Course:
+        """Rehearsed with one sample and with two: activations grow by the same amount with each more."""
+
+        def course(n: int) -> Course:
+            if (key, n, min(parts, 2)) not in self._courses:
+                self._courses[key, n, min(parts, 2)] = rehearsal.update(n, parts)
+            return self._courses[key, n, min(parts, 2)]
+
+        one = course(1)
+        if samples == 1:
+            return one
+        return Course(one.flops, one.peak + (samples - 1) * (course(2).peak - one.peak))
+
+
+def _base_bytes(rehearsal: Rehearsal, memory: MemoryConfig, processes: int) -> float:
+    """The frozen base on one device. A base in main memory (offload) or spread over processes comes block by block."""
+    linear, other = _BYTES[memory.base]
+    whole = sum(shape.numel() * (linear if kind == "linear" else other) for kind, shape in rehearsal.shapes)
+    if memory.offload:
+        return _in_passing(rehearsal, memory, whole)
+    return whole / processes + 2 * whole * rehearsal.largest_block if memory.shard and processes > 1 else whole
+
+
+def _in_passing(rehearsal: Rehearsal, memory: MemoryConfig, whole: float) -> float:
+    """Of weights that are brought into place for a layer, what is there at a time: the backward pass keeps them all, or
+    with gradient checkpointing those of a block.
+    """
+    return whole * (min(1.0, 2 * rehearsal.largest_block) if memory.gradient_checkpointing else 1.0)
+
+
+def _unpacked(rehearsal: Rehearsal, memory: MemoryConfig) -> float:
+    """Weights of a smaller base in the 16 bits that they are multiplied in."""
+    sizes = [2.0 * shape.numel() for kind, shape in rehearsal.shapes if kind == "linear"]
+    if memory.base == "fp8":
+        return _in_passing(rehearsal, memory, sum(sizes))
+    return max(sizes, default=0.0) if memory.base in ("int8", "nf4") else 0.0
+
+
+def lighter(config: DistillConfig, processes: int = 1, *, offload: bool = True) -> Iterator[tuple[str, DistillConfig]]:
+    """(setting, configuration) that each take less memory than the one before, the cheapest means first; ``offload``
+    says whether the base can be.
+    """
+    share = config.batch_size // processes
+    for micro in range(micro_batch_size(config, processes) - 1, 0, -1):
+        if share % micro == 0:
+            config = replace(config, micro_batch_size=micro)
+            yield f"micro_batch_size={micro}", config
+    smaller: tuple[Storage, ...] = ("int8", "nf4")
+    changes: list[tuple[str, dict[str, object]]] = [
+        ("memory.gradient_checkpointing=true", {"gradient_checkpointing": True}),
+        ("memory.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
+    ]
+    for base in smaller:
+        if _BYTES[base] < _BYTES[config.memory.base]:
+            changes.append((f"memory.base={base}", {"base": base}))
+    if offload:
+        changes.append(("memory.offload=true", {"offload": True}))
+    for setting, change in changes:
+        memory = replace(config.memory, **change)  # type: ignore[arg-type]
+        if memory != config.memory:
+            config = replace(config, memory=memory)
+            yield setting, config
+
+
+def what_to_lower(estimator: Estimator, config: DistillConfig, gpu: Gpu, processes: int = 1) -> list[str] | None:
+    """The settings, in order of what they cost, with which a configuration fits; None if none is enough."""
+    settings: dict[str, str] = {}
+    for setting, smaller in lighter(config, processes, offload=estimator.offloads(config)):
+        settings[setting.partition("=")[0]] = setting
+        if estimator(smaller, processes).fits(gpu):
+            return list(settings.values())
+    return None
+
+
+def presets_that_fit(estimator: Estimator, config: DistillConfig, gpu: Gpu, processes: int = 1) -> list[str]:
+    """The memory classes with which a configuration fits, the largest first."""
+    names = []
+    for name in reversed(MEMORY):
+        small = load_config(name)
+        if small.batch_size % processes or (small.memory.shard and processes == 1):
+            continue
+        merged = replace(
+            config, batch_size=small.batch_size, micro_batch_size=small.micro_batch_size, memory=small.memory
+        )
+        if estimator(merged, processes).fits(gpu):
+            names.append(name)
+    return names
+
+
+def largest_micro_batch(estimator: Estimator, config: DistillConfig, gpu: Gpu, processes: int = 1) -> int | None:
+    """The most samples at a time that fit, of those that divide a device's share; None if not even one does."""
+    share = math.ceil(config.batch_size / processes)
+    for micro in range(share, 0, -1):
+        if share % micro == 0 and estimator(replace(config, micro_batch_size=micro), processes).fits(gpu):
+            return micro
+    return None

@@ -1,0 +1,252 @@
+"""An update on tensors without data: the training code itself on the meta device, to see what it will cost.
+
+Nothing is loaded and nothing is computed, but every operator runs, with its shapes and dtypes, and so the FLOPs and the
+memory that tensors hold are those of the real run. Two things of a GPU have no counterpart there and are put in: its
+autocast, and its attention, which never holds the matrix of scores.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
+from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+
+from ..errors import TDMError
+from ..pipelines.bench.memory import LiveMemory
+from ..pipelines.families import Condition
+from ..pipelines.outline import outline
+from ..pipelines.scheduler import TDMScheduler
+from .base_storage import can_offload
+from .batch import Batch, draw_batch
+from .config import DistillConfig, from_dict
+from .loop import build_roles
+from .pipeline_task import PipelineTaskConfig, sizes_of
+from .processes import Processes
+from .roles import ROLES, Role, Roles
+from .trajectory import Trajectory
+from .update import tdm_update
+
+_ATEN = torch.ops.aten
+_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu  # keeps what every fused attention keeps
+register_flop_formula(_ATTENTION, get_raw=True)(sdpa_flop)  # torch counts only those of GPUs
+register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu_backward, get_raw=True)(sdpa_backward_flop)
+
+# What CUDA's autocast runs in bfloat16 and in float32 (at::autocast), as far as networks here call it.
+_HALF: set[Any] = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.einsum, torch.matmul, torch.bmm, torch.mm,
+    torch.baddbmm, torch.addmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm, F.scaled_dot_product_attention,
+}  # fmt: skip
+_SINGLE: set[Any] = {
+    F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.pow, Tensor.pow, Tensor.__pow__,
+    torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.sum, Tensor.sum, torch.cumsum,
+    Tensor.cumsum, torch.prod, Tensor.prod, F.softplus, torch.norm, Tensor.norm, torch.reciprocal, Tensor.reciprocal,
+}  # fmt: skip
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Inside, tensors on the meta device are computed as on a GPU: attention fused, and autocast if ``bf16``."""
+
+    def __init__(self, bf16: bool) -> None:
+        super().__init__()
+        self.bf16 = bf16
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.backward:  # a mode is off in what it calls, but checkpointing computes forwards again there
+            with self:
+                loss = args[0]
+                return _engine_run_backward(
+                    (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+        if self.bf16 and (func in _HALF or func in _SINGLE):
+            wanted = torch.bfloat16 if func in _HALF else torch.float32
+
+            def cast(value: Any) -> Any:
+                if isinstance(value, list | tuple):
+                    return type(value)(map(cast, value))
+                narrow = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+                return value.to(wanted) if narrow and value.device.type == "meta" else value
+
+            args, kwargs = tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+        if func is F.scaled_dot_product_attention and (args[0] if args else kwargs["query"]).device.type == "meta":
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    mask = None if attn_mask is None else attn_mask.to(query.dtype)
+    return _ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+class Outline:
+    """``loop.Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
+
+    Raises:
+        TDMError: another task than a pipeline, or what ``PipelineTask`` would refuse about base and size.
+    """
+
+    def __init__(self, section: dict[str, Any], dtype: torch.dtype) -> None:
+        if section.get("name") != "pipeline":
+            raise TDMError(f"only task.name=pipeline can be estimated, not {section.get('name')!r}")
+        config = from_dict(PipelineTaskConfig, section, "task.")
+        self.dtype = dtype
+        self.family, self.pipe = outline(config.model)
+        self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
+        self.targets = self.family.lora_targets
+        scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
+        self.schedule, self.prediction_type = scheduler.schedule, scheduler.config.prediction_type
+        self.size = max(sizes_of(config, self.family, self.pipe), key=lambda size: size.height * size.width)
+        self.latent_shape = self.family.latent_shape(self.pipe, self.size)
+        self.device = torch.device("meta")
+        self._cond = self.family.blank(self.pipe, 1, self.size)
+
+    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        """See ``loop.Task``."""
+        return self.family.denoise(base, x.to(self.dtype), timesteps, cond)
+
+    def conditions(self, n: int) -> Condition:
+        """Of ``n`` prompts of full length."""
+        return {key: value.repeat_interleave(n, 0) for key, value in self._cond.items()}
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a rehearsed update took.
+
+    Attributes:
+        flops: of one sample's pass, by "student", "critic", "teacher", "student_backward" and "critic_backward"; the
+            last two with what gradient checkpointing computes again.
+        peak: bytes that its tensors held at a time: activations, gradients, and what operators need in passing.
+    """
+
+    flops: dict[str, float]
+    peak: int
+
+
+class Rehearsal:
+    """The run of a configuration, for one update.
+
+    Args:
+        config: of the run.
+        task: with or without weights; on the meta device nothing is computed.
+        bf16: under autocast.
+
+    Attributes:
+        shapes: of the frozen base's weights, see `shapes_of`.
+        largest_block: of the base, as a fraction of it.
+        offloads: whether it can be trained from main memory, which a convolution in a block prevents.
+        trained: numbers of trained weights by role.
+    """
+
+    def __init__(self, config: DistillConfig, task: Outline, bf16: bool) -> None:
+        self.task, self.bf16 = task, bf16
+        self.shapes = shapes_of(self.task.base)
+        self.largest_block = _largest_block(self.task.base)
+        self.offloads = can_offload(self.task.base)
+        self.trajectory = Trajectory(config.trajectory, self.task.schedule)
+        self.config = replace(config, precision="fp32", start_from=None)  # autocast is put in here
+        with task.device:
+            self.roles = build_roles(self.task, self.config, torch.Generator())  # type: ignore[arg-type]
+        self.trained = {role: sum(p.numel() for p in self.roles.parameters(role)) for role in ROLES}
+
+    def update(self, samples: int, parts: int = 1) -> Course:
+        """One update without data. Its stage is the first, so that nothing rolls: a prefix holds less than the rest.
+
+        Args:
+            samples: at a time.
+            parts: micro batches; more than two hold what two do.
+        """
+        parts = min(parts, 2)
+        optimizers: dict[Role, Optimizer] = {role: SGD(self.roles.parameters(role), lr=0.0) for role in ROLES}
+        shape = (samples * parts, *self.task.latent_shape)
+
+        def draw(student: bool) -> list[Batch]:
+            batch = draw_batch(self.trajectory, {}, {}, shape, torch.Generator(), student=student)
+            stages = torch.zeros_like(batch.stages)
+            tau = self.trajectory.draw_tau(stages, torch.Generator())
+            critic, again = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
+            batch = batch._replace(stages=stages, critic=critic, student=again)
+            cond, null = self.task.conditions(samples), self.task.conditions(samples)
+            return [batch.part(i, parts).to(self.task.device)._replace(cond=cond, null=null) for i in range(parts)]
+
+        once = replace(self.config, critic=replace(self.config.critic, per_student=1))
+        with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type) as tally:
+            tdm_update(self.roles, self.trajectory, once, draw, optimizers, Processes())
+        for role in ROLES:
+            tally.samples[f"{role}_backward"] = shape[0]
+        return Course({part: n / tally.samples[part] for part, n in tally.flops.items() if n}, tally.peak)
+
+
+class _Tally(LiveMemory):
+    """FLOPs by pass, while an update runs. Between the passes are the backward ones: the student's after the teacher's
+    forward, the critic's else.
+    """
+
+    def __init__(self, roles: Roles, device: str) -> None:
+        super().__init__(device)
+        self.roles, self.part = roles, "critic_backward"
+        self.flops: Counter[str] = Counter()
+        self.samples: Counter[str] = Counter()
+
+    def __enter__(self) -> _Tally:
+        for name in (*ROLES, "teacher"):
+            setattr(self.roles, name, self._watched(name, getattr(self.roles, name)))
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for name in (*ROLES, "teacher"):
+            delattr(self.roles, name)  # the class's own is under it
+
+    def _watched(self, name: str, predict: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(x: Tensor, *rest: Any) -> Any:
+            self.part = name
+            self.samples[name] += len(x)
+            out = predict(x, *rest)
+            self.part = "student_backward" if name == "teacher" else "critic_backward"
+            return out
+
+        return watched
+
+    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.flops[self.part] += formula(*args, **kwargs, out_val=out)
+
+
+def shapes_of(base: nn.Module) -> list[tuple[str, torch.Size]]:
+    """(kind, shape) of every weight of a network; the kind "linear" is a matrix that quantisation makes smaller."""
+    linear = {id(m.weight) for m in base.modules() if isinstance(m, nn.Linear)}
+    return [("linear" if id(p) in linear else "other", p.shape) for p in base.parameters()]
+
+
+def _largest_block(base: nn.Module) -> float:
+    """What share of a network's weights the largest of the blocks has that stay together (``_no_split_modules``)."""
+    names = set(getattr(base, "_no_split_modules", None) or ())
+    sizes = [_numel(module) for module in base.modules() if type(module).__name__ in names]
+    return max(sizes, default=_numel(base)) / _numel(base)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
