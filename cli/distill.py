@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 from ..errors import TDMError
 from .generate import quiet
@@ -22,8 +27,9 @@ memory.gradient_checkpointing=true, then a smaller base (memory.base).
   tdm distill my.yaml student.lr=1e-4
   tdm distill --resume --out runs/short
 
-The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
-previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
+The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl and .csv,
+curves.png, previews/ (teacher, student and the critic's idea from fixed seeds), checkpoint.pt (for --resume) and
+best.pt (the student with the best evaluation). Ctrl-C writes a checkpoint and stops.
 """
 DEFAULT = Path(__file__).parents[1] / "training" / "configs" / "bundled.yaml"
 
@@ -33,6 +39,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("settings", nargs="*", metavar="CONFIG | key=value", help="a YAML file first, if any, then overrides")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether somebody asked the run to stop, by Ctrl-C or SIGTERM (a scheduler's notice). The second time ends it at
+    once, between any two instructions, so without a checkpoint.
+    """
+    asked = False
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt("stopped at once; the same command with --resume goes on from the last checkpoint")
+        asked = True
+        os.write(2, b"stopping after this update; again: at once\n")  # print is not safe in a signal handler
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -52,7 +80,10 @@ def run(args: argparse.Namespace) -> None:
 
     quiet()
     task = build_task(config.task)
-    finished = distill(task, config, args.out, resume=args.resume)
+    with stop_signals() as stop:
+        finished = distill(task, config, args.out, resume=args.resume, stop=stop)
+    if finished.step < config.updates:
+        raise KeyboardInterrupt(f"stopped after update {finished.step}; the same command with --resume goes on from it")
     if curves := plot_curves(args.out):
         print(f"curves   {curves}")
     if previews := sorted((args.out / "previews").glob("*.png")):

@@ -19,6 +19,8 @@ from ..pipelines.locate import BUNDLED, base_folder, family_of_base
 from ..pipelines.schedule import NoiseSchedule, PredictionType
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.sheet import contact_sheet
+from .checkpoint import Measure
+from .health import Preview, picture_ratios
 from .loop import Sampler
 from .metrics import colour_ratios
 from .world.captions import caption
@@ -26,7 +28,8 @@ from .world.scene import Scene, random_scene, scenes
 from .world.verify import verify
 
 STICKERS = "stickers"
-PREVIEWS = 8
+PREVIEWS = 4  # prompts
+SEEDS = 2  # pictures of each, since a student that collapses draws one and the same
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,30 @@ class PipelineTask:
         chunks = zip(noise.split(32), _chunks(prompts, 32), strict=True)
         return self.decode(torch.cat([sampler(n.to(self.pipe.device), self.encode(p)) for n, p in chunks]))
 
-    def preview(self, student: Sampler, teacher: Sampler) -> Image.Image:
-        """Teacher above student, the same prompts and noise."""
+    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:
+        """Teacher above student above the critic's idea, the same prompts and noise, ``SEEDS`` pictures a prompt."""
         prompts = list(islice(self.draw_prompts(random.Random(0)), PREVIEWS))
+        labels = [prompt for prompt in prompts for _ in range(SEEDS)]
         if "preview" not in self._teacher_pictures:
-            self._teacher_pictures["preview"] = self.pictures(teacher, prompts, 0)
-        rows = (self._teacher_pictures["preview"], self.pictures(student, prompts, 0))
-        images = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in rows]
-        return contact_sheet(images, ["teacher", "student"], prompts)
+            self._teacher_pictures["preview"] = self.pictures(teacher, labels, 0)
+        reference = self._teacher_pictures["preview"]
+        made, idea = (self.pictures(sampler, labels, 0) for sampler in (student, critic))
+        rows = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in (reference, made, idea)]
+        sheet = contact_sheet(rows, ["teacher", "student", "critic's\nidea"], labels)
+        return Preview(sheet, picture_ratios(*(p.unflatten(0, (-1, SEEDS)) for p in (made, reference))))
+
+    @property
+    def measure(self) -> Measure | None:
+        """Accuracy, which only the bundled world can tell."""
+        return Measure("accuracy", higher_is_better=True) if self._is_measured else None
+
+    @property
+    def _is_measured(self) -> bool:
+        return self.config.prompts == STICKERS and self.config.evaluate > 0
 
     def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
         """Accuracy on held-out combinations, and colours over the teacher's; nothing without the bundled world."""
-        if self.config.prompts != STICKERS or self.config.evaluate == 0:
+        if not self._is_measured:
             return {}
         wanted = list(islice(scenes(1, "held_out"), self.config.evaluate))
         rng = random.Random(1)
