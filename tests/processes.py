@@ -14,7 +14,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tdm.training.export", "tdm.training.mixture", "tdm.cli.distill", "tdm.cli.generate"])
+_context.set_forkserver_preload(
+    ["tdm.training.export", "tdm.training.mixture", "tdm.cli.generate", "matplotlib.pyplot"]
+)
 
 
 def start(argv: Sequence[str], stderr: Path, largest_file: int | None = None) -> ForkServerProcess:

@@ -92,7 +92,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         raise TDMError(f"no checkpoint {path}")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise TDMError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise TDMError(f"{path} is not a checkpoint of format {FORMAT}")
