@@ -19,26 +19,35 @@ _context.set_forkserver_preload(
 )
 
 
-def start(argv: Sequence[str], stderr: Path, largest_file: int | None = None) -> ForkServerProcess:
-    """`tdm ARGV`, its stderr added to a file; files may grow to ``largest_file`` bytes, as on a disk that fills."""
-    process = _context.Process(target=_run, args=(list(argv), stderr, largest_file))
+def start(
+    argv: Sequence[str], stderr: Path, largest_file: int | None = None, missing: str | None = None
+) -> ForkServerProcess:
+    """`tdm ARGV`, its stderr added to a file.
+
+    Args:
+        largest_file: files may grow to so many bytes, as on a disk that fills.
+        missing: a package that cannot be imported, as where it is not installed.
+    """
+    process = _context.Process(target=_run, args=(list(argv), stderr, largest_file, missing))
     process.start()
     return process
 
 
-def finish(argv: Sequence[str], stderr: Path, largest_file: int | None = None) -> int:
-    """Run `tdm ARGV` to its end; the exit code."""
-    process = start(argv, stderr, largest_file)
+def finish(argv: Sequence[str], stderr: Path, largest_file: int | None = None, missing: str | None = None) -> int:
+    """Run `tdm ARGV` to its end, as :func:`start` does; the exit code."""
+    process = start(argv, stderr, largest_file, missing)
     process.join()
     assert process.exitcode is not None
     return process.exitcode
 
 
-def _run(argv: list[str], stderr: Path, largest_file: int | None) -> None:
+def _run(argv: list[str], stderr: Path, largest_file: int | None, missing: str | None) -> None:
     import torch
     from tdm.cli import main
 
     torch.set_num_threads(1)
+    if missing is not None:
+        sys.modules[missing] = None  # type: ignore[assignment]  # what Python itself takes for "not there"
     with stderr.open("a") as file:
         os.dup2(file.fileno(), 2)
     if largest_file is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from tdm.tests.processes import finish
 from tdm.training.config import load_config
 from tdm.training.health import Preview
 from tdm.training.loop import Callback, Run, distill
@@ -126,24 +125,13 @@ def test_tensorboard_gets_what_metrics_and_previews_say_and_nothing_twice(tmp_pa
 
 
 def test_tensorboard_is_imported_only_when_asked_for_and_missed_in_one_line(tmp_path: Path) -> None:
-    """In a process where the package cannot be imported, as where it is not installed."""
-    code = """
-import sys
-sys.modules["tensorboard"] = None
-from tdm.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
     recipe = Path(__file__).parents[2] / "training/configs/mixture.yaml"
     argv = ["distill", str(recipe), "updates=1", "batch_size=2", "task.samples=9", "output.preview_every=0"]
-
-    def run(name: str, *settings: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", code, *argv, *settings, "--out", str(tmp_path / name)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    plain, asked = run("plain"), run("asked", "output.tensorboard=true")
-    assert plain.returncode == 0, plain.stderr
-    assert asked.returncode == 2
-    assert asked.stderr.splitlines()[-1] == (
+    error = tmp_path / "error"
+    assert finish([*argv, "--out", str(tmp_path / "plain")], error, missing="tensorboard") == 0, error.read_text()
+    asked = [*argv, "output.tensorboard=true", "--out", str(tmp_path / "asked")]
+    assert finish(asked, error, missing="tensorboard") == 2
+    assert error.read_text().splitlines()[-1] == (
         "tdm: output.tensorboard needs the package tensorboard: pip install tensorboard, or set it to false"
     )
 
