@@ -9,10 +9,14 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..errors import TDMError
 from .generate import quiet
 from .output import check_folder
+
+if TYPE_CHECKING:
+    from ..training.loop import Run
 
 HELP = """\
 Distil a few-step student by Trajectory Distribution Matching: prompts only, no pictures. Student and critic are two
@@ -26,6 +30,7 @@ memory.gradient_checkpointing=true, then a smaller base (memory.base).
   tdm distill seed=1 updates=200 --out runs/short
   tdm distill my.yaml student.lr=1e-4
   tdm distill --resume --out runs/short
+  torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml
 
 The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl and .csv,
 curves.png, previews/ (teacher, student and the critic's idea from fixed seeds), checkpoint.pt (for --resume) and
@@ -38,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("settings", nargs="*", metavar="CONFIG | key=value", help="a YAML file first, if any, then overrides")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one; several processes take one each)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
 
 
@@ -74,20 +80,30 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(config_file or DEFAULT, overrides)
     check_folder(args.out)
 
-    from ..training.export import export_student, plot_curves
     from ..training.loop import distill
+    from ..training.processes import joined
     from ..training.tasks import build_task
 
     quiet()
-    task = build_task(config.task)
-    with stop_signals() as stop:
-        finished = distill(task, config, args.out, resume=args.resume, stop=stop)
-    if finished.step < config.updates:
-        raise KeyboardInterrupt(f"stopped after update {finished.step}; the same command with --resume goes on from it")
-    if curves := plot_curves(args.out):
+    with joined(args.device) as (processes, _device), stop_signals() as stop:
+        task = build_task(config.task)
+        finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)
+        if processes.first:
+            if finished.step < config.updates:
+                raise KeyboardInterrupt(
+                    f"stopped after update {finished.step}; the same command with --resume goes on from it"
+                )
+            _finish(finished)
+
+
+def _finish(run: Run) -> None:
+    """Draw the curves, write the student, and say where everything is."""
+    from ..training.export import export_student, plot_curves
+
+    if curves := plot_curves(run.out_dir):
         print(f"curves   {curves}")
-    if previews := sorted((args.out / "previews").glob("*.png")):
+    if previews := sorted((run.out_dir / "previews").glob("*.png")):
         print(f"preview  {previews[-1]}")
-    if student := export_student(finished, args.out / "student.safetensors"):
+    if student := export_student(run, run.out_dir / "student.safetensors"):
         print(f"student  {student}")
         print(f'try it   tdm generate --compare "a red star above two blue moons at night" --student {student}')

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ..errors import TDMError
 from .config import DistillConfig
 from .files import save_tensors, writing
-from .roles import ROLES, AdapterRoles, Ema, Role
+from .roles import ROLES, Ema, Role, Roles
 
 FORMAT = 1
 
@@ -32,7 +32,7 @@ def save_checkpoint(
     *,
     step: int,
     config: DistillConfig,
-    roles: AdapterRoles,
+    roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
@@ -91,7 +91,14 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise TDMError(f"no checkpoint {path}")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        try:
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            if "torchao" not in str(error):
+                raise
+            import torchao.optim  # noqa: F401  # which makes its 8-bit moments known to weights_only
+
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise TDMError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
@@ -103,7 +110,7 @@ def restore_checkpoint(
     path: Path,
     *,
     config: DistillConfig,
-    roles: AdapterRoles,
+    roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,

@@ -80,6 +80,9 @@ class CriticConfig(RoleConfig):
     weight: CriticWeight = "v"
     weight_limit: float = 5.0  # the most an error may weigh
     per_student: int = 1  # critic updates per student update; each beyond the first costs about 3.5 passes
+    # Student and critic look at the same re-noised state, and the student follows the critic as it was before its step:
+    # one pass less of 6.5.
+    share_noise: bool = False
     head_start: int = 0  # critic updates before the student's first, so that the student never follows an untrained one
     # Which adapter it starts from when `start_from` gives the student one: the earlier critic's, the student's, or
     # none.
@@ -135,6 +138,8 @@ class DistillConfig:
     micro_batch_size: int | None = None  # of these at a time on a device, the gradients summed; None: all of its share
     # bf16: autocast; adapters, losses and optimisers stay float32. auto: bf16 where the device is faster with it.
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    # Train whole copies of the network in float32 (two more of them, and their optimisers), not adapters.
+    full_weights: bool = False
     start_from: str | None = None  # checkpoint.pt of an earlier run, whose adapters to begin with; None: the teacher
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -238,6 +243,11 @@ def _validate(c: DistillConfig) -> None:
     t, grid = c.trajectory, c.trajectory.timesteps
     need(c.updates > 0, f"updates must be positive, not {c.updates}")
     need(c.batch_size > 0, f"batch_size must be positive, not {c.batch_size}")
+    micro = c.micro_batch_size
+    need(
+        micro is None or (micro > 0 and c.batch_size % micro == 0),
+        f"micro_batch_size must divide batch_size, which is {c.batch_size}; {micro} does not",
+    )
     need(t.steps > 0, f"trajectory.steps must be positive, not {t.steps}")
     if grid is not None:
         need(len(grid) == t.steps, f"trajectory.timesteps has {len(grid)} entries for {t.steps} steps; give as many")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TDMError
+from .checkpoint import BestStudent
 from .files import replacing, writing
 from .health import Monitor, Preview
 
@@ -62,6 +63,7 @@ class Log:
             file.write("".join(kept).encode())
         for line in kept:  # what the monitor knows is in the lines
             self.monitor.watch(json.loads(line))
+        self.best = BestStudent(run.out_dir / "best.pt", run.task.measure, resume=run.step > 0)
         self.table = Table(run.out_dir / "metrics.csv", self.path)
         self.board: Any = _board(run) if run.config.output.tensorboard else None
         self.start, self.first, self.since = time.monotonic(), run.step, time.monotonic()
@@ -120,6 +122,11 @@ class Log:
             self._record({f"alarm/{alarm.name}": alarm.value})
             self.alarms.append(alarm.message)
             self.report(f"ALARM  {alarm.message}")
+
+    def evaluation(self, measures: dict[str, float]) -> None:
+        """The task's measures as a line, and the student as best.pt if it is the best so far."""
+        kept = self.best.keep(self.run.step, self.run.ema.weights, measures)
+        self.write({f"eval/{name}": value for name, value in measures.items()} | kept)
 
     def preview(self, preview: Preview) -> None:
         """The sheet of previews as a file, and how the student's samples compare with the teacher's as a line."""

@@ -4,7 +4,6 @@ update.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +11,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
-from .checkpoint import BestStudent, Measure, read_checkpoint, restore_checkpoint, save_checkpoint
+from .batch import Batch, draw_batch
+from .checkpoint import Measure, read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
 from .health import Preview
 from .log import Log, print_line
+from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import Precision, best_precision
-from .roles import AdapterRoles, Ema, Role
+from .processes import Processes, shard
+from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Role, Roles
 from .trajectory import Condition, Trajectory, sample
-from .update import Batch, tdm_update
+from .update import tdm_update
 
 Sampler = Callable[[Tensor, Condition], Tensor]
 """``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
@@ -41,7 +42,11 @@ class Task(Protocol):
     schedule: NoiseSchedule
     prediction_type: PredictionType
     targets: Sequence[str] | str  # the layers that get adapters, as in peft
-    latent_shape: tuple[int, ...]  # of one sample
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base runs."""
+        ...
 
     @property
     def measure(self) -> Measure | None:
@@ -49,14 +54,14 @@ class Task(Protocol):
         ...
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """The network's output for ``x`` ``[B, *latent_shape]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
+        """The network's output for ``x`` ``[B, ...]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
         parts in float32.
         """
         ...
 
-    def conditions(self, n: int, generator: torch.Generator) -> Condition:
-        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded, on the base's device; ``{}`` if
-        there are none.
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
+        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded (``{}`` if there are none), and the
+        shape of one sample's latents. On any device: the loop moves what it needs.
         """
         ...
 
@@ -80,7 +85,7 @@ class Run:
     task: Task
     config: DistillConfig
     out_dir: Path
-    roles: AdapterRoles
+    roles: Roles
     trajectory: Trajectory
     ema: Ema
     step: int = 0
@@ -127,6 +132,7 @@ def distill(
     config: DistillConfig,
     out_dir: str | Path,
     *,
+    processes: Processes | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     report: Callable[[str], None] = print_line,
@@ -138,83 +144,104 @@ def distill(
     ``best.pt`` in ``out_dir``; ``resume`` continues from the last checkpoint.
 
     Args:
+        processes: this process among those of the run.
         report: takes the progress lines.
-        stop: asked after every update; True writes a checkpoint and returns the run as it is.
+        stop: asked after every update (of several processes: whenever a line is logged); True, in any process, writes
+            a checkpoint and returns the run as it is.
 
     Raises:
         TDMError: the settings do not fit the task, ``out_dir`` already holds a run (or none, to resume), it cannot be
             written, the run diverged, or an alarm stopped it (``output.stop_on_alarm``).
     """
-    out = Path(out_dir)
+    out, processes = Path(out_dir), processes or Processes()
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
     if config.precision == "auto":  # settled here, so that the checkpoint says which it was
         config = replace(config, precision=_best_precision(task, config))
+    portions = _portions(config, processes)
     generator = torch.Generator().manual_seed(config.seed)
     trajectory = Trajectory(config.trajectory, task.schedule)
     roles = build_roles(task, config, generator)
-    optimizers: dict[Role, Optimizer] = {}
+    if config.memory.shard:
+        shard(task.base, [weight for role in ROLES for weight in roles.parameters(role)])
     settings: dict[Role, RoleConfig] = {"student": config.student, "critic": config.critic}
-    for role, c in settings.items():
-        optimizers[role] = AdamW(roles.parameters(role), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
+    optimizers = {role: build_optimizer(roles.parameters(role), c, config.memory) for role, c in settings.items()}
     ema = Ema(roles, decay=config.ema.decay, warmup=config.ema.warmup)
     run = Run(task, config, out, roles, trajectory, ema)
     parts: dict[str, Any] = {"config": config, "roles": roles, "ema": ema, "optimizers": optimizers}
     parts["generator"] = generator
     if resume:
         run.step = restore_checkpoint(checkpoint, **parts, report=report)
-    log = Log(run, callbacks, report)
-    best = BestStudent(out / "best.pt", task.measure, resume=resume)
-    device = next(task.base.parameters()).device
+    log = Log(run, callbacks, report) if processes.first else None
 
-    def draw() -> Batch:
-        cond = task.conditions(config.batch_size, generator)
-        noise = torch.randn((config.batch_size, *task.latent_shape), generator=generator).to(device, non_blocking=True)
-        return Batch(cond, task.null(cond) if config.objective.guidance_scale != 1 else {}, noise)
+    def draw(student: bool) -> list[Batch]:
+        cond, shape = task.conditions(config.batch_size, generator)
+        null = task.null(cond) if config.objective.guidance_scale != 1 else {}
+        batch = draw_batch(trajectory, cond, null, (config.batch_size, *shape), generator, student=student)
+        return [batch.part(i, portions).to(task.device) for i in range(processes.rank, portions, processes.size)]
 
     output = config.output
     while run.step < config.updates:
         for role, c in settings.items():
-            for group in optimizers[role].param_groups:
-                group["lr"] = learning_rate(c, run.step, config.updates)
+            set_learning_rate(optimizers[role], learning_rate(c, run.step, config.updates))
         student_too = run.step >= config.critic.head_start
-        log.add(tdm_update(roles, trajectory, config, draw, optimizers, generator, train_student=student_too))
+        metrics = tdm_update(roles, trajectory, config, draw, optimizers, processes, train_student=student_too)
         if student_too:
             ema.update()
         run.step += 1
 
-        if run.due(output.log_every):
-            log.flush()
-        if run.due(output.evaluate_every):
-            measures = task.evaluate(run.student, run.teacher)
-            kept = best.keep(run.step, ema.weights, measures)
-            log.write({f"eval/{name}": value for name, value in measures.items()} | kept)
-        if run.due(output.preview_every):
-            log.preview(task.preview(run.student, run.teacher, run.critic))
-        stopping = stop()
-        if stopping or log.alarmed or run.step == config.updates or run.due(output.checkpoint_every):
+        # Every process makes the pictures, for a sharded base needs them all; only the first writes.
+        evaluation = task.evaluate(run.student, run.teacher) if run.due(output.evaluate_every) else {}
+        preview = task.preview(run.student, run.teacher, run.critic) if run.due(output.preview_every) else None
+        if log is not None:
+            log.add(metrics)
+            if run.due(output.log_every):
+                log.flush()
+            if evaluation:
+                log.evaluation(evaluation)
+            if preview is not None:
+                log.preview(preview)
+        asked = processes.size == 1 or run.due(output.log_every)  # several answer together, which waits for the device
+        stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
+        if log is not None and (stopping or run.step == config.updates or run.due(output.checkpoint_every)):
             log.flush()  # a run that diverged must not replace its last good checkpoint
             save_checkpoint(checkpoint, step=run.step, **parts)
-        if log.alarmed:
-            raise TDMError(
-                f"{log.alarms[-1]}; stopped after update {run.step}: resume to go on as it is, or begin a new run "
-                f"with other settings and start_from={checkpoint}"
-            )
         if stopping:
             break
+    processes.wait()  # for what the first one still writes
+    if log is not None and log.alarmed:
+        raise TDMError(
+            f"{log.alarms[-1]}; stopped after update {run.step}: resume to go on as it is, or begin a new run "
+            f"with other settings and start_from={checkpoint}"
+        )
     return run
 
 
+def _portions(config: DistillConfig, processes: Processes) -> int:
+    """Into how many parts a batch is split: micro batches of all processes."""
+    if config.memory.shard and processes.size == 1:
+        raise TDMError("memory.shard needs several processes: start them with torchrun, or set it to false")
+    if config.memory.shard and config.full_weights:
+        raise TDMError("memory.shard is for a frozen base with adapters; set full_weights or memory.shard to false")
+    if config.batch_size % processes.size:
+        raise TDMError(f"batch_size {config.batch_size} cannot be shared evenly by {processes.size} processes")
+    share = config.batch_size // processes.size
+    micro = min(config.micro_batch_size or share, share)
+    if share % micro:
+        raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each process has")
+    return config.batch_size // micro
+
+
 def _best_precision(task: Task, config: DistillConfig) -> Precision:
-    device = next(task.base.parameters()).device.type
+    device = task.device.type
     return "fp32" if device == "cpu" and config.memory.gradient_checkpointing else best_precision(device)
 
 
-def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> AdapterRoles:
-    """The task's base with fresh adapters, or those of ``config.start_from``."""
+def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> Roles:
+    """The task's base with fresh adapters (or copies), or those of ``config.start_from``."""
     if config.memory.gradient_checkpointing:
-        if config.precision == "bf16" and next(task.base.parameters()).device.type == "cpu":
+        if config.precision == "bf16" and task.device.type == "cpu":
             raise TDMError(
                 "on a CPU bf16 cannot be checkpointed; set precision to fp32 or memory.gradient_checkpointing to false"
             )
@@ -223,17 +250,24 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
             raise TDMError(f"{type(task.base).__name__} cannot checkpoint; set memory.gradient_checkpointing to false")
         enable()
     assert config.precision != "auto"
-    roles = AdapterRoles(
-        task.base,
-        task.call,
-        schedule=task.schedule,
-        prediction_type=task.prediction_type,
-        targets=task.targets,
-        rank={"student": config.student.rank, "critic": config.critic.rank},
-        alpha={"student": config.student.alpha, "critic": config.critic.alpha},
-        generator=generator,
-        precision=config.precision,
-    )
+    kind: dict[str, Any] = {
+        "schedule": task.schedule,
+        "prediction_type": task.prediction_type,
+        "precision": config.precision,
+    }
+    roles: Roles
+    if config.full_weights:
+        roles = CopyRoles(task.base, task.call, **kind)
+    else:
+        roles = AdapterRoles(
+            task.base,
+            task.call,
+            targets=task.targets,
+            rank={"student": config.student.rank, "critic": config.critic.rank},
+            alpha={"student": config.student.alpha, "critic": config.critic.alpha},
+            generator=generator,
+            **kind,
+        )
     if config.start_from is not None:
         saved = read_checkpoint(Path(config.start_from))
         roles.load("student", saved["ema"]["weights"])
@@ -242,11 +276,3 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         elif config.critic.start == "checkpoint":
             roles.load("critic", saved["adapters"]["critic"])
     return roles
-
-
-def learning_rate(config: RoleConfig, step: int, updates: int) -> float:
-    """Of update ``step``, from 0: linear warm-up times the decay. A function of the step, so never saved."""
-    warm = min(1.0, (step + 1) / (config.warmup + 1))
-    done = step / updates
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]
-    return config.lr * warm * (config.lr_end + (1 - config.lr_end) * left)

@@ -119,7 +119,7 @@ class MixtureTask:
 
     base: nn.Module
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
-    latent_shape: tuple[int, ...] = (2,)
+    device: torch.device = torch.device("cpu")
     measure = Measure("energy", higher_is_better=False)
 
     def __init__(
@@ -130,6 +130,7 @@ class MixtureTask:
         )
         self.prediction_type: PredictionType = "flow_prediction" if kind == "flow" else "v_prediction"
         self.mixture = mixture or Mixture.scattered()
+        self.dim = self.mixture.means.shape[1]
         self.samples = samples
         generator = torch.Generator().manual_seed(0)  # the base is the same in every run
         self.base = MixtureDenoiser(self.mixture, self.schedule, self.prediction_type, width, generator)
@@ -138,9 +139,9 @@ class MixtureTask:
         """See ``loop.Task``."""
         return base(x, timesteps)
 
-    def conditions(self, n: int, generator: torch.Generator) -> Condition:  # noqa: ARG002
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002
         """No prompts."""
-        return {}
+        return {}, (self.dim,)
 
     def null(self, cond: Condition) -> Condition:
         """No prompts."""
@@ -150,13 +151,13 @@ class MixtureTask:
         """No picture, but how far apart the student's samples are, over that of true samples."""
         generator = torch.Generator().manual_seed(2)
         true = self.mixture.sample(PREVIEWS, generator)
-        x = student(torch.randn(PREVIEWS, *self.latent_shape, generator=generator), {})
+        x = student(torch.randn(PREVIEWS, self.dim, generator=generator), {})
         return Preview(None, {"diversity": float(torch.pdist(x).mean() / torch.pdist(true).mean())})
 
     def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:  # noqa: ARG002
         """Energy distance to true samples, and the smallest and largest share of a mode over its weight."""
         generator = torch.Generator().manual_seed(1)
         true = self.mixture.sample(self.samples, generator)
-        x = student(torch.randn(self.samples, *self.latent_shape, generator=generator), {})
+        x = student(torch.randn(self.samples, self.dim, generator=generator), {})
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}

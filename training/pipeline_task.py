@@ -104,10 +104,15 @@ class PipelineTask:
         scale = self.config.embedded_guidance
         return {} if scale is None else {"guidance_scale": scale}
 
-    def conditions(self, n: int, generator: torch.Generator) -> Condition:
+    @property
+    def device(self) -> torch.device:
+        """Where the base runs."""
+        return self.pipe.device
+
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
         """See ``loop.Task``."""
         seed = int(torch.randint(2**62, (), generator=generator))
-        return self.encode(list(islice(self.draw_prompts(random.Random(seed)), n)))
+        return self.encode(list(islice(self.draw_prompts(random.Random(seed)), n))), self.latent_shape
 
     @torch.no_grad()
     def null(self, cond: Condition) -> Condition:

@@ -1,4 +1,5 @@
-"""Teacher, student and critic on one frozen base: the teacher is the base itself, the other two are LoRA adapters.
+"""Teacher, student and critic on one frozen base: the teacher is the base itself, the other two are LoRA adapters, or
+whole copies for those who have the memory.
 
 A role is an argument, never a state that somebody left behind: each call puts its own adapter in place first. Two
 traps of peft are closed here. ``set_adapter`` flips ``requires_grad`` (peft #2759): it is not used, the active
@@ -9,7 +10,9 @@ before its own backward pass, in any order.
 
 from __future__ import annotations
 
+import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
@@ -31,24 +34,19 @@ Denoiser = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 """``(base, x [B, ...], timesteps [B] float32, cond) -> model output [B, ...]``: what differs between model families."""
 
 
-class AdapterRoles:
+class Roles(ABC):
     """Three roles on one frozen network.
 
     ``student``, ``critic`` and ``teacher`` each map ``(x, timesteps, cond)`` to ``(x0, eps)`` in float32;
     ``timesteps`` is ``[B]`` float64 on the CPU.
 
     Args:
-        base: the pretrained network, any ``nn.Module`` with linear (or convolution) layers. It is frozen and put in
-            eval mode.
+        base: the pretrained network. It is frozen and put in eval mode.
         call: how to call it.
-        targets: names (endings) of the layers that get an adapter, or one regular expression, as in peft.
-        rank, alpha: per role; alpha defaults to the rank, which is a scale of 1.
-        generator: of the adapters' initial weights. Both start as the teacher: the second factor of a LoRA starts at 0.
-        precision: of the network's own arithmetic; adapters, predictions and losses are float32.
-
-    Raises:
-        TDMError: no layer matches ``targets``.
+        precision: of the network's own arithmetic; trained weights, predictions and losses are float32.
     """
+
+    _weights: dict[Role, dict[str, nn.Parameter]]
 
     def __init__(
         self,
@@ -57,55 +55,25 @@ class AdapterRoles:
         *,
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
-        targets: Sequence[str] | str,
-        rank: dict[Role, int],
-        alpha: dict[Role, float | None],
-        generator: torch.Generator,
         precision: Precision = "fp32",
     ) -> None:
         self.base, self.call, self.schedule, self.prediction_type = base, call, schedule, prediction_type
         self.precision: Precision = precision
-        for role in ROLES:
-            scale = alpha[role] if alpha[role] is not None else rank[role]
-            lora = LoraConfig(
-                r=rank[role],
-                lora_alpha=scale,  # type: ignore[arg-type]  # peft annotates int, and divides
-                target_modules=targets if isinstance(targets, str) else list(targets),
-            )
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
-                    inject_adapter_in_model(lora, base, adapter_name=role)
-            except ValueError as error:
-                raise TDMError(f"no {role} adapter fits the base: {error}") from error
-        self._layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
         base.eval().requires_grad_(False)
-        self._weights = {role: self._find(role) for role in ROLES}
-        for role in ROLES:
-            for name, weight in self._weights[role].items():
-                weight.data = weight.data.float()
-                weight.requires_grad_(True)
-                if "lora_A" in name:  # peft draws from the global generator: draw again from ours, by the same law
-                    drawn = torch.empty(weight.shape)
-                    nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
-                    weight.data.copy_(drawn)
 
-    def _find(self, role: Role) -> dict[str, Tensor]:
-        mark = f".{role}."
-        return {
-            name.replace(mark, "."): p for name, p in self.base.named_parameters() if "lora_" in name and mark in name
-        }
+    @abstractmethod
+    def _network(self, role: Role | None) -> nn.Module:
+        """The network, put in order for a role (None is the teacher)."""
 
-    def _activate(self, role: Role | None) -> None:
-        for layer in self._layers:
-            layer._active_adapter = [] if role is None else [role]
+    def _again(self, role: Role | None) -> None:
+        self._network(role)
 
     def _predict(self, role: Role | None, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        self._activate(role)
+        network = self._network(role)
         with autocast(self.precision, x.device.type):
-            output = self.call(self.base, x, timesteps.to(x.device, torch.float32), cond).float()
+            output = self.call(network, x, timesteps.to(x.device, torch.float32), cond).float()
         if output.requires_grad:  # runs before any recomputation of this forward (the second trap above)
-            output.register_hook(lambda _: self._activate(role))
+            output.register_hook(lambda _: self._again(role))
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
         return predict_x0_eps(self.prediction_type, output, x, expand(alpha, x), expand(sigma, x))
 
@@ -136,13 +104,13 @@ class AdapterRoles:
         n = len(x)
         return guided(x0[:n], x0[n:], guidance_scale), guided(eps[:n], eps[n:], guidance_scale)
 
-    def parameters(self, role: Role) -> list[Tensor]:
+    def parameters(self, role: Role) -> list[nn.Parameter]:
         """The trained weights of a role, and of no other."""
         return list(self._weights[role].values())
 
     def state(self, role: Role) -> dict[str, Tensor]:
-        """A copy of a role's weights under the base's own names, ``<layer>.lora_A.weight``, without the adapter's
-        name.
+        """A copy of a role's weights under the base's own names: of an adapter ``<layer>.lora_A.weight``, without the
+        adapter's name.
         """
         return {name: weight.detach().clone() for name, weight in self._weights[role].items()}
 
@@ -156,9 +124,91 @@ class AdapterRoles:
         weights = self._weights[role]
         shapes = {name: tuple(value.shape) for name, value in state.items()}
         if shapes != {name: tuple(weight.shape) for name, weight in weights.items()}:
-            raise TDMError(f"these {role} weights are for other layers or another rank than this model's adapters")
+            raise TDMError(f"these {role} weights are for other layers or another rank than this run trains")
         for name, weight in weights.items():
             weight.copy_(state[name])
+
+
+class AdapterRoles(Roles):
+    """Student and critic as LoRA adapters on the base, which is the teacher as it is.
+
+    Args:
+        targets: names (endings) of the layers that get an adapter, or one regular expression, as in peft.
+        rank, alpha: per role; alpha defaults to the rank, which is a scale of 1.
+        generator: of the adapters' initial weights. Both start as the teacher: the second factor of a LoRA starts at 0.
+
+    Raises:
+        TDMError: no layer matches ``targets``.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        call: Denoiser,
+        *,
+        schedule: NoiseSchedule,
+        prediction_type: PredictionType,
+        targets: Sequence[str] | str,
+        rank: dict[Role, int],
+        alpha: dict[Role, float | None],
+        generator: torch.Generator,
+        precision: Precision = "fp32",
+    ) -> None:
+        for role in ROLES:
+            scale = alpha[role] if alpha[role] is not None else rank[role]
+            lora = LoraConfig(
+                r=rank[role],
+                lora_alpha=scale,  # type: ignore[arg-type]  # peft annotates int, and divides
+                target_modules=targets if isinstance(targets, str) else list(targets),
+            )
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are what we want
+                    inject_adapter_in_model(lora, base, adapter_name=role)
+            except ValueError as error:
+                raise TDMError(f"no {role} adapter fits the base: {error}") from error
+        super().__init__(base, call, schedule=schedule, prediction_type=prediction_type, precision=precision)
+        self._layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        self._weights = {role: self._find(role) for role in ROLES}
+        for role in ROLES:
+            for name, weight in self._weights[role].items():
+                weight.data = weight.data.float()
+                weight.requires_grad_(True)
+                if "lora_A" in name:  # peft draws from the global generator: draw again from ours, by the same law
+                    drawn = torch.empty(weight.shape)
+                    nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+                    weight.data.copy_(drawn)
+
+    def _find(self, role: Role) -> dict[str, nn.Parameter]:
+        mark = f".{role}."
+        return {
+            name.replace(mark, "."): p for name, p in self.base.named_parameters() if "lora_" in name and mark in name
+        }
+
+    def _network(self, role: Role | None) -> nn.Module:
+        for layer in self._layers:
+            layer._active_adapter = [] if role is None else [role]
+        return self.base
+
+
+class CopyRoles(Roles):
+    """Student and critic as whole copies of the base in float32: three networks in memory, every weight trained."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        call: Denoiser,
+        *,
+        schedule: NoiseSchedule,
+        prediction_type: PredictionType,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__(base, call, schedule=schedule, prediction_type=prediction_type, precision=precision)
+        self._copies = {role: copy.deepcopy(base).float().requires_grad_(True) for role in ROLES}
+        self._weights = {role: dict(network.named_parameters()) for role, network in self._copies.items()}
+
+    def _network(self, role: Role | None) -> nn.Module:
+        return self.base if role is None else self._copies[role]
 
 
 class Ema:
@@ -168,9 +218,7 @@ class Ema:
     forgotten.
     """
 
-    def __init__(
-        self, roles: AdapterRoles, role: Role = "student", *, decay: float = 0.99, warmup: bool = True
-    ) -> None:
+    def __init__(self, roles: Roles, role: Role = "student", *, decay: float = 0.99, warmup: bool = True) -> None:
         self.roles, self.role, self.decay, self.warmup = roles, role, decay, warmup
         self.count = 0
         self.weights = roles.state(role)
@@ -180,7 +228,7 @@ class Ema:
         """Take in the role's current weights."""
         decay = min(self.decay, (1 + self.count) / (10 + self.count)) if self.warmup else self.decay
         self.count += 1
-        torch._foreach_lerp_(list(self.weights.values()), self.roles.parameters(self.role), 1 - decay)
+        torch._foreach_lerp_(list(self.weights.values()), tuple(self.roles.parameters(self.role)), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from tdm.training.loop import Callback, distill
 from tdm.training.mixture import MixtureTask
 from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
 from tdm.training.teacher.data import pictures
+from tdm.training.trajectory import Condition
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
 MIXTURE = ["updates=100", "batch_size=32", "output.log_every=4", "output.preview_every=20", "output.evaluate_every=0"]
@@ -99,7 +100,7 @@ class Broken(MixtureTask):
 
     calls = 0
 
-    def conditions(self, n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
         self.calls += 1
         if self.calls == 11:
             with torch.no_grad():
