@@ -123,7 +123,7 @@ def shard(base: nn.Module, keep: Iterable[nn.Parameter]) -> None:
 
     kept = set(keep)
     blocks = set(getattr(base, "_no_split_modules", None) or ())
-    for module in list(base.modules()):
+    for module in reversed(list(base.modules())):  # inner blocks first, as FSDP2 wants them
         if type(module).__name__ in blocks:
             fully_shard(module, ignored_params=kept)
     fully_shard(base, ignored_params=kept)
