@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TDMError as error:
         print(f"tdm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("tdm: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(f"tdm: {stopped}" if str(stopped) else "tdm: interrupted", file=sys.stderr)
         return 130
     return 0

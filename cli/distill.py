@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from .generate import quiet
@@ -32,8 +37,9 @@ a run will take before it starts.
   tdm distill task.model=my/base task.prompts=prompts.txt task.loras=[style.safetensors@0.8]
 
 All prompts are encoded first, once, into ~/.cache/tdm/prompts (task.cache names another folder).
-The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
-previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
+The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl and .csv,
+curves.png, previews/ (teacher, student and the critic's idea from fixed seeds), checkpoint.pt (for --resume) and
+best.pt (the student with the best evaluation). Ctrl-C writes a checkpoint and stops.
 """
 
 
@@ -45,6 +51,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one; several processes take one each)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether somebody asked the run to stop, by Ctrl-C or SIGTERM (a scheduler's notice). The second time ends it at
+    once, between any two instructions, so without a checkpoint.
+    """
+    asked = False
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt("stopped at once; the same command with --resume goes on from the last checkpoint")
+        asked = True
+        os.write(2, b"stopping after this update; again: at once\n")  # print is not safe in a signal handler
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -65,11 +93,15 @@ def run(args: argparse.Namespace) -> None:
     from ..training.tasks import build_task
 
     quiet()
-    with joined(args.device) as (processes, device):
+    with joined(args.device) as (processes, device), stop_signals() as stop:
         # The first encodes the prompts; the others then find them.
         task = processes.first_alone(lambda: build_task(config.task, config.memory, device))
-        finished = distill(task, config, args.out, processes=processes, resume=args.resume)
+        finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)
         if processes.first:
+            if finished.step < config.updates:
+                raise KeyboardInterrupt(
+                    f"stopped after update {finished.step}; the same command with --resume goes on from it"
+                )
             _finish(finished)
 
 

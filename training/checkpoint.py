@@ -1,4 +1,5 @@
-"""Exact resume: everything a run is, in one file that is written beside its place and then renamed.
+"""Exact resume: everything a run is, in one file that is written beside its place and then renamed; and the best
+student so far.
 
 Both adapters, the mean weights, both optimisers, the random generator (which is also the position in the data:
 prompts are drawn from it) and the number of updates done. Learning rates are functions of that number, so there is no
@@ -10,15 +11,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import TDMError
 from .config import DistillConfig
+from .files import save_tensors, writing
 from .roles import ROLES, Ema, Role, Roles
 
 FORMAT = 1
@@ -34,7 +37,14 @@ def save_checkpoint(
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
 ) -> None:
-    """Write the run after ``step`` updates. A run killed while writing leaves the file that was there."""
+    """Write the run after ``step`` updates; with ``output.keep`` above 1 the one that was there becomes
+    ``checkpoint-<step>.pt``, and the oldest go.
+
+    At every moment, and if the write fails, ``path`` is a whole checkpoint: the old one or the new one.
+
+    Raises:
+        TDMError: the write failed, for example on a full disk.
+    """
     payload = {
         "format": FORMAT,
         "step": step,
@@ -44,14 +54,36 @@ def save_checkpoint(
         "optimizers": {role: optimizer.state_dict() for role, optimizer in optimizers.items()},
         "generator": generator.get_state(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(payload, temporary)
-    os.replace(temporary, path)
+    if config.output.keep > 1 and path.exists():
+        _keep_another(path)
+    save_tensors(payload, path)
+    for old in older_checkpoints(path)[config.output.keep - 1 :]:
+        old.unlink()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def older_checkpoints(path: Path) -> list[Path]:
+    """The ``checkpoint-<step>.pt`` beside ``checkpoint.pt``, the newest first."""
+    found = {old: old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*{path.suffix}")}
+    return sorted((old for old in found if found[old].isdigit()), key=lambda old: int(found[old]), reverse=True)
+
+
+def _keep_another(path: Path) -> None:
+    """Give the checkpoint a second name, by its step, which stays when the next one takes the first."""
+    try:
+        step = read_checkpoint(path, mmap=True)["step"]
+    except TDMError:
+        return  # one that cannot be read is not worth keeping
+    name = path.with_stem(f"{path.stem}-{step:06d}")
+    with writing(name):
+        name.unlink(missing_ok=True)
+        os.link(path, name)
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, tensors on the CPU. Nothing in the file is executed (``weights_only``).
+
+    Args:
+        mmap: leave the tensors in the file until they are asked for.
 
     Raises:
         TDMError: no such file, or not a checkpoint of this version.
@@ -60,14 +92,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise TDMError(f"no checkpoint {path}")
     try:
         try:
-            payload = torch.load(path, map_location="cpu", weights_only=True)
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             if "torchao" not in str(error):
                 raise
             import torchao.optim  # noqa: F401  # which makes its 8-bit moments known to weights_only
 
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise TDMError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise TDMError(f"{path} is not a checkpoint of format {FORMAT}")
@@ -82,15 +114,18 @@ def restore_checkpoint(
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
+    report: Callable[[str], None],
 ) -> int:
     """Put a run back as it was and return the number of updates done.
 
+    A checkpoint that cannot be read, after a fault of the disk, is passed over with a line to ``report`` for the
+    newest older one that can (see ``output.keep``).
+
     Raises:
-        TDMError: not a checkpoint, or one of other settings; ``output`` may differ, and so may ``updates`` while no
-            learning
-            rate decays towards its end.
+        TDMError: no checkpoint can be read, or it has other settings; ``output`` may differ, and so may ``updates``
+            while no learning rate decays towards its end.
     """
-    payload = read_checkpoint(path)
+    path, payload = _newest_readable(path, report)
     differences = list(_differences(payload["config"], dataclasses.asdict(config), free=_free(config)))
     if differences:
         raise TDMError(
@@ -106,6 +141,18 @@ def restore_checkpoint(
     return payload["step"]
 
 
+def _newest_readable(path: Path, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    older = older_checkpoints(path)
+    for candidate, following in zip([path, *older], [*older, None], strict=True):
+        try:
+            return candidate, read_checkpoint(candidate)
+        except TDMError as error:
+            if following is None:
+                raise
+            report(f"{error}; trying the older {following.name}")
+    raise AssertionError("the last candidate is returned or raises")
+
+
 def _free(config: DistillConfig) -> set[str]:
     steady = config.student.decay == config.critic.decay == "constant"
     return {"output", "updates"} if steady else {"output"}
@@ -118,3 +165,51 @@ def _differences(old: Any, new: Any, name: str = "", free: set[str] = frozenset(
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name}: {old} there, {new} here"
+
+
+class Measure(NamedTuple):
+    """Which of a task's evaluation measures ranks its students."""
+
+    name: str
+    higher_is_better: bool
+
+
+class BestStudent:
+    """``best.pt``: the mean weights that had the best value of ``measure`` so far; no file without a measure.
+
+    It holds ``format``, ``step``, ``measure`` (its name), ``value`` and ``weights`` (as a checkpoint's
+    ``ema.weights``), and outlives a resume.
+
+    Args:
+        resume: go on from the file that is there; False removes it, since it is of another run.
+
+    Raises:
+        TDMError: the file is not one of this measure.
+    """
+
+    def __init__(self, path: Path, measure: Measure | None, *, resume: bool) -> None:
+        self.path, self.measure = path, measure
+        self.step: int | None = None
+        self.value = 0.0
+        if not resume:
+            path.unlink(missing_ok=True)
+        elif measure is not None and path.exists():
+            payload = read_checkpoint(path, mmap=True)
+            if payload["measure"] != measure.name:
+                raise TDMError(f"{path} ranks students by {payload['measure']}, not {measure.name}; move it away")
+            self.step, self.value = payload["step"], payload["value"]
+
+    def keep(self, step: int, weights: dict[str, Tensor], measures: dict[str, float]) -> dict[str, float]:
+        """Take in an evaluation after ``step`` updates; returns what to log: ``best/step`` and ``best/<measure>``.
+
+        Raises:
+            TDMError: the write failed; the best so far is kept.
+        """
+        if self.measure is None:
+            return {}
+        name, value = self.measure.name, measures[self.measure.name]
+        if self.step is None or (value > self.value if self.measure.higher_is_better else value < self.value):
+            payload = {"format": FORMAT, "step": step, "measure": name, "value": value, "weights": weights}
+            save_tensors(payload, self.path)
+            self.step, self.value = step, value
+        return {"best/step": self.step, f"best/{name}": self.value}

@@ -123,10 +123,13 @@ class OutputConfig:
     """What a run writes, in updates between two; 0 is never."""
 
     log_every: int = 20  # a line of metrics.jsonl, a mean over that many updates
-    preview_every: int = 500  # teacher beside student, fixed seeds
-    evaluate_every: int = 500  # the task's own measure, in metrics.jsonl
+    preview_every: int = 500  # teacher, student and the critic's idea from fixed seeds, and their health
+    evaluate_every: int = 500  # the task's own measure, in metrics.jsonl, by which best.pt is kept
     checkpoint_every: int = 500  # checkpoint.pt, exact resume; one is always written at the end
+    keep: int = 1  # checkpoints: the last, and so many less one before it as checkpoint-<step>.pt
     teacher_steps: int = 50  # of the teacher in previews and evaluation
+    stop_on_alarm: bool = False  # an alarm of training/health.py ends the run, with a checkpoint and exit code 2
+    tensorboard: bool = False  # the metrics and previews in tensorboard/ too; needs the package tensorboard
 
 
 @dataclass(frozen=True)
@@ -311,3 +314,4 @@ def _validate(c: DistillConfig) -> None:
         c.output.log_every > 0 and c.output.teacher_steps > 0,
         "output.log_every and output.teacher_steps must be positive",
     )
+    need(c.output.keep > 0, "output.keep must be positive: the last checkpoint is always kept")

@@ -4,11 +4,6 @@ update.py.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +15,11 @@ from torch import Tensor, nn
 from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
 from .batch import Batch, draw_batch
-from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
+from .checkpoint import Measure, read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
 from .cost import micro_batch_size
+from .health import Preview
+from .log import Log, print_line
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import Precision, best_precision
 from .processes import Processes, shard
@@ -31,9 +28,12 @@ from .trajectory import Condition, Trajectory, sample
 from .update import tdm_update
 
 Sampler = Callable[[Tensor, Condition], Tensor]
-"""``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, or the guided teacher on many
-steps.
+"""``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
+steps, or the critic's idea of the student's sample.
 """
+
+
+CRITIC_SEED = 1_000  # of the noise in Run.critic: not that of any task's previews
 
 
 class Task(Protocol):
@@ -47,6 +47,11 @@ class Task(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the base runs."""
+        ...
+
+    @property
+    def measure(self) -> Measure | None:
+        """The measure of :meth:`evaluate` by which the best student is kept; None keeps none."""
         ...
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
@@ -65,8 +70,8 @@ class Task(Protocol):
         """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
         ...
 
-    def preview(self, student: Sampler, teacher: Sampler) -> Any | None:
-        """A PIL image of teacher beside student from fixed seeds, or None."""
+    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:
+        """What the three draw from fixed seeds, and how the student's samples compare with the teacher's."""
         ...
 
     def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
@@ -86,10 +91,6 @@ class Run:
     ema: Ema
     step: int = 0
 
-    def due(self, every: int) -> bool:
-        """Whether it is time for something that happens every so many updates (0: never) and after the last."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.updates)
-
     def student(self, noise: Tensor, cond: Condition) -> Tensor:
         """Samples of the student (mean weights) on its trained grid."""
         with self.ema.applied():
@@ -105,6 +106,23 @@ class Run:
 
         return sample(guided, self.task.schedule, grid, noise, cond)
 
+    @torch.no_grad()
+    def critic(self, noise: Tensor, cond: Condition) -> Tensor:
+        """What the critic takes the student's samples for: its clean prediction after they were noised again.
+
+        Up to the student's last timestep, the noisiest state of clean samples that the critic is trained on with
+        separate bands, and half of the range at most. The noise is the same each time.
+        """
+        x0, last = self.student(noise, cond), len(self.trajectory) - 1
+        stages = torch.full((len(x0),), last)
+        tau = self.trajectory.timesteps[stages].clamp_max(self.task.schedule.num_train_timesteps // 2)
+        xi = torch.randn(x0.shape, generator=torch.Generator().manual_seed(CRITIC_SEED)).to(x0)
+        return self.roles.critic(self.trajectory.renoise(x0, stages, tau, xi).x_tau, tau, cond)[0]
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens ``every`` so many updates (0 is never), and at the end, happens now."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.updates)
+
 
 Callback = Callable[[Run, dict[str, float]], None]
 """Called with the run and each line that goes to metrics.jsonl; raise from it to stop."""
@@ -118,23 +136,25 @@ def distill(
     processes: Processes | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
-    report: Callable[[str], None] | None = None,
+    report: Callable[[str], None] = print_line,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Distil ``task`` into a few-step student.
 
-    Writes ``metrics.jsonl``, ``previews/*.png`` and ``checkpoint.pt`` in ``out_dir``; ``resume`` continues from the
-    last.
+    Writes ``metrics.jsonl`` and ``.csv``, ``previews/*.png``, ``checkpoint.pt`` and, for a task with a measure,
+    ``best.pt`` in ``out_dir``; ``resume`` continues from the last checkpoint.
 
     Args:
         processes: this process among those of the run.
-        report: takes the progress lines; None prints them.
+        report: takes the progress lines.
+        stop: asked after every update (of several processes: whenever a line is logged); True, in any process, writes
+            a checkpoint and returns the run as it is.
 
     Raises:
-        TDMError: the settings do not fit the task, ``out_dir`` already holds a run (or none, to resume), or the run
-            diverged.
+        TDMError: the settings do not fit the task, ``out_dir`` already holds a run (or none, to resume), it cannot be
+            written, the run diverged, or an alarm stopped it (``output.stop_on_alarm``).
     """
     out, processes = Path(out_dir), processes or Processes()
-    report = report or _print
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
@@ -153,8 +173,8 @@ def distill(
     parts: dict[str, Any] = {"config": config, "roles": roles, "ema": ema, "optimizers": optimizers}
     parts["generator"] = generator
     if resume:
-        run.step = restore_checkpoint(checkpoint, **parts)
-    log = _Log(run, callbacks, report) if processes.first else None
+        run.step = restore_checkpoint(checkpoint, **parts, report=report)
+    log = Log(run, callbacks, report) if processes.first else None
 
     def draw(student: bool) -> list[Batch]:
         cond, shape = task.conditions(config.batch_size, generator)
@@ -174,21 +194,28 @@ def distill(
 
         # Every process makes the pictures, for a sharded base needs them all; only the first writes.
         evaluation = task.evaluate(run.student, run.teacher) if run.due(output.evaluate_every) else {}
-        image = task.preview(run.student, run.teacher) if run.due(output.preview_every) else None
-        if log is None:
-            continue
-        log.add(metrics)
-        if run.due(output.log_every):
-            log.flush()
-        if evaluation:
-            log.write({f"eval/{name}": value for name, value in evaluation.items()})
-        if image is not None:
-            (out / "previews").mkdir(exist_ok=True)
-            image.save(out / "previews" / f"{run.step:06d}.png")
-        if run.step == config.updates or run.due(output.checkpoint_every):
+        preview = task.preview(run.student, run.teacher, run.critic) if run.due(output.preview_every) else None
+        if log is not None:
+            log.add(metrics)
+            if run.due(output.log_every):
+                log.flush()
+            if evaluation:
+                log.evaluation(evaluation)
+            if preview is not None:
+                log.preview(preview)
+        asked = processes.size == 1 or run.due(output.log_every)  # several answer together, which waits for the device
+        stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
+        if log is not None and (stopping or run.step == config.updates or run.due(output.checkpoint_every)):
             log.flush()  # a run that diverged must not replace its last good checkpoint
             save_checkpoint(checkpoint, step=run.step, **parts)
+        if stopping:
+            break
     processes.wait()  # for what the first one still writes
+    if log is not None and log.alarmed:
+        raise TDMError(
+            f"{log.alarms[-1]}; stopped after update {run.step}: resume to go on as it is, or begin a new run "
+            f"with other settings and start_from={checkpoint}"
+        )
     return run
 
 
@@ -249,64 +276,3 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         elif config.critic.start == "checkpoint":
             roles.load("critic", saved["adapters"]["critic"])
     return roles
-
-
-class _Log:
-    """Means over a window of updates, read from the device once per window, as progress lines and metrics.jsonl."""
-
-    def __init__(self, run: Run, callbacks: Sequence[Callback], report: Callable[[str], None]) -> None:
-        self.run, self.callbacks, self.report = run, callbacks, report
-        self.window: list[dict[str, Tensor]] = []
-        self.path = run.out_dir / "metrics.jsonl"
-        run.out_dir.mkdir(parents=True, exist_ok=True)
-        kept = ""
-        if run.step:  # resuming: forget what came after the checkpoint, and a line that a killed run left half written
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(kept)
-        os.replace(temporary, self.path)
-        self.start, self.first, self.since = time.monotonic(), run.step, time.monotonic()
-
-    def add(self, metrics: dict[str, Tensor]) -> None:
-        self.window.append(metrics)
-
-    def flush(self) -> None:
-        if not self.window:
-            return
-        names = {name for metrics in self.window for name in metrics}
-        nan = torch.tensor(math.nan)
-        table = {
-            name: torch.stack([m.get(name, nan).to(self.window[0]["critic_loss"].device) for m in self.window]).cpu()
-            for name in sorted(names)
-        }
-        begin = self.run.step - len(self.window)
-        for i, metrics in enumerate(self.window):
-            for name in ("critic_loss", "critic_grad", "student_loss", "student_grad"):
-                if name in metrics and not table[name][i].isfinite():
-                    role = name.partition("_")[0]
-                    raise TDMError(
-                        f"{name} is {float(table[name][i])} at update {begin + i + 1}: lower {role}.lr, or raise "
-                        "objective.norm_min and trajectory.margin; the last checkpoint is kept"
-                    )
-        line = {name: value for name in table if not math.isnan(value := float(table[name].nanmean()))}
-        now = time.monotonic()
-        line["seconds_per_update"] = (now - self.since) / len(self.window)  # of the clock, previews and all
-        self.window, self.since = [], now
-        self.write(line)
-
-    def write(self, line: dict[str, float]) -> None:
-        line = {"step": self.run.step, **line}
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        pace = (time.monotonic() - self.start) / (self.run.step - self.first)
-        left = pace * (self.run.config.updates - self.run.step)
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in line.items() if k != "step" and not k.startswith("gap_"))
-        eta = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
-        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}  ETA {eta}")
-        for callback in self.callbacks:
-            callback(self.run, line)
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

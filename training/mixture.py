@@ -11,15 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..pipelines.schedule import NoiseSchedule, PredictionType, predict_output
+from .checkpoint import Measure
+from .health import Preview
 from .loop import Sampler
 from .metrics import energy_distance
 from .trajectory import Condition
+
+PREVIEWS = 1000  # samples whose spread is compared
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class MixtureTask:
     base: nn.Module
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
     device: torch.device = torch.device("cpu")
+    measure = Measure("energy", higher_is_better=False)
 
     def __init__(
         self, kind: str = "flow", width: int = 128, samples: int = 10_000, mixture: Mixture | None = None
@@ -143,9 +147,12 @@ class MixtureTask:
         """No prompts."""
         return cond
 
-    def preview(self, student: Sampler, teacher: Sampler) -> Any | None:  # noqa: ARG002
-        """No picture: the numbers of :meth:`evaluate` say more."""
-        return None
+    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:  # noqa: ARG002
+        """No picture, but how far apart the student's samples are, over that of true samples."""
+        generator = torch.Generator().manual_seed(2)
+        true = self.mixture.sample(PREVIEWS, generator)
+        x = student(torch.randn(PREVIEWS, self.dim, generator=generator), {})
+        return Preview(None, {"diversity": float(torch.pdist(x).mean() / torch.pdist(true).mean())})
 
     def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:  # noqa: ARG002
         """Energy distance to true samples, and the smallest and largest share of a mode over its weight."""

@@ -22,7 +22,9 @@ from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.sheet import contact_sheet
 from .base_model import BaseModel
 from .base_storage import storage_on
+from .checkpoint import Measure
 from .config import MemoryConfig
+from .health import Preview, picture_ratios
 from .loop import Sampler
 from .metrics import colour_ratios
 from .prompt_cache import PromptCache, TextEncoders, build_cache, default_root
@@ -30,7 +32,8 @@ from .prompts import STICKERS, held_out, training_prompts
 from .world.scene import Scene
 from .world.verify import verify
 
-PREVIEWS = 8
+PREVIEWS = 4  # prompts
+SEEDS = 2  # pictures of each, since a student that collapses draws one and the same
 CHUNK = 32  # pictures at a time in previews and evaluation
 
 
@@ -157,14 +160,21 @@ class PipelineTask:
             made.append(sampler(noise[start : start + CHUNK].to(self.device), cond))
         return self.decode(torch.cat(made))
 
-    def preview(self, student: Sampler, teacher: Sampler) -> Image.Image:
-        """Teacher above student, the same prompts and noise."""
-        prompts = self.prompts[:PREVIEWS]
+    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:
+        """Teacher above student above the critic's idea, the same prompts and noise, ``SEEDS`` pictures a prompt."""
+        labels = [prompt for prompt in self.prompts[:PREVIEWS] for _ in range(SEEDS)]
         if "preview" not in self._teacher_pictures:
-            self._teacher_pictures["preview"] = self.pictures(teacher, prompts, 0)
-        rows = (self._teacher_pictures["preview"], self.pictures(student, prompts, 0))
-        images = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in rows]
-        return contact_sheet(images, ["teacher", "student"], prompts)
+            self._teacher_pictures["preview"] = self.pictures(teacher, labels, 0)
+        reference = self._teacher_pictures["preview"]
+        made, idea = (self.pictures(sampler, labels, 0) for sampler in (student, critic))
+        rows = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in (reference, made, idea)]
+        sheet = contact_sheet(rows, ["teacher", "student", "critic's\nidea"], labels)
+        return Preview(sheet, picture_ratios(*(p.unflatten(0, (-1, SEEDS)) for p in (made, reference))))
+
+    @property
+    def measure(self) -> Measure | None:
+        """Accuracy, which only the bundled world can tell."""
+        return Measure("accuracy", higher_is_better=True) if self._wanted else None
 
     def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
         """Accuracy on held-out combinations, and colours over the teacher's; nothing without the bundled world."""

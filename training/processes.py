@@ -56,6 +56,18 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def any(self, here: bool, device: torch.device) -> bool:
+        """Whether it is so in any process. With several of them this waits for the device.
+
+        Raises:
+            TDMError: another process has ended.
+        """
+        if self.size == 1:
+            return here
+        share = torch.tensor([float(here)], device=device)
+        self.mean_([share])
+        return bool(share)
+
     def wait(self) -> None:
         """Go on when all processes are here.
 

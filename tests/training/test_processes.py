@@ -73,7 +73,7 @@ def test_two_processes_train_the_student_of_one(config, tmp_path, settings):
     fresh = alone(config, tmp_path / "start", "updates=1", "student.lr=1e-12", "critic.lr=1e-12").roles
     moved = max(float((one["adapters"]["student"][k] - v).abs().max()) for k, v in fresh.state("student").items())
     assert furthest(one, two) < TOLERANCE < moved / 20
-    assert told.count("update 12/12") == 2  # its losses and its evaluation: one process talks, not two
+    assert told.count("update 12/12") == 3  # its losses, its evaluation and its health: one process talks, not two
     assert torch.equal(one["generator"], two["generator"])
 
 
@@ -119,6 +119,42 @@ def test_a_process_that_dies_ends_the_run_with_a_message(config, tmp_path):
     assert first.returncode == 2
     assert "another process of this run has ended" in told.splitlines()[-1]
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 4
+
+
+def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_update(config, tmp_path):
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "tdm.cli", "distill", str(config), "updates=1000000", "--out", str(out)]
+    processes = [
+        subprocess.Popen(
+            [*command, "--device", "cpu"],
+            env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        until = time.monotonic() + 120
+        while not (out / "checkpoint.pt").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    done = read_checkpoint(out / "checkpoint.pt")["step"]
+    assert [process.returncode for process in processes] == [130, 0], told
+    assert f"tdm: stopped after update {done}; the same command with --resume goes on" in told[0]
+
+
+def test_an_alarm_stops_all_processes(config, tmp_path):
+    code, told = torchrun(config, tmp_path, "critic.lr=0.1", "updates=400", "output.stop_on_alarm=true")
+    assert code != 0
+    done = read_checkpoint(tmp_path / "checkpoint.pt")["step"]
+    assert done < 400
+    assert f"; stopped after update {done}: resume to go on as it is" in told
+    assert "another process" not in told
 
 
 def test_what_cannot_be_shared_is_refused(config, tmp_path, monkeypatch):

@@ -1,0 +1,198 @@
+"""Every alarm, raised by a real run that goes wrong in that way, and by none that goes well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tdm.cli import main
+from tdm.errors import TDMError
+from tdm.training.checkpoint import read_checkpoint
+from tdm.training.config import load_config
+from tdm.training.health import Monitor, picture_ratios
+from tdm.training.loop import Callback, distill
+from tdm.training.mixture import MixtureTask
+from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
+from tdm.training.teacher.data import pictures
+from tdm.training.trajectory import Condition
+
+CONFIGS = Path(__file__).parents[2] / "training/configs"
+MIXTURE = ["updates=100", "batch_size=32", "output.log_every=4", "output.preview_every=20", "output.evaluate_every=0"]
+BUNDLED = [
+    "updates=3",
+    "batch_size=2",
+    "precision=fp32",
+    "output.log_every=1",
+    "output.preview_every=3",
+    "output.evaluate_every=0",
+    "output.teacher_steps=10",
+    "ema.decay=0",
+    "student.warmup=0",
+    "critic.warmup=0",
+]
+
+
+def lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def alarms(out: Path) -> list[tuple[str, int]]:
+    """Names and updates."""
+    return [(key[6:], int(line["step"])) for line in lines(out) for key in line if key.startswith("alarm/")]
+
+
+def go(out: Path, *settings: str, bundled: bool = False, **options: bool | list[Callback]) -> list[str]:
+    """A run of the mixture or of the bundled teacher; returns the lines it told."""
+    told: list[str] = []
+    small = BUNDLED if bundled else MIXTURE
+    config = load_config(CONFIGS / ("bundled.yaml" if bundled else "mixture.yaml"), [*small, *settings])
+    task = PipelineTask(PipelineTaskConfig()) if bundled else MixtureTask(width=64, samples=500)
+    distill(task, config, out, report=told.append, **options)  # type: ignore[arg-type]
+    return [line for line in told if line.startswith("ALARM")]
+
+
+def test_a_run_that_goes_well_raises_none(tmp_path: Path) -> None:
+    assert go(tmp_path / "mixture") == go(tmp_path / "bundled", bundled=True) == []
+    assert alarms(tmp_path / "mixture") == alarms(tmp_path / "bundled") == []
+    seen = [line["health/diversity"] for line in lines(tmp_path / "mixture") if "health/diversity" in line]
+    assert len(seen) == 5
+    assert all(0.7 < value < 1.1 for value in seen)
+
+
+def test_a_student_blown_up_by_its_rate_collapses_darkens_and_oversaturates(tmp_path: Path) -> None:
+    told = go(tmp_path, "student.lr=0.03", bundled=True)
+    assert {name for name, _ in alarms(tmp_path)} == {"collapse", "darkening", "oversaturation"}
+    assert {step for _, step in alarms(tmp_path)} == {3}
+    for name, ratio, remedy in (
+        ("collapse", "diversity", "lower student.lr, or let the critic follow: raise critic.per_student"),
+        ("oversaturation", "saturation", "lower objective.guidance_scale, or student.lr"),
+        ("darkening", "brightness", "lower student.lr"),
+    ):
+        (line,) = [line for line in told if name in line and ratio in line]
+        assert line.startswith(f"ALARM  {name}: at update 3 the student's previews have ")
+        assert line.endswith(f"of the teacher's {ratio} (no good preview before); {remedy}")
+    sheet = Image.open(tmp_path / "previews" / "000003.png")
+    assert sheet.height > 3 * 160 > sheet.height - 2 * 160  # three rows
+    assert sheet.width > 8 * 160
+
+
+def test_a_critic_blown_up_by_its_rate_is_named_with_its_stage(tmp_path: Path) -> None:
+    (told, *_) = go(tmp_path, "critic.lr=0.1")
+    assert "critic_divergence: since update" in told
+    assert "times as far from the teacher as the student's sample; lower critic.lr" in told
+    assert {name for name, _ in alarms(tmp_path)} == {"critic_divergence"}
+
+
+def test_a_critic_that_goes_astray_later_is_seen_by_its_loss(tmp_path: Path) -> None:
+    """Its rate grows by warm-up from a good one to an absurd one."""
+    told = go(tmp_path, "critic.lr=3.0", "critic.warmup=1500", "updates=140")
+    (line,) = [line for line in told if "the critic's loss is at least" in line]
+    assert "lower critic.lr or critic.clip" in line
+    since = int(line.partition("since update ")[2].partition(" ")[0])
+    assert since > 32
+
+
+class Broken(MixtureTask):
+    """The eleventh batch finds a weight that is not a number."""
+
+    calls = 0
+
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
+        self.calls += 1
+        if self.calls == 11:
+            with torch.no_grad():
+                self.base.outer.lora_B["student"].weight.fill_(float("nan"))  # type: ignore[union-attr,index]
+        return super().conditions(n, generator)
+
+
+def test_what_is_not_a_number_stops_the_run_and_is_on_record(tmp_path: Path) -> None:
+    config = load_config(CONFIGS / "mixture.yaml", [*MIXTURE, "output.checkpoint_every=8"])
+    with pytest.raises(TDMError, match=r"_loss is nan at update 11: lower \w+.lr"):
+        distill(Broken(width=8, samples=50), config, tmp_path, report=lambda _: None)
+    assert lines(tmp_path)[-1] == {"step": 12, "alarm/nan": 11.0}
+    saved = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert saved["step"] == 8
+    assert all(weight.isfinite().all() for weight in saved["adapters"]["student"].values())
+
+
+def test_an_alarm_stops_the_command_where_it_is_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["distill", str(CONFIGS / "mixture.yaml"), *MIXTURE, "task.width=64", "critic.lr=0.1"]
+    assert main([*argv, "output.stop_on_alarm=true", "--out", str(tmp_path)]) == 2
+    *_, alarm, last = capsys.readouterr().err.splitlines()
+    ((_, step),) = alarms(tmp_path)
+    assert alarm.startswith("ALARM  critic_divergence")
+    assert last.startswith("tdm: critic_divergence: since update")
+    assert last.endswith(
+        f"lower critic.lr; stopped after update {step}: resume to go on as it is, or begin a new run "
+        f"with other settings and start_from={tmp_path / 'checkpoint.pt'}"
+    )
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == step < 100
+
+
+def replay(found: list[dict[str, float]], monitor: Monitor | None = None) -> list[tuple[str, int]]:
+    monitor = monitor or Monitor()
+    return [(alarm.name, int(line["step"])) for line in found for alarm in monitor.watch(line)]
+
+
+def test_an_alarm_is_raised_once_and_again_after_it_was_fine() -> None:
+    found = [{"step": i, "health/contrast": value} for i, value in enumerate([1.0, 0.3, 0.2, 0.9, 0.4])]
+    assert replay(found) == [("darkening", 1), ("darkening", 4)]
+    message = Monitor().watch({"step": 1, "health/contrast": 0.3})[0].message
+    assert "no good preview before" in message
+    monitor = Monitor()
+    monitor.watch(found[0])
+    assert "0.30 of the teacher's contrast (1.00 at update 0)" in monitor.watch(found[1])[0].message
+
+
+def test_one_bad_line_of_the_critic_is_no_alarm_and_three_are() -> None:
+    def run(*losses: float) -> list[tuple[str, int]]:
+        return replay([{"step": i, "critic_loss": loss} for i, loss in enumerate([*[1.0, 2.0] * 5, *losses], 1)])
+
+    assert run(50.0, 50.0, 2.0, 50.0, 50.0) == []
+    assert run(50.0, 50.0, 50.0) == [("critic_divergence", 13)]
+    assert run(5.0, 5.0, 5.0) == []
+
+
+def test_a_resumed_run_still_knows_which_alarms_stand(tmp_path: Path) -> None:
+    settings = ["critic.lr=0.1", "output.checkpoint_every=20"]
+    go(tmp_path, *settings, "updates=20")
+    before = alarms(tmp_path)
+    assert before
+    assert go(tmp_path, *settings, "updates=24", resume=True) == []
+    assert alarms(tmp_path) == before
+
+
+def test_ratios_of_pictures_of_any_size_are_one_against_themselves_and_see_one_picture_for_all() -> None:
+    drawn = pictures(8, 1)[0].unflatten(0, (4, 2))
+    large = drawn.repeat_interleave(3, -1).repeat_interleave(2, -2)
+    for shown in (drawn, drawn[..., :32], large, drawn[..., ::8, ::8]):
+        assert picture_ratios(shown, shown) == pytest.approx(
+            {"brightness": 1, "contrast": 1, "saturation": 1, "diversity": 1}
+        )
+    same = drawn[:, :1].expand(4, 2, 3, 64, 64)
+    assert picture_ratios(same, drawn)["diversity"] == 0
+    black = torch.zeros_like(drawn)
+    assert picture_ratios(black, drawn)["brightness"] == 0
+    assert picture_ratios(drawn, black) == {}  # a ratio to nothing says nothing
+
+
+def test_the_critics_idea_is_the_students_sample_at_first_and_changes_with_the_critic(tmp_path: Path) -> None:
+    """Before any update the critic is the teacher, which finds a clean sample of its own again in a noised one."""
+    ideas: list[float] = []
+
+    class Watched(MixtureTask):
+        def preview(self, student, teacher, critic):  # type: ignore[no-untyped-def]
+            noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+            assert torch.equal(critic(noise, {}), critic(noise, {}))
+            ideas.append(float((critic(noise, {}) - student(noise, {})).norm(dim=1).median()))
+            return super().preview(student, teacher, critic)
+
+    for name, critic_lr in (("still", 1e-9), ("absurd", 0.3)):
+        settings = ["updates=20", "student.lr=1e-9", f"critic.lr={critic_lr}"]
+        config = load_config(CONFIGS / "mixture.yaml", [*MIXTURE, *settings])
+        distill(Watched(width=8, samples=50), config, tmp_path / name, report=lambda _: None)
+    still, absurd = ideas
+    assert 0 < still < 0.3 < absurd

@@ -1,0 +1,194 @@
+"""What a run says of itself: progress lines, metrics.jsonl and its table, previews, alarms, and TensorBoard if asked.
+
+metrics.jsonl is the record. The other sinks follow it, and on resume everything after the checkpoint is forgotten in
+all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import TDMError
+from .checkpoint import BestStudent
+from .files import replacing, writing
+from .health import Monitor, Preview
+
+if TYPE_CHECKING:
+    from .loop import Callback, Run
+
+
+def print_line(line: str) -> None:
+    """Progress goes to stderr: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Log:
+    """The record of a run in its folder. One process of a run has it.
+
+    Metrics stay on the device until a window of updates is full, so that logging waits for the device once per window.
+
+    Args:
+        run: resumed where ``run.step`` is not 0.
+        callbacks: called with the run and each line of metrics.jsonl.
+        report: takes the progress lines.
+
+    Attributes:
+        alarms: the messages of all alarms since the start or the resume.
+
+    Raises:
+        TDMError: TensorBoard is asked for and not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, run: Run, callbacks: Sequence[Callback], report: Callable[[str], None]) -> None:
+        self.run, self.callbacks, self.report = run, callbacks, report
+        self.window: list[dict[str, Tensor]] = []
+        self.alarms: list[str] = []
+        self.monitor = Monitor()
+        self.path = run.out_dir / "metrics.jsonl"
+        kept = []
+        if run.step:  # resuming: forget what came after the checkpoint, and a line that a killed run left half written
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step]
+        with replacing(self.path) as file:
+            file.write("".join(kept).encode())
+        for line in kept:  # what the monitor knows is in the lines
+            self.monitor.watch(json.loads(line))
+        self.best = BestStudent(run.out_dir / "best.pt", run.task.measure, resume=run.step > 0)
+        self.table = Table(run.out_dir / "metrics.csv", self.path)
+        self.board: Any = _board(run) if run.config.output.tensorboard else None
+        self.start, self.first, self.since = time.monotonic(), run.step, time.monotonic()
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether an alarm is to stop the run."""
+        return self.run.config.output.stop_on_alarm and bool(self.alarms)
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Take in the metrics of one update, 0-dim tensors."""
+        self.window.append(metrics)
+
+    def flush(self) -> None:
+        """Write the means over the window and empty it; nothing if it is empty.
+
+        Raises:
+            TDMError: a loss or a gradient norm was not finite.
+        """
+        if not self.window:
+            return
+        names = {name for metrics in self.window for name in metrics}
+        nan = torch.tensor(math.nan)
+        table = {
+            name: torch.stack([m.get(name, nan).to(self.window[0]["critic_loss"].device) for m in self.window]).cpu()
+            for name in sorted(names)
+        }
+        self._check_finite(table)
+        line = {name: value for name in table if not math.isnan(value := float(table[name].nanmean()))}
+        now = time.monotonic()
+        line["seconds_per_update"] = (now - self.since) / len(self.window)  # of the clock, previews and all
+        self.window, self.since = [], now
+        self.write(line)
+
+    def _check_finite(self, table: dict[str, Tensor]) -> None:
+        begin = self.run.step - len(self.window)
+        for i, metrics in enumerate(self.window):
+            for name in ("critic_loss", "critic_grad", "student_loss", "student_grad"):
+                if name in metrics and not table[name][i].isfinite():
+                    role = name.partition("_")[0]
+                    self._record({"alarm/nan": float(begin + i + 1)})
+                    raise TDMError(
+                        f"{name} is {float(table[name][i])} at update {begin + i + 1}: lower {role}.lr, or raise "
+                        "objective.norm_min and trajectory.margin; the last checkpoint is kept"
+                    )
+
+    def write(self, line: dict[str, float]) -> None:
+        """One line to every sink, and to the monitor, whose alarms follow it."""
+        line = self._record(line)
+        pace = (time.monotonic() - self.start) / (self.run.step - self.first)
+        left = pace * (self.run.config.updates - self.run.step)
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in line.items() if k != "step" and not k.startswith("gap_"))
+        eta = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}  ETA {eta}")
+        for alarm in self.monitor.watch(line):
+            self._record({f"alarm/{alarm.name}": alarm.value})
+            self.alarms.append(alarm.message)
+            self.report(f"ALARM  {alarm.message}")
+
+    def evaluation(self, measures: dict[str, float]) -> None:
+        """The task's measures as a line, and the student as best.pt if it is the best so far."""
+        kept = self.best.keep(self.run.step, self.run.ema.weights, measures)
+        self.write({f"eval/{name}": value for name, value in measures.items()} | kept)
+
+    def preview(self, preview: Preview) -> None:
+        """The sheet of previews as a file, and how the student's samples compare with the teacher's as a line."""
+        if preview.image is not None:
+            with replacing(self.run.out_dir / "previews" / f"{self.run.step:06d}.png") as file:
+                preview.image.save(file, format="PNG")
+            if self.board is not None:
+                self.board.add_image("preview", np.asarray(preview.image), self.run.step, dataformats="HWC")
+        if preview.ratios:
+            self.write({f"health/{name}": value for name, value in preview.ratios.items()})
+
+    def _record(self, line: dict[str, float]) -> dict[str, float]:
+        line = {"step": self.run.step, **line}
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.table.write(line)
+        if self.board is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, self.run.step)
+            self.board.flush()
+        for callback in self.callbacks:
+            callback(self.run, line)
+        return line
+
+
+class Table:
+    """metrics.csv: the lines of metrics.jsonl as rows. A name never seen before is a new column, on the right.
+
+    Args:
+        path: of the table, made from ``source`` at once and again for every new column.
+        source: metrics.jsonl.
+    """
+
+    def __init__(self, path: Path, source: Path) -> None:
+        self.path, self.source = path, source
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        lines = [json.loads(line) for line in self.source.read_text().splitlines()]
+        self.columns = list(dict.fromkeys(["step", *(name for line in lines for name in line)]))
+        rows = [",".join(self.columns), *(self._row(line) for line in lines)]
+        with replacing(self.path) as file:
+            file.write("".join(f"{row}\n" for row in rows).encode())
+
+    def _row(self, line: dict[str, float]) -> str:
+        return ",".join(str(line.get(name, "")) for name in self.columns)
+
+    def write(self, line: dict[str, float]) -> None:
+        """Add the line that was just added to ``source``."""
+        if not set(line) <= set(self.columns):
+            self._rebuild()
+            return
+        with writing(self.path), self.path.open("a") as file:
+            file.write(self._row(line) + "\n")
+
+
+def _board(run: Run) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TDMError(
+            "output.tensorboard needs the package tensorboard: pip install tensorboard, or set it to false"
+        ) from None
+    return SummaryWriter(str(run.out_dir / "tensorboard"), purge_step=run.step + 1)  # hides what is later than that
