@@ -98,7 +98,7 @@ class StudentAdapter(DiffusionPipeline):
         require_unfused(self._modules())
         if self.fused_loras:
             names = ", ".join(sorted(self.fused_loras))
-            raise TDMError(f"the adapters {names} were fused into the weights and unloaded; load the pipeline again")
+            raise TDMError(f"the adapters {names} were fused into the weights; load the base and the student again")
 
     def _check_student(self) -> None:
         """Before a call: the student's sampler must not run the base alone. Another scheduler is the caller's choice.
