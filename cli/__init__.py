@@ -1,4 +1,4 @@
-"""The command line: ``tdm generate | distill | eval | bench | info | convert``."""
+"""The command line: ``tdm generate | distill | export | eval | bench | info | convert``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm generate "two red stars above a blue moon at night"     a picture from the bundled student
   tdm generate --compare "a green heart on the beach"         beside its 50-step teacher
   tdm distill                                                 distil your own student of the bundled teacher
+  tdm export RUN                                              a run's student as a file, kohya-named or merged
   tdm eval                                                    measure teacher and student
   tdm bench                                                   what a call costs beside its network calls
   tdm info FILE                                               what a LoRA file or a released student is
@@ -40,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import bench, convert, distill, evaluate, generate, info
+    from . import bench, convert, distill, evaluate, export, generate, info
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -49,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     modules = {
         "generate": generate,
         "distill": distill,
+        "export": export,
         "eval": evaluate,
         "bench": bench,
         "info": info,

@@ -22,8 +22,9 @@ memory.gradient_checkpointing=true, then a smaller base (memory.base).
   tdm distill my.yaml student.lr=1e-4
   tdm distill --resume --out runs/short
 
-The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl, curves.png,
-previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume).
+The folder gets student.safetensors (the student, ready for `tdm generate --student`) with its model card README.md,
+metrics.jsonl, curves.png, previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume). `tdm
+export` writes the student in other forms.
 """
 DEFAULT = Path(__file__).parents[1] / "training" / "configs" / "bundled.yaml"
 
@@ -46,17 +47,23 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(config_file or DEFAULT, overrides)
     check_folder(args.out)
 
-    from ..training.export import export_student, plot_curves
+    from ..training.card import write_card
+    from ..training.export import NAMES, Format, export, plot_curves, read_run
     from ..training.loop import distill
     from ..training.tasks import build_task
 
     quiet()
     task = build_task(config.task)
-    finished = distill(task, config, args.out, resume=args.resume)
+    distill(task, config, args.out, resume=args.resume)
     if curves := plot_curves(args.out):
         print(f"curves   {curves}")
     if previews := sorted((args.out / "previews").glob("*.png")):
         print(f"preview  {previews[-1]}")
-    if student := export_student(finished, args.out / "student.safetensors"):
+    if (trained := read_run(args.out)) is not None:
+        form: Format = "merged" if config.full_weights else "student"
+        # What is there is of this same run, and is replaced.
+        student = export(trained, form, args.out / NAMES[form], force=True)
         print(f"student  {student}")
-        print(f'try it   tdm generate --compare "a red star above two blue moons at night" --student {student}')
+        print(f"card     {write_card(trained, student, form, force=True)}")
+        load = "--model" if form == "merged" else "--compare --student"
+        print(f'try it   tdm generate "a red star above two blue moons at night" {load} {student}')

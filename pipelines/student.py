@@ -270,11 +270,21 @@ def save_student(
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # Not `save_file`: safetensors 0.8 makes files that only their owner can read.
-        unfinished.write_bytes(save(tensors, metadata=metadata))
+        unfinished.write_bytes(_in_order(save(tensors, metadata=metadata)))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def _in_order(file: bytes) -> bytes:
+    """The file with its metadata sorted: safetensors writes them in another order each time, and files would differ."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def _component(name: str, denoiser: str) -> tuple[str, str]:

@@ -113,16 +113,20 @@ class TDMPipeline(StudentAdapter):
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
-        if lora is None:  # nothing to attach: the student is in the weights, as after `fuse_lora`
-            pipe._merged_adapters = {STUDENT_ADAPTER}
-            pipe._sample_as(found)
+        if lora is None:
+            pipe._is_student(found)
         else:
             pipe._load(lora, fields)
         return pipe
 
     @classmethod
     def from_pipe(  # type: ignore[override]
-        cls, pipeline: DiffusionPipeline, *, student: Source, recipe: Mapping[str, Any] | None = None, **kwargs: Any
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        student: Source | None,
+        recipe: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> TDMPipeline:
         """Put a student on a pipeline that is loaded already, such as a fine-tune that came as a single file.
 
@@ -130,7 +134,7 @@ class TDMPipeline(StudentAdapter):
 
         Args:
             pipeline: a stock pipeline of a supported family.
-            student: as in `load_student`.
+            student: as in `load_student`; None: the pipeline's own weights are the student's, and `recipe` says all.
             recipe: fields that complete or replace the student's metadata.
             kwargs: what the stock `from_pipe` takes; the dtype stays unless `dtype` is given.
 
@@ -150,7 +154,10 @@ class TDMPipeline(StudentAdapter):
         pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
-        pipe.load_student(student, recipe=recipe)
+        if student is None:
+            pipe._is_student(recipe_for(base, family, pipe.scheduler.config, recipe or {}))
+        else:
+            pipe.load_student(student, recipe=recipe)
         return pipe
 
     def load_student(self, student: Source, *, recipe: Mapping[str, Any] | None = None) -> None:
@@ -185,6 +192,11 @@ class TDMPipeline(StudentAdapter):
         self._sample_as(new)
         count = sum(map(len, placed.values()))
         _logger.info("%s: all %d LoRA layers match the %s", lora.path, count, " and the ".join(placed))
+
+    def _is_student(self, recipe: StudentRecipe) -> None:
+        """The weights themselves are the student's, as after `fuse_lora`: there is nothing to attach."""
+        self._merged_adapters = {STUDENT_ADAPTER}
+        self._sample_as(recipe)
 
     def _sample_as(self, recipe: StudentRecipe) -> None:
         self.scheduler = self._sampler = student_scheduler(recipe, self._teacher_scheduler.config)
@@ -307,7 +319,7 @@ class TDMPipeline(StudentAdapter):
             raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
         call = "save_merged" if merged else "save_pretrained"
         require_wide(self._modules(), f"call {call} before enable_layerwise_casting")
-        student = self._only_student()
+        student = {} if merged and self._whole else self._only_student()
         before, self.scheduler = self.scheduler, scheduler
         try:
             with contextlib.ExitStack() as hidden:

@@ -18,6 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..errors import TDMError
+from ..pipelines.student import StudentRecipe
 from .config import DistillConfig
 from .roles import ROLES, Ema, Role, Roles
 
@@ -29,16 +30,21 @@ def save_checkpoint(
     *,
     step: int,
     config: DistillConfig,
+    recipe: StudentRecipe | None,
     roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
 ) -> None:
-    """Write the run after ``step`` updates. A run killed while writing leaves the file that was there."""
+    """Write the run after ``step`` updates. A run killed while writing leaves the file that was there.
+
+    ``recipe`` is for whoever exports the student.
+    """
     payload = {
         "format": FORMAT,
         "step": step,
         "config": dataclasses.asdict(config),
+        "recipe": recipe and dataclasses.asdict(recipe),
         "adapters": {role: roles.state(role) for role in ROLES},
         "ema": {"count": ema.count, "weights": ema.weights},
         "optimizers": {role: optimizer.state_dict() for role, optimizer in optimizers.items()},

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..pipelines.schedule import NoiseSchedule, PredictionType, predict_output
 from .loop import Sampler
 from .metrics import energy_distance
-from .trajectory import Condition
+from .trajectory import Condition, Trajectory
 
 
 @dataclass(frozen=True)
@@ -154,3 +154,6 @@ class MixtureTask:
         x = student(torch.randn(self.samples, self.dim, generator=generator), {})
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}
+
+    def recipe(self, trajectory: Trajectory) -> None:
+        """No pipeline: there is nothing that a student's file could be used in."""

@@ -19,8 +19,10 @@ from ..pipelines.locate import BUNDLED, base_folder, family_of_base
 from ..pipelines.schedule import NoiseSchedule, PredictionType
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.sheet import contact_sheet
+from ..pipelines.student import StudentRecipe
 from .loop import Sampler
 from .metrics import colour_ratios
+from .trajectory import Trajectory
 from .world.captions import caption
 from .world.scene import Scene, random_scene, scenes
 from .world.verify import verify
@@ -86,6 +88,26 @@ class PipelineTask:
     def student_guidance(self) -> float:
         """The guidance scale to run the student with: 1.0 is none; a guidance-distilled network is told the same."""
         return float(self.encode([""])["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
+
+    def recipe(self, trajectory: Trajectory) -> StudentRecipe:
+        """See ``loop.Task``."""
+        source = self.config.prompts
+        lines = "" if source == STICKERS else f"{len(_prompt_lines(source))} prompts of {Path(source).name}"
+        return StudentRecipe(
+            base_model=self.config.model,
+            family=self.family.name,
+            prediction_type=self.prediction_type,
+            trained_timesteps={len(trajectory): trajectory.timesteps.tolist()},
+            guidance_scale=self.student_guidance,
+            height=self.size.height,
+            width=self.size.width,
+            num_frames=self.size.num_frames,
+            flow_shift=trajectory.config.shift if self.schedule.kind == "flow" else None,
+            notes={
+                "method": "Trajectory Distribution Matching (arXiv 2503.06674)",
+                "prompts": lines or "the grammar of the bundled world, without end",
+            },
+        )
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
         """See ``loop.Task``."""
@@ -169,15 +191,20 @@ def _prompt_source(name: str) -> Callable[[random.Random], Iterator[str]]:
                 yield caption(random_scene(rng, "train"), rng)
 
         return grammar
-    path = Path(name)
-    if not path.is_file():
-        raise TDMError(f"no prompt file {name}; give a text file with one prompt a line, or {STICKERS!r}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise TDMError(f"{name} holds no prompts")
+    lines = _prompt_lines(name)
 
     def from_file(rng: random.Random) -> Iterator[str]:
         while True:
             yield rng.choice(lines)
 
     return from_file
+
+
+def _prompt_lines(name: str) -> list[str]:
+    path = Path(name)
+    if not path.is_file():
+        raise TDMError(f"no prompt file {name}; give a text file with one prompt a line, or {STICKERS!r}")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise TDMError(f"{name} holds no prompts")
+    return lines

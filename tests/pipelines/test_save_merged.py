@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import PipelineQuantizationConfig, TorchAoConfig
-from tdm import TDMScheduler
+from tdm import TDMPipeline, TDMScheduler
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.tests import tiny
@@ -56,6 +56,22 @@ def test_a_merged_student_has_no_teacher_and_takes_no_other_student(make: Make, 
             act()
     with pytest.raises(TDMError, match=r"no student\.safetensors"):
         load(make("sd15")).load_student(tmp_path / "merged")
+
+
+def test_whole_weights_run_and_are_saved_as_a_student(make: Make, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    pipe = load(make("sd3"))
+    expected = short_call(pipe, "sd3")
+    pipe.save_merged(tmp_path / "merged")
+    with pytest.raises(TDMError, match="lacks: trained_timesteps, guidance_scale, height, width"):
+        TDMPipeline.from_pipe(plain(bases("sd3")), student=None)
+
+    tuned = plain(bases("sd3"))  # with the base's own scheduler
+    tuned.transformer.load_state_dict(plain(tmp_path / "merged").transformer.state_dict())
+    whole = TDMPipeline.from_pipe(tuned, student=None, recipe=vars(pipe.recipe))
+    whole.set_progress_bar_config(disable=True)
+    assert error(short_call(whole, "sd3"), expected) < 1e-5
+    whole.save_merged(tmp_path / "again")
+    assert torch.equal(short_call(load(tmp_path / "again"), "sd3"), short_call(whole, "sd3"))
 
 
 def test_a_merged_folder_is_explained(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
