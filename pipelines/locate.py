@@ -153,6 +153,11 @@ def family_of_base(folder: str, **hub: Any) -> Family:
     Raises:
         TDMError: there is no such pipeline, its family is not supported, or it has two denoisers (Wan 2.2).
     """
+    if Path(folder).is_file():
+        raise TDMError(
+            f"the base {folder} is a single file; write it as a folder first: tdm convert {folder} "
+            "--base FOLDER_OF_WHAT_IT_WAS_TUNED_FROM --out NEW_FOLDER"
+        )
     try:
         config: Any = DiffusionPipeline.load_config(folder, **hub)
     except (OSError, ValueError) as error:
