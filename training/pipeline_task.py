@@ -105,7 +105,7 @@ class PipelineTask:
             flow_shift=trajectory.config.shift if self.schedule.kind == "flow" else None,
             notes={
                 "method": "Trajectory Distribution Matching (arXiv 2503.06674)",
-                "prompts": lines or "the grammar of the bundled world, without end",
+                "prompts": lines or "the grammar of the bundled world",
             },
         )
 
