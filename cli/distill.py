@@ -21,6 +21,7 @@ memory.gradient_checkpointing=true, then a smaller base (memory.base).
   tdm distill seed=1 updates=200 --out runs/short
   tdm distill my.yaml student.lr=1e-4
   tdm distill --resume --out runs/short
+  torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml
 
 The folder gets student.safetensors (the student, ready for `tdm generate --student`) with its model card README.md,
 metrics.jsonl, curves.png, previews/ (teacher above student from fixed seeds) and checkpoint.pt (for --resume). `tdm
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("settings", nargs="*", metavar="CONFIG | key=value", help="a YAML file first, if any, then overrides")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one; several processes take one each)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
 
 
@@ -47,22 +49,31 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(config_file or DEFAULT, overrides)
     check_folder(args.out)
 
-    from ..training.card import write_card
-    from ..training.export import NAMES, Format, export, plot_curves, read_run
     from ..training.loop import distill
+    from ..training.processes import joined
     from ..training.tasks import build_task
 
     quiet()
-    task = build_task(config.task)
-    distill(task, config, args.out, resume=args.resume)
-    if curves := plot_curves(args.out):
+    with joined(args.device) as (processes, _device):
+        task = build_task(config.task)
+        distill(task, config, args.out, processes=processes, resume=args.resume)
+        if processes.first:
+            _finish(args.out)
+
+
+def _finish(folder: Path) -> None:
+    """Draw the curves, export the student with its card, and say where everything is."""
+    from ..training.card import write_card
+    from ..training.export import NAMES, Format, export, plot_curves, read_run
+
+    if curves := plot_curves(folder):
         print(f"curves   {curves}")
-    if previews := sorted((args.out / "previews").glob("*.png")):
+    if previews := sorted((folder / "previews").glob("*.png")):
         print(f"preview  {previews[-1]}")
-    if (trained := read_run(args.out)) is not None:
-        form: Format = "merged" if config.full_weights else "student"
+    if (trained := read_run(folder)) is not None:
+        form: Format = "merged" if trained.config.full_weights else "student"
         # What is there is of this same run, and is replaced.
-        student = export(trained, form, args.out / NAMES[form], force=True)
+        student = export(trained, form, folder / NAMES[form], force=True)
         print(f"student  {student}")
         print(f"card     {write_card(trained, student, form, force=True)}")
         load = "--model" if form == "merged" else "--compare --student"

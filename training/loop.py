@@ -144,6 +144,7 @@ def distill(
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
     if config.precision == "auto":  # settled here, so that the checkpoint says which it was
         config = replace(config, precision=_best_precision(task, config))
+    portions = _portions(config, processes)
     generator = torch.Generator().manual_seed(config.seed)
     trajectory = Trajectory(config.trajectory, task.schedule)
     roles = build_roles(task, config, generator)
@@ -158,7 +159,6 @@ def distill(
     if resume:
         run.step = restore_checkpoint(checkpoint, **parts)
     log = _Log(run, callbacks, report) if processes.first else None
-    portions = _portions(config, processes)
 
     def draw(student: bool) -> list[Batch]:
         cond, shape = task.conditions(config.batch_size, generator)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule
-from tdm.training.roles import AdapterRoles, Ema
+from tdm.training.roles import AdapterRoles, CopyRoles, Ema
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -107,9 +107,43 @@ def test_roles_start_as_the_teacher_and_then_differ():
 def test_lora_scale_is_alpha_over_rank():
     roles, x, _ = make()
     layer = roles.base.first
-    roles._activate("critic")
+    roles._network("critic")
     a, b = layer.lora_A["critic"].weight, layer.lora_B["critic"].weight
     torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ a.T @ b.T * (4.0 / 2))
+
+
+def copies(network, checkpointing=False):
+    torch.manual_seed(0)
+    base, call, _, shape = network()
+    if checkpointing:
+        base.enable_gradient_checkpointing()
+    roles = CopyRoles(base, call, schedule=FLOW, prediction_type="flow_prediction")
+    generator = torch.Generator().manual_seed(0)
+    for role in ("student", "critic"):
+        for p in roles.parameters(role):
+            p.data += torch.randn(p.shape, generator=generator) * 0.1
+    return roles, torch.randn(3, *shape, generator=generator), torch.tensor([250.0, 500.0, 900.0], dtype=torch.float64)
+
+
+def test_whole_copies_start_as_the_teacher_train_alone_and_leave_it_alone():
+    base, call, _, shape = tiny()
+    x, t = torch.randn(3, *shape), torch.full((3,), 500.0, dtype=torch.float64)
+    roles = CopyRoles(base.half(), call, schedule=FLOW, prediction_type="flow_prediction")
+    assert all(p.dtype == torch.float32 for role in ("student", "critic") for p in roles.parameters(role))
+    roles.base.float()
+    assert torch.equal(roles.student(x, t, {})[0], roles.teacher(x, t, {})[0])
+    for network in (tiny, pixart):
+        roles, x, t = copies(network)
+        before = {name: p.clone() for name, p in roles.base.named_parameters()}
+        teacher = roles.teacher(x, t, {})[0]
+        assert not torch.allclose(roles.student(x, t, {})[0], teacher)
+        roles.critic(x, t, {})[0].square().mean().backward()
+        assert any(g is not None and g.abs().sum() > 0 for g in grads(roles)["critic"])
+        assert all(g is None for g in grads(roles)["student"])
+        assert all(p.grad is None for p in roles.base.parameters())
+        torch.optim.SGD(roles.parameters("critic"), lr=1.0).step()
+        assert all(torch.equal(p, before[name]) for name, p in roles.base.named_parameters())
+        assert torch.equal(roles.teacher(x, t, {})[0], teacher)
 
 
 @pytest.mark.parametrize("network", [tiny, pixart])
@@ -140,11 +174,12 @@ def losses_in_training_order(roles, x, t):
 @pytest.mark.parametrize("network", [tiny, pixart])
 def test_checkpointing_changes_no_gradient(network):
     """The trap of peft #2832: a recomputed forward must run the adapter of its own role, not the one that ran last."""
-    plain = losses_in_training_order(*make(network))
-    recomputed = losses_in_training_order(*make(network, checkpointing=True))
-    for role in ("student", "critic"):
-        for a, b in zip(plain[role], recomputed[role], strict=True):
-            torch.testing.assert_close(a, b)
+    for kind in (make, copies):
+        plain = losses_in_training_order(*kind(network))
+        recomputed = losses_in_training_order(*kind(network, checkpointing=True))
+        for role in ("student", "critic"):
+            for a, b in zip(plain[role], recomputed[role], strict=True):
+                torch.testing.assert_close(a, b)
 
 
 def test_guided_teacher_is_one_batch_of_both():
