@@ -216,6 +216,8 @@ def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
     if recipe.flow_shift is not None:
         yield "flow shift", f"{recipe.flow_shift:g}"
     yield "solver order", str(recipe.solver_order)
+    if "load_beside" in recipe.notes:
+        yield "load beside it", recipe.notes["load_beside"]
 
 
 def _training_rows(run: Trained) -> Iterable[tuple[str, str]]:
@@ -248,7 +250,8 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and os.path.exists(value) else value
+    here = isinstance(value, str) and os.path.exists(value.rpartition("@")[0] or value)  # a LoRA may have @strength
+    return Path(value).name if here else value
 
 
 def _base_name(model: str) -> str:

@@ -58,6 +58,8 @@ def read_run(folder: Path, which: Which = "mean") -> Trained | None:
         raise TDMError(f"{folder} is not the folder of a run: it has no checkpoint.pt")
     checkpoint = read_checkpoint(folder / "checkpoint.pt")
     config = from_dict(DistillConfig, checkpoint["config"])
+    if "recipe" not in checkpoint:
+        raise TDMError(f"the checkpoint in {folder} is of an earlier tdm, without a recipe; resume it for some updates")
     if checkpoint["recipe"] is None:
         return None
     step, weights, notes = checkpoint["step"], checkpoint["ema"]["weights"], {}
@@ -115,6 +117,10 @@ def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = Non
     """
     from ..pipelines.tdm_pipeline import TDMPipeline
 
+    if run.config.task.get("loras") and not run.config.full_weights:
+        raise TDMError(
+            "the teacher of this run had LoRAs in its base, which merging would leave out; export the student"
+        )
     if force and folder.is_dir() and any(folder.iterdir()) and not (folder / MERGED_FILE).is_file():
         raise TDMError(f"{folder} holds something else than a merged student; choose another folder")
     with tempfile.TemporaryDirectory() as scratch:

@@ -270,6 +270,10 @@ def test_a_base_that_is_gone_is_named(settings: Settings, tmp_path: Path, capsys
 def test_the_card_tells_the_facts_of_the_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
     run = trained(runs("sd15"))
     text = model_card(run, "student.safetensors", "student")
+    assert "load beside" not in text
+    notes = run.recipe.notes | {"load_beside": "style.safetensors@0.8"}
+    beside = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, notes=notes))
+    assert "| load beside it | style.safetensors@0.8 |" in model_card(beside, "student.safetensors", "student")
     for fact in (
         "| updates | 2 |",
         "| samples per update | 2 |",
@@ -353,7 +357,7 @@ def test_comfyui_is_told_the_trained_noise_levels_only_where_they_are_right(runs
     pipe.scheduler.set_timesteps(4)
     assert levels("sd15") == pytest.approx(pipe.scheduler.sigmas.tolist(), rel=1e-5)
     assert levels("sd15")[0] == pytest.approx(14.6146, rel=1e-5)  # type: ignore[index]  # where ComfyUI's own begin
-    assert levels("sd3") == [1, 0.75, 0.5, 0.25, 0]
+    assert levels("sd3") == levels("flux") == [1, 0.75, 0.5, 0.25, 0]
     assert levels("sd15", trained_timesteps={4: [899, 674, 449, 224]}) is None  # starts lower: another first noise
     assert levels("wan") is None  # ComfyUI does not load these names
 
