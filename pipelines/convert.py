@@ -115,7 +115,8 @@ def convert_checkpoint(source: Path, out: Path, *, base: str, force: bool = Fals
 
 def _from_file(stock: Any, source: Path, folder: str, denoiser: str, dtype: torch.dtype) -> Any:
     """diffusers' `from_single_file`; each part but the denoiser that it does not find in the file is the base's."""
-    base, parts = None, {}
+    base: Any = None
+    parts: dict[str, Any] = {}
     while True:
         try:
             return stock.from_single_file(str(source), config=folder, dtype=dtype, **parts)
