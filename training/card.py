@@ -80,7 +80,8 @@ def model_card(run: Trained, name: str, form: Format) -> str:
         "you publish or use this."
     )
     parts = [
-        f"# TDM student of {base.rsplit('/', 1)[-1]}, {recipe.default_steps} steps",
+        f"# TDM student of {'the bundled teacher' if base == BUNDLED else base.rsplit('/', 1)[-1]}, "
+        f"{recipe.default_steps} steps",
         f"A {recipe.default_steps}-step student of `{base}` ({recipe.family}), distilled by Trajectory Distribution "
         f"Matching ([arXiv 2503.06674](https://arxiv.org/abs/2503.06674)) from prompts alone: {what}.",
         *(f"![the last previews]({picture})" for picture in _last_previews(run)),
