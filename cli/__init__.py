@@ -1,4 +1,4 @@
-"""The command line: ``tdm generate | distill | estimate | eval | bench | info | convert``."""
+"""The command line: ``tdm generate | distill | estimate | export | eval | bench | info | convert``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm generate --compare "a green heart on the beach"         beside its 50-step teacher
   tdm distill                                                 distil your own student of the bundled teacher
   tdm estimate sdxl 24gb                                      what a distillation will take, before it starts
+  tdm export RUN                                              a run's student as a file, kohya-named or merged
   tdm eval                                                    measure teacher and student
   tdm bench                                                   what a call costs beside its network calls
   tdm info FILE                                               what a LoRA file or a released student is
@@ -41,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import bench, convert, distill, estimate, evaluate, generate, info
+    from . import bench, convert, distill, estimate, evaluate, export, generate, info
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -51,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "generate": generate,
         "distill": distill,
         "estimate": estimate,
+        "export": export,
         "eval": evaluate,
         "bench": bench,
         "info": info,

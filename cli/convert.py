@@ -1,4 +1,4 @@
-"""tdm convert: write a LoRA of any layout as a student file."""
+"""tdm convert: write a LoRA of any layout as a student file, or a model in one file as a base's folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import TDMError
+from .generate import quiet
 from .output import check_writable
 
 HELP = """\
@@ -25,6 +26,11 @@ examples:
     --recipe trained_timesteps=999,749,500,250 guidance_scale=1 height=512 width=512
 
 Of the base only the small config files are read. `tdm info FILE` says what a file holds and what it lacks.
+
+A whole model in one .safetensors file, such as a fine-tune, becomes the folder of a pipeline, which is a base for all
+commands (`tdm distill task.model=my-model`). --base is what it was tuned from, and gives what the file lacks:
+
+  tdm convert my-model.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 --out my-model
 """
 
 
@@ -42,15 +48,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the file does not say: trained_timesteps=999,749,500,250 (or {4: [...], 1: [...]}), guidance_scale, "
         "height, width, flow_shift, solver_order, num_frames, sampler={scheduler: TCDScheduler, eta: 0.3}",
     )
-    add("--out", type=Path, required=True, help="the student file to write")
+    add("--out", type=Path, required=True, help="the student file to write (of a whole model: the folder)")
     add("--force", action="store_true", help="replace it if it exists")
 
 
 def run(args: argparse.Namespace) -> None:
     """``tdm convert``."""
-    from ..pipelines.convert import convert_lora
+    from ..pipelines.convert import convert_checkpoint, convert_lora, is_checkpoint
     from .info import describe
 
+    if is_checkpoint(args.file):
+        if not args.base or args.recipe:
+            raise TDMError(f"{args.file} is a whole model: pass --base, what it was tuned from, and no --recipe")
+        if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir()) and not args.force):
+            raise TDMError(f"{args.out} exists; choose another --out, or replace a folder with --force")
+        quiet()
+        print(f"base     {convert_checkpoint(Path(args.file), args.out, base=args.base, force=args.force)}")
+        return
     recipe = parse_recipe(args.recipe)
     check_writable(args.out, args.force)
     print(describe(convert_lora(args.file, args.out, base=args.base, recipe=recipe, force=args.force)))

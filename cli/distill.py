@@ -9,14 +9,10 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from .generate import quiet
 from .output import check_folder
 from .settings import print_presets, read_settings
-
-if TYPE_CHECKING:
-    from ..training.loop import Run
 
 HELP = """\
 Distil a few-step student by Trajectory Distribution Matching: prompts only, no pictures. Student and critic are two
@@ -37,9 +33,10 @@ a run will take before it starts.
   tdm distill task.model=my/base task.prompts=prompts.txt task.loras=[style.safetensors@0.8]
 
 All prompts are encoded first, once, into ~/.cache/tdm/prompts (task.cache names another folder).
-The folder gets student.safetensors (the student, ready for `tdm generate --student`), metrics.jsonl and .csv,
-curves.png, previews/ (teacher, student and the critic's idea from fixed seeds), checkpoint.pt (for --resume) and
-best.pt (the student with the best evaluation). Ctrl-C writes a checkpoint and stops.
+The folder gets student.safetensors (the student, ready for `tdm generate --student`) with its model card README.md,
+metrics.jsonl and .csv, curves.png, previews/ (teacher, student and the critic's idea from fixed seeds), checkpoint.pt
+(for --resume) and best.pt (the student with the best evaluation). Ctrl-C writes a checkpoint and stops. `tdm export`
+writes the student in other forms.
 """
 
 
@@ -102,17 +99,23 @@ def run(args: argparse.Namespace) -> None:
                 raise KeyboardInterrupt(
                     f"stopped after update {finished.step}; the same command with --resume goes on from it"
                 )
-            _finish(finished)
+            _finish(args.out)
 
 
-def _finish(run: Run) -> None:
-    """Draw the curves, write the student, and say where everything is."""
-    from ..training.export import export_student, plot_curves
+def _finish(folder: Path) -> None:
+    """Draw the curves, export the student with its card, and say where everything is."""
+    from ..training.card import write_card
+    from ..training.export import NAMES, Format, export, plot_curves, read_run
 
-    if curves := plot_curves(run.out_dir):
+    if curves := plot_curves(folder):
         print(f"curves   {curves}")
-    if previews := sorted((run.out_dir / "previews").glob("*.png")):
+    if previews := sorted((folder / "previews").glob("*.png")):
         print(f"preview  {previews[-1]}")
-    if student := export_student(run, run.out_dir / "student.safetensors"):
+    if (trained := read_run(folder)) is not None:
+        form: Format = "merged" if trained.config.full_weights else "student"
+        # What is there is of this same run, and is replaced.
+        student = export(trained, form, folder / NAMES[form], force=True)
         print(f"student  {student}")
-        print(f'try it   tdm generate --compare "a red star above two blue moons at night" --student {student}')
+        print(f"card     {write_card(trained, student, form, force=True)}")
+        load = "--model" if form == "merged" else "--compare --student"
+        print(f'try it   tdm generate "a red star above two blue moons at night" {load} {student}')

@@ -13,7 +13,7 @@ from ..errors import TDMError
 from ..pipelines.loras.file import LoraFile, read_lora_file
 from ..pipelines.loras.layouts import NamedLoras, parse
 from ..pipelines.presets import Preset, known_of, preset_of_id
-from ..pipelines.student import VERSION, StudentRecipe, fields_of
+from ..pipelines.student import HEADER_KEY, MERGED_FILE, VERSION, StudentRecipe, fields_of
 
 HELP = """\
 Say what a file is: its layout, model family, LoRA rank, alpha and scale, the layers it matches, and its recipe (base
@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> None:
         print(describe_preset(preset))
         return
     path = args.file
+    if os.path.isfile(merged := os.path.join(path, MERGED_FILE)):
+        fields = fields_of({HEADER_KEY: Path(merged).read_text()})
+        print(_lines({"folder": path, "layout": "a pipeline with the student in its weights", **_recipe_rows(fields)}))
+        return
     if os.path.isdir(path):
         from ..pipelines.locate import student_file
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from ..errors import TDMError
 from .families import Family, family_of_pipeline
 from .presets import Preset, preset_of, preset_of_id
-from .student import STUDENT_FILE
+from .student import MERGED_FILE, STUDENT_FILE
 
 BUNDLED = "bundled"
 _INDEX = "model_index.json"
@@ -38,6 +38,8 @@ def bundled_path() -> Path:
 def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tuple[str | None, Path]:
     """(base, student file) of the arguments of `TDMPipeline.from_pretrained`; base None: the student names it.
 
+    For a folder or repository with the student in its weights, the file is its `student.json`.
+
     Args:
         source: a base, a student, or a folder or repository with both.
         student: the student, if `source` is a base alone.
@@ -46,9 +48,13 @@ def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tu
     Raises:
         TDMError: nothing is there, or there is a base without a student.
     """
-    if student is not None:
-        return str(source), student_file(student, hub)
     path = Path(source)
+    if student is not None:
+        if (path / MERGED_FILE).is_file():
+            raise TDMError(f"{path} has a student in its weights already; put this one on a base")
+        return str(source), student_file(student, hub)
+    if (path / MERGED_FILE).is_file():
+        return str(path), path / MERGED_FILE
     if path.is_dir():
         base = (path / _INDEX).is_file()
         if base and not (path / STUDENT_FILE).is_file():
@@ -58,7 +64,8 @@ def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tu
         return (str(path) if base else None), student_file(source, hub)
     if source == BUNDLED or path.is_file() or path.suffix in _LORA_SUFFIXES or preset_of_id(source) is not None:
         return None, student_file(source, hub)
-    index, downloaded = _download(source, _INDEX, hub), _download(source, STUDENT_FILE, hub)
+    index = _download(source, _INDEX, hub)
+    downloaded = _download(source, STUDENT_FILE, hub) or (_download(source, MERGED_FILE, hub) if index else None)
     if downloaded is None:
         raise TDMError(f"{source} is a base without a {STUDENT_FILE}; pass student=" if index else _absent(source))
     return (str(source) if index else None), downloaded
@@ -146,6 +153,11 @@ def family_of_base(folder: str, **hub: Any) -> Family:
     Raises:
         TDMError: there is no such pipeline, its family is not supported, or it has two denoisers (Wan 2.2).
     """
+    if Path(folder).is_file():
+        raise TDMError(
+            f"the base {folder} is a single file; write it as a folder first: tdm convert {folder} "
+            "--base FOLDER_OF_WHAT_IT_WAS_TUNED_FROM --out NEW_FOLDER"
+        )
     try:
         config: Any = DiffusionPipeline.load_config(folder, **hub)
     except (OSError, ValueError) as error:

@@ -6,6 +6,10 @@
 - **Header**: the recipe as JSON under `tdm_student` (see `StudentRecipe`), and diffusers' own `lora_adapter_metadata`.
   Stock loaders read the second and ignore the first.
 
+The same LoRA under kohya's names (`layout="kohya"`: `lora_unet_<layer_with_underscores>.lora_down.weight`,
+`.lora_up.weight` and `.alpha`, which is the rank) carries the same recipe. A pipeline folder with the student merged
+into its weights has the recipe beside `model_index.json`, in `student.json`.
+
 `version` is 1. A change that an older reader would get wrong raises it; a reader refuses a version above its own.
 """
 
@@ -19,7 +23,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -28,7 +32,7 @@ from torch import Tensor
 from ..errors import TDMError
 from .families import family_of_name
 from .loras.file import open_safetensors
-from .loras.pairs import Lora, pair_layers, peft_config, state_dict_of
+from .loras.pairs import Lora, kohya_state_dict_of, pair, pair_layers, peft_config, state_dict_of
 from .samplers import Sampler
 from .schedule import PREDICTION_TYPES
 
@@ -36,6 +40,9 @@ HEADER_KEY = "tdm_student"
 VERSION = 1
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # components that may have a LoRA beside the denoiser's
 STUDENT_FILE = "student.safetensors"  # its name inside a saved pipeline, the bundled model and a hub repository
+MERGED_FILE = "student.json"  # the recipe of a student that is part of the weights of the folder it lies in
+
+Layout = Literal["diffusers", "kohya"]
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,7 @@ def save_student(
     recipe: StudentRecipe,
     *,
     lora_alpha: float | None,
+    layout: Layout = "diffusers",
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> Path:
@@ -219,6 +227,7 @@ def save_student(
         recipe: goes into the header.
         lora_alpha: the alpha of the training; ``alpha / rank`` is multiplied into lora_B, in float32. None if that has
             been done, or if alpha is the rank.
+        layout: the names of the tensors: diffusers', or kohya's with an `.alpha` that is the rank.
         dtype: the dtype to store; None keeps each tensor's own.
         force: replace an existing file.
 
@@ -244,27 +253,38 @@ def save_student(
         if lora_alpha is not None:
             B = (B.float() * (lora_alpha / A.shape[0])).to(dtype or B.dtype)
         component, layer = _component(name, denoiser)
-        components.setdefault(component, {})[layer] = Lora(_stored(A, dtype), _stored(B, dtype))
+        stored = {"A": _stored(A, dtype), "B": _stored(B, dtype)}
+        components.setdefault(component, {})[layer] = pair(f"{component}.{layer}", stored)  # still finite
     tensors: dict[str, Tensor] = {}
     adapter: dict[str, Any] = {}
     for component, layers in components.items():
+        if layout == "kohya":
+            tensors |= kohya_state_dict_of(component, layers)
+            continue
         tensors |= {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
         adapter |= {f"{component}.{key}": value for key, value in peft_config(layers).items()}
-    pair_layers(tensors)  # still finite
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
-        **recipe.to_metadata(),
-    }
+    metadata = {"format": "pt", **recipe.to_metadata()}
+    if adapter:
+        metadata["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # Not `save_file`: safetensors 0.8 makes files that only their owner can read.
-        unfinished.write_bytes(save(tensors, metadata=metadata))
+        unfinished.write_bytes(_in_order(save(tensors, metadata=metadata)))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def _in_order(file: bytes) -> bytes:
+    """The file with its metadata sorted: safetensors writes them in another order each time, and files would differ."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def _component(name: str, denoiser: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import TDMError
 from .families import Family
-from .loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active
+from .loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active, tuner_layers
 from .loras.pairs import Lora, peft_config, state_dict_of
 from .loras.places import Placed
 
@@ -93,12 +93,17 @@ class StudentAdapter(DiffusionPipeline):
             raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
         return student
 
+    @property
+    def _whole(self) -> bool:
+        """Whether the student is in the weights and nothing is attached to them."""
+        return STUDENT_ADAPTER in self.fused_loras and not any(tuner_layers(module) for module in self._modules())
+
     def _require_unfused(self) -> None:
         """Raise TDMError if an adapter is part of the weights, be it that it was unloaded after that."""
         require_unfused(self._modules())
         if self.fused_loras:
             names = ", ".join(sorted(self.fused_loras))
-            raise TDMError(f"the adapters {names} were fused into the weights and unloaded; load the pipeline again")
+            raise TDMError(f"the adapters {names} were fused into the weights; load the base and the student again")
 
     def _check_student(self) -> None:
         """Before a call: the student's sampler must not run the base alone. Another scheduler is the caller's choice.

@@ -6,10 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
-import os
-import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,17 +15,18 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ..errors import TDMError
 from .attention import use_attention
 from .families import Family, family_of_pipeline
+from .folders import whole_folder
 from .image_to_image import image_to_image
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
 from .loras.file import LoraFile, read_lora_file
 from .loras.pairs import state_dict_of
-from .loras.places import flat, place
+from .loras.places import Placed, flat, place
 from .presets import known_of
 from .recipe_on_base import recipe_for, student_scheduler
 from .scheduler import TDMScheduler
 from .stream import Step, stream
-from .student import STUDENT_FILE, StudentRecipe, save_student
+from .student import HEADER_KEY, MERGED_FILE, STUDENT_FILE, StudentRecipe, fields_of, save_student
 from .student_adapter import STUDENT_ADAPTER, StudentAdapter
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -72,8 +70,8 @@ class TDMPipeline(StudentAdapter):
         Args:
             base_or_student: a student (file, or a folder or hub repository with `student.safetensors`) whose metadata
                 names its base; a released student by its repository id alone (see `presets.py`); a folder written by
-                `save_pretrained`; or, with `student`, a base. The default is the small model that ships with this
-                package.
+                `save_pretrained` or `save_merged`; or, with `student`, a base. The default is the small model that
+                ships with this package.
             student: the student for the base: file, folder or hub repository.
             recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
                 and `prediction_type` need not be given: the base itself says them.
@@ -92,8 +90,10 @@ class TDMPipeline(StudentAdapter):
             raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         base, file = locate(base_or_student, student, hub)
-        lora = read_lora_file(file)
-        fields = {**known_of(lora)[0], **(recipe or {})}
+        merged = base is not None and student is None and file.name == MERGED_FILE
+        lora = None if merged else read_lora_file(file)
+        known = fields_of({HEADER_KEY: file.read_text()}) if lora is None else known_of(lora)[0]
+        fields = {**known, **(recipe or {})}
         base = base or fields.get("base_model")
         if not base:
             raise TDMError(f"{file} does not name its base; pass it: from_pretrained(base, student=...)")
@@ -107,18 +107,26 @@ class TDMPipeline(StudentAdapter):
             config = kwargs["scheduler"].config
         else:
             config = TDMScheduler.load_config(folder, subfolder="scheduler", **hub)
-        recipe_for(base, family, config, fields)
+        found = recipe_for(base, family, config, fields)
 
         loader: Any = super(TDMPipeline, _student_class(family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
-        pipe._load(lora, fields)
+        if lora is None:
+            pipe._is_student(found)
+        else:
+            pipe._load(lora, fields)
         return pipe
 
     @classmethod
     def from_pipe(  # type: ignore[override]
-        cls, pipeline: DiffusionPipeline, *, student: Source, recipe: Mapping[str, Any] | None = None, **kwargs: Any
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        student: Source | None,
+        recipe: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> TDMPipeline:
         """Put a student on a pipeline that is loaded already, such as a fine-tune that came as a single file.
 
@@ -126,7 +134,7 @@ class TDMPipeline(StudentAdapter):
 
         Args:
             pipeline: a stock pipeline of a supported family.
-            student: as in `load_student`.
+            student: as in `load_student`; None: the pipeline's own weights are the student's, and `recipe` says all.
             recipe: fields that complete or replace the student's metadata.
             kwargs: what the stock `from_pipe` takes; the dtype stays unless `dtype` is given.
 
@@ -146,7 +154,10 @@ class TDMPipeline(StudentAdapter):
         pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
-        pipe.load_student(student, recipe=recipe)
+        if student is None:
+            pipe._is_student(recipe_for(base, family, pipe.scheduler.config, recipe or {}))
+        else:
+            pipe.load_student(student, recipe=recipe)
         return pipe
 
     def load_student(self, student: Source, *, recipe: Mapping[str, Any] | None = None) -> None:
@@ -174,14 +185,22 @@ class TDMPipeline(StudentAdapter):
         new = recipe_for(self._base, self._family, config, fields)
         preset = known_of(lora)[1]
         placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
-        scheduler = student_scheduler(new, config)
         require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
         self._require_unfused()
 
         self._replace_student(placed)
-        self.scheduler, self._sampler, self.recipe = scheduler, scheduler, new
+        self._sample_as(new)
         count = sum(map(len, placed.values()))
         _logger.info("%s: all %d LoRA layers match the %s", lora.path, count, " and the ".join(placed))
+
+    def _is_student(self, recipe: StudentRecipe) -> None:
+        """The weights themselves are the student's, as after `fuse_lora`: there is nothing to attach."""
+        self._merged_adapters = {STUDENT_ADAPTER}
+        self._sample_as(recipe)
+
+    def _sample_as(self, recipe: StudentRecipe) -> None:
+        self.scheduler = self._sampler = student_scheduler(recipe, self._teacher_scheduler.config)
+        self.recipe = recipe
 
     def image_to_image(self, prompt: str | list[str] | None, image: Any, strength: float = 0.6, **call: Any) -> Any:
         """Redraw a picture: start from it, noised to the trained timestep nearest to `strength`, and end on the grid.
@@ -266,32 +285,50 @@ class TDMPipeline(StudentAdapter):
         >>> TDMPipeline.from_pretrained("saved").recipe.family
         'pixart'
         """
-        target = Path(save_directory).absolute()
-        if target.is_file():
-            raise TDMError(f"{target} is a file, not a folder")
-        if target.is_dir() and any(target.iterdir()) and not force:
-            raise TDMError(f"{target} exists; pass force=True to replace it")
+        with whole_folder(save_directory, force=force) as unfinished:
+            student = self._save_networks(str(unfinished), self._teacher_scheduler, merged=False, **kwargs)
+            save_student(unfinished / STUDENT_FILE, state_dict_of(flat(student)), self.recipe, lora_alpha=None)
+
+    def save_merged(self, save_directory: Source, *, force: bool = False, **kwargs: Any) -> None:
+        """Write the base with the student merged into its weights, and the student's sampler: no LoRA is left.
+
+        `TDMPipeline.from_pretrained` reads the folder, and so does a plain `DiffusionPipeline.from_pretrained` where
+        this package is installed, with the trained timesteps in its scheduler. A folder for good: the teacher is gone
+        from it, and another student cannot be put in. This pipeline stays as it is. The folder appears whole or not at
+        all.
+
+        Args:
+            save_directory, force, kwargs: as in `save_pretrained`.
+
+        Raises:
+            TDMError: as in `save_pretrained`; a quantised base; or another sampler than `TDMScheduler`.
+
+        >>> TDMPipeline.from_pretrained().save_merged("merged")
+        >>> TDMPipeline.from_pretrained("merged").recipe.default_steps
+        4
+        """
+        if not isinstance(self._sampler, TDMScheduler):
+            raise TDMError(f"merging is for TDMScheduler: a folder cannot hold the grid of {self.recipe.sampler}")
+        with whole_folder(save_directory, force=force) as unfinished:
+            self._save_networks(str(unfinished), self._sampler, merged=True, **kwargs)
+            (unfinished / MERGED_FILE).write_text(self.recipe.to_metadata()[HEADER_KEY])
+
+    def _save_networks(self, folder: str, scheduler: Any, *, merged: bool, **kwargs: Any) -> Placed:
+        """Save all but the student, or with it in the weights; returns the student."""
         if kwargs.pop("push_to_hub", False):
             raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
-        require_wide(self._modules(), "call save_pretrained before enable_layerwise_casting")
-        student = self._only_student()
-        unfinished, replaced = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-        scheduler, self.scheduler = self.scheduler, self._teacher_scheduler
+        call = "save_merged" if merged else "save_pretrained"
+        require_wide(self._modules(), f"call {call} before enable_layerwise_casting")
+        student = {} if merged and self._whole else self._only_student()
+        before, self.scheduler = self.scheduler, scheduler
         try:
             with contextlib.ExitStack() as hidden:
                 for component in student:
-                    hidden.enter_context(adapters_hidden(self._adaptable()[component], STUDENT_ADAPTER))
-                super().save_pretrained(str(unfinished), **kwargs)
-            save_student(unfinished / STUDENT_FILE, state_dict_of(flat(student)), self.recipe, lora_alpha=None)
-            if target.exists():
-                target.rename(replaced)
-            unfinished.rename(target)
+                    hidden.enter_context(adapters_hidden(self._adaptable()[component], STUDENT_ADAPTER, merged=merged))
+                super().save_pretrained(folder, **kwargs)
         finally:
-            self.scheduler = scheduler
-            if replaced.exists() and not target.exists():
-                replaced.rename(target)
-            for leftover in (unfinished, replaced):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self.scheduler = before
+        return student
 
     def use_attention(self, backend: str | None = None) -> str:
         """Switch the denoiser's attention to a backend of diffusers, or to the best that works here.

@@ -19,7 +19,7 @@ EXAMPLES = {  # what must have an example, by module
         "TDMPipeline",
         *(
             f"TDMPipeline.{name}"
-            for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "save_pretrained")
+            for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "save_pretrained", "save_merged")
         ),
         "TDMPipeline.use_attention",
     ],

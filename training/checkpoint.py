@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import TDMError
+from ..pipelines.student import StudentRecipe
 from .config import DistillConfig
 from .files import save_tensors, writing
 from .roles import ROLES, Ema, Role, Roles
@@ -32,13 +33,14 @@ def save_checkpoint(
     *,
     step: int,
     config: DistillConfig,
+    recipe: StudentRecipe | None,
     roles: Roles,
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
 ) -> None:
     """Write the run after ``step`` updates; with ``output.keep`` above 1 the one that was there becomes
-    ``checkpoint-<step>.pt``, and the oldest go.
+    ``checkpoint-<step>.pt``, and the oldest go. ``recipe`` is for whoever exports the student.
 
     At every moment, and if the write fails, ``path`` is a whole checkpoint: the old one or the new one.
 
@@ -49,6 +51,7 @@ def save_checkpoint(
         "format": FORMAT,
         "step": step,
         "config": dataclasses.asdict(config),
+        "recipe": recipe and dataclasses.asdict(recipe),
         "adapters": {role: roles.state(role) for role in ROLES},
         "ema": {"count": ema.count, "weights": ema.weights},
         "optimizers": {role: optimizer.state_dict() for role, optimizer in optimizers.items()},

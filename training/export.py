@@ -1,45 +1,147 @@
-"""What comes out of a run: the student file and the curves."""
+"""What comes out of a run: the student as a file or as a pipeline of its own, and the curves.
+
+All of it is made from the run's folder, at the end of a run and by ``tdm export`` alike; the base is loaded only to be
+merged with.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from ..pipelines.student import StudentRecipe, save_student
-from .loop import Run
-from .pipeline_task import PipelineTask
+import torch
+from torch import Tensor
+
+from ..errors import TDMError
+from ..pipelines.locate import base_folder, family_of_base
+from ..pipelines.student import MERGED_FILE, STUDENT_FILE, Layout, StudentRecipe, save_student
+from .checkpoint import read_checkpoint
+from .config import DistillConfig, from_dict
+
+Which = Literal["mean", "best", "last"]
+"""The running mean of the student's weights at the end, the mean at its best evaluation, or the last weights."""
+
+Format = Literal["student", "kohya", "merged"]
+NAMES: dict[Format, str] = {"student": STUDENT_FILE, "kohya": "student-kohya.safetensors", "merged": "merged"}
 
 
-def export_student(run: Run, path: Path) -> Path | None:
-    """Write the student (its mean weights) as one self-describing file; None for a task that is no pipeline.
+@dataclass(frozen=True)
+class Trained:
+    """The student of a run, as the run's folder has it.
 
-    A file that is there is replaced: it is the same run's earlier export.
+    Attributes:
+        folder: of the run.
+        config: of the run.
+        step: updates that the weights had.
+        recipe: how to sample it, with notes about its training.
+        weights: by the base's own names: ``<layer>.lora_A.weight``, or all of the network (``config.full_weights``).
     """
-    task, config = run.task, run.config
-    if not isinstance(task, PipelineTask):
+
+    folder: Path
+    config: DistillConfig
+    step: int
+    recipe: StudentRecipe
+    weights: dict[str, Tensor]
+
+
+def read_run(folder: Path, which: Which = "mean") -> Trained | None:
+    """The student in a run's folder; None for a task that is no pipeline.
+
+    Raises:
+        TDMError: no run there, or a checkpoint that cannot be read; for "best" a run that kept none.
+    """
+    if not (folder / "checkpoint.pt").is_file():
+        raise TDMError(f"{folder} is not the folder of a run: it has no checkpoint.pt")
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    config = from_dict(DistillConfig, checkpoint["config"])
+    if "recipe" not in checkpoint:
+        raise TDMError(f"the checkpoint in {folder} is of an earlier tdm, without a recipe; resume it for some updates")
+    if checkpoint["recipe"] is None:
         return None
-    prefix = task.family.denoiser
-    timesteps = run.trajectory.timesteps.tolist()
-    recipe = StudentRecipe(
-        base_model=task.config.model,
-        family=task.family.name,
-        prediction_type=task.prediction_type,
-        trained_timesteps={len(timesteps): timesteps},
-        guidance_scale=task.student_guidance,
-        height=task.size.height,
-        width=task.size.width,
-        num_frames=task.size.num_frames,
-        flow_shift=config.trajectory.shift if task.schedule.kind == "flow" else None,
-        notes={
-            "method": "Trajectory Distribution Matching (arXiv 2503.06674)",
-            "training": f"{run.step} updates of {config.batch_size} prompts, seed {config.seed}, "
-            f"teacher guidance {config.objective.guidance_scale:g}",
-            **({"load_beside": ", ".join(task.merged_loras)} if task.merged_loras else {}),
-        },
+    step, weights, notes = checkpoint["step"], checkpoint["ema"]["weights"], {}
+    if which == "last":
+        weights, notes = checkpoint["adapters"]["student"], {"weights": "those of the last update, not their mean"}
+    elif which == "best":
+        if not (folder / "best.pt").is_file():
+            raise TDMError(f"{folder} has no best.pt: nothing was evaluated in this run; take --which mean")
+        best = read_checkpoint(folder / "best.pt")
+        step, weights = best["step"], best["weights"]
+        notes = {"weights": f"the best by {best['measure']}, {best['value']:.4g}"}
+    recipe = StudentRecipe.from_fields(checkpoint["recipe"])
+    notes["training"] = (
+        f"{step} updates of {config.batch_size} prompts, seed {config.seed}, "
+        f"teacher guidance {config.objective.guidance_scale:g}"
     )
-    weights = {f"{prefix}.{name}": tensor for name, tensor in run.ema.weights.items()}
-    save_student(path, weights, recipe, lora_alpha=config.student.alpha, force=True)
-    return path
+    return Trained(folder, config, step, dataclasses.replace(recipe, notes=recipe.notes | notes), weights)
+
+
+def export(run: Trained, form: Format, out: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:
+    """Write the student to ``out`` as a file, as a file with kohya's names, or as a folder, merged into its base."""
+    if form == "merged":
+        return export_merged(run, out, dtype=dtype, force=force)
+    return export_student(run, out, layout="kohya" if form == "kohya" else "diffusers", dtype=dtype, force=force)
+
+
+def export_student(
+    run: Trained,
+    path: Path,
+    *,
+    layout: Layout = "diffusers",
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the student as one self-describing file; see ``save_student``.
+
+    Raises:
+        TDMError: the run trained whole weights, or as ``save_student``.
+    """
+    if run.config.full_weights:
+        raise TDMError("this run trained whole weights, which are no LoRA; export it with --format merged")
+    alpha = run.config.student.alpha
+    return save_student(path, run.weights, run.recipe, lora_alpha=alpha, layout=layout, dtype=dtype, force=force)
+
+
+def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:
+    """Write the base with the student in its weights, as a pipeline; see ``TDMPipeline.save_merged``.
+
+    Args:
+        dtype: of the weights; None is float32.
+        force: replace a folder that is there, if it is a merged student.
+
+    Raises:
+        TDMError: the base is not at hand any more, the folder exists, or as ``save_merged``.
+    """
+    from ..pipelines.tdm_pipeline import TDMPipeline
+
+    if run.config.task.get("loras") and not run.config.full_weights:
+        raise TDMError(
+            "the teacher of this run had LoRAs in its base, which merging would leave out; export the student"
+        )
+    if force and folder.is_dir() and any(folder.iterdir()) and not (folder / MERGED_FILE).is_file():
+        raise TDMError(f"{folder} holds something else than a merged student; choose another folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        if run.config.full_weights:
+            pipe = TDMPipeline.from_pipe(_whole(run, dtype), student=None, recipe=vars(run.recipe))
+        else:
+            pipe = TDMPipeline.from_pretrained(export_student(run, Path(scratch) / STUDENT_FILE), dtype=dtype)
+    pipe.save_merged(folder, force=force)
+    return folder
+
+
+def _whole(run: Trained, dtype: torch.dtype | None) -> Any:
+    """The base's pipeline with the run's weights in its denoiser."""
+    base = base_folder(run.recipe.base_model)
+    family = family_of_base(base)
+    pipe: Any = family.pipeline_class().from_pretrained(base, dtype=dtype or torch.float32)
+    network = getattr(pipe, family.denoiser)
+    found = network.load_state_dict(run.weights, strict=False)  # buffers are not trained, and are the base's
+    if found.unexpected_keys or not set(found.missing_keys).isdisjoint(dict(network.named_parameters())):
+        raise TDMError(f"the weights of {run.folder} are for another network than that of {run.recipe.base_model}")
+    return pipe
 
 
 def plot_curves(folder: Path) -> Path | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
+from ..pipelines.student import StudentRecipe
 from .batch import Batch, draw_batch
 from .checkpoint import Measure, read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
@@ -76,6 +77,10 @@ class Task(Protocol):
 
     def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
         """The task's own measures, from fixed seeds."""
+        ...
+
+    def recipe(self, trajectory: Trajectory) -> StudentRecipe | None:
+        """How a student with this trajectory is sampled, for its file; None for a task that is no pipeline."""
         ...
 
 
@@ -207,7 +212,7 @@ def distill(
         stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
         if log is not None and (stopping or run.step == config.updates or run.due(output.checkpoint_every)):
             log.flush()  # a run that diverged must not replace its last good checkpoint
-            save_checkpoint(checkpoint, step=run.step, **parts)
+            save_checkpoint(checkpoint, step=run.step, recipe=task.recipe(trajectory), **parts)
         if stopping:
             break
     processes.wait()  # for what the first one still writes

@@ -20,7 +20,7 @@ from .checkpoint import Measure
 from .health import Preview
 from .loop import Sampler
 from .metrics import energy_distance
-from .trajectory import Condition
+from .trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared
 
@@ -161,3 +161,6 @@ class MixtureTask:
         x = student(torch.randn(self.samples, self.dim, generator=generator), {})
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}
+
+    def recipe(self, trajectory: Trajectory) -> None:
+        """No pipeline: there is nothing that a student's file could be used in."""

@@ -20,6 +20,7 @@ from ..pipelines.locate import BUNDLED
 from ..pipelines.schedule import NoiseSchedule, PredictionType
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.sheet import contact_sheet
+from ..pipelines.student import StudentRecipe
 from .base_model import BaseModel
 from .base_storage import storage_on
 from .checkpoint import Measure
@@ -29,6 +30,7 @@ from .loop import Sampler
 from .metrics import colour_ratios
 from .prompt_cache import PromptCache, TextEncoders, build_cache, default_root
 from .prompts import STICKERS, held_out, training_prompts
+from .trajectory import Trajectory
 from .world.scene import Scene
 from .world.verify import verify
 
@@ -103,6 +105,30 @@ class PipelineTask:
         """The guidance scale to run the student with: 1.0 is none; a guidance-distilled network is told the same."""
         told = self.family.facts(self.pipe, self.cache.null, self.size, **self._told)
         return float(told["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
+
+    def recipe(self, trajectory: Trajectory) -> StudentRecipe:
+        """See ``loop.Task``."""
+        source = (
+            "the grammar of the bundled world" if self.config.prompts == STICKERS else Path(self.config.prompts).name
+        )
+        notes = {
+            "method": "Trajectory Distribution Matching (arXiv 2503.06674)",
+            "prompts": f"{len(self.prompts)} prompts of {source}",
+        }
+        if self.merged_loras:
+            notes["load_beside"] = ", ".join(self.merged_loras)
+        return StudentRecipe(
+            base_model=self.config.model,
+            family=self.family.name,
+            prediction_type=self.prediction_type,
+            trained_timesteps={len(trajectory): trajectory.timesteps.tolist()},
+            guidance_scale=self.student_guidance,
+            height=self.size.height,
+            width=self.size.width,
+            num_frames=self.size.num_frames,
+            flow_shift=trajectory.config.shift if self.schedule.kind == "flow" else None,
+            notes=notes,
+        )
 
     @property
     def _told(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -91,10 +92,11 @@ def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def adapters_hidden(module: nn.Module, adapter: str) -> Iterator[None]:
+def adapters_hidden(module: nn.Module, adapter: str, *, merged: bool = False) -> Iterator[None]:
     """`module.state_dict()` as it was before peft attached its only adapter, for the length of a `with`.
 
-    A text encoder would else save its adapter in the place of its weights.
+    A text encoder would else save its adapter in the place of its weights. With `merged` the adapter's update is added
+    to the weights of the state dict; the network itself stays as it is.
     """
 
     def hide(_module: nn.Module, state_dict: dict[str, Any], _prefix: str, _metadata: Any) -> None:
@@ -102,6 +104,9 @@ def adapters_hidden(module: nn.Module, adapter: str) -> Iterator[None]:
             tensor = state_dict.pop(key)
             if f".{adapter}." not in key:
                 state_dict[key.replace(".base_layer.", ".")] = tensor
+        if merged:
+            for name, layer in lora_layers(module, adapter):
+                state_dict[f"{name}.weight"] = _merged_weight(name, layer, adapter)
 
     hook = module.register_state_dict_post_hook(hide)
     flag, module._hf_peft_config_loaded = module._hf_peft_config_loaded, False  # type: ignore[assignment]
@@ -120,13 +125,35 @@ def lora_of(module: nn.Module, adapter: str) -> dict[str, Lora]:
     """
     require_unfused([module])
     layers: dict[str, Lora] = {}
+    for name, layer in lora_layers(module, adapter):
+        if layer.scaling[adapter] != 1:
+            raise TDMError(f"the {adapter} is set to strength {layer.scaling[adapter]}; set it back to 1.0 first")
+        A, B = (_weight(half[adapter]) for half in (layer.lora_A, layer.lora_B))
+        layers[name] = Lora(A, B)
+    return layers
+
+
+def lora_layers(module: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
+    """The layers that have this LoRA, by name."""
     for name, layer in module.named_modules():
         if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
-            if layer.scaling[adapter] != 1:
-                raise TDMError(f"the {adapter} is set to strength {layer.scaling[adapter]}; set it back to 1.0 first")
-            A, B = (_weight(half[adapter]) for half in (layer.lora_A, layer.lora_B))
-            layers[name] = Lora(A, B)
-    return layers
+            yield name, layer
+
+
+@torch.no_grad()
+def _merged_weight(name: str, layer: Any, adapter: str) -> Tensor:
+    """A layer's weight with the adapter's update, summed in float32 and stored in the weight's own dtype.
+
+    Raises:
+        TDMError: the weight is quantised, or its dtype cannot hold the sum.
+    """
+    weight = layer.get_base_layer().weight
+    if type(weight.data) is not Tensor or not weight.is_floating_point():
+        raise TDMError(f"{name} is quantised; load the base without quantisation to merge a student into it")
+    merged = (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
+    if not bool(torch.isfinite(merged).all()):
+        raise TDMError(f"{name} with the student is too large for {weight.dtype}; merge in another dtype")
+    return merged
 
 
 def _weight(layer: Any) -> Tensor:

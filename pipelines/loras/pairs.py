@@ -80,6 +80,24 @@ def state_dict_of(layers: Mapping[str, Lora]) -> dict[str, Tensor]:
     return {f"{layer}.lora_{half}.weight": lora._asdict()[half] for layer, lora in layers.items() for half in "AB"}
 
 
+_KOHYA = {
+    "unet": "lora_unet",
+    "transformer": "lora_transformer",
+    "text_encoder": "lora_te1",
+    "text_encoder_2": "lora_te2",
+}
+
+
+def kohya_state_dict_of(component: str, layers: Mapping[str, Lora]) -> dict[str, Tensor]:
+    """The layers of one component under kohya's names; alpha is the rank, which is strength 1.0."""
+    tensors: dict[str, Tensor] = {}
+    for layer, lora in layers.items():
+        name = f"{_KOHYA[component]}_{layer.replace('.', '_')}"
+        tensors |= {f"{name}.lora_down.weight": lora.A, f"{name}.lora_up.weight": lora.B}
+        tensors[f"{name}.alpha"] = torch.tensor(float(lora.rank))
+    return tensors
+
+
 def peft_config(layers: Mapping[str, Lora]) -> dict[str, Any]:
     """Arguments of peft's `LoraConfig` that run these layers at scale 1.0: alpha = rank, layer by layer."""
     rank = Counter(lora.rank for lora in layers.values()).most_common(1)[0][0]

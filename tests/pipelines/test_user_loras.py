@@ -149,7 +149,7 @@ def test_a_fused_student_runs_but_can_be_neither_replaced_nor_taken_off(make: Ma
     pipe = load(make("sd15"))
     expected = short_call(pipe, "sd15")
     pipe.fuse_lora()
-    for message in ("call unfuse_lora first", "load the pipeline again"):
+    for message in ("call unfuse_lora first", "load the base and the student again"):
         assert error(short_call(pipe, "sd15"), expected) <= 1e-5
         with pytest.raises(TDMError, match=message):
             pipe.load_student(make("sd15"))

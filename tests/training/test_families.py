@@ -12,7 +12,7 @@ from tdm.errors import TDMError
 from tdm.pipelines.student import read_student
 from tdm.tests import tiny
 from tdm.training.config import load_config
-from tdm.training.export import export_student
+from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
 
@@ -41,8 +41,9 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
     after = task.base.state_dict()
     assert all(torch.equal(after.get(name, after.get(_wrapped(name))), value) for name, value in before.items())
 
-    file = export_student(run, tmp_path / "student.safetensors")
-    assert file is not None
+    trained = read_run(tmp_path / "run")
+    assert trained is not None
+    file = export_student(trained, tmp_path / "student.safetensors")
     recipe, _ = read_student(file)
     assert recipe is not None
     assert (recipe.family, recipe.height, recipe.num_frames) == (family, call["height"], call.get("num_frames"))

@@ -1,0 +1,88 @@
+"""A model in one file, such as a fine-tune, becomes a base's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tdm.cli import main
+from tdm.pipelines.loras.layer_names import names_of
+from tdm.tests import tiny
+from tdm.tests.commands import refused
+from tdm.tests.pipelines.students import latents, plain
+from torch import Tensor, nn
+
+_NORMS = {"norm1": ("conv1", "in_layers.2", "in_layers.0"), "norm2": ("conv2", "out_layers.3", "out_layers.0")}
+
+
+def original_names(unet: nn.Module) -> dict[str, Tensor]:
+    """A UNet's weights under the names of the original Stable Diffusion checkpoints."""
+    blocks = ("input_blocks", "middle_block", "output_blocks", "time_embed", "out")
+    known = {own[0]: name for name, own in names_of(unet, "sd15").items() if name.split(".")[0] in blocks}
+
+    def original(layer: str) -> str:
+        stem, _, last = layer.rpartition(".")
+        if layer in known:
+            return known[layer]
+        if layer == "conv_norm_out":
+            return "out.0"
+        if ".resnets." in layer:
+            sibling, theirs, norm = _NORMS[last]
+            return known[f"{stem}.{sibling}"].replace(theirs, norm)
+        attention = ".".join(layer.split(".")[: layer.split(".").index("attentions") + 2])
+        return known[f"{attention}.proj_in"].removesuffix(".proj_in") + layer.removeprefix(attention)
+
+    found = {}
+    for name, weight in unet.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        found[f"model.diffusion_model.{original(layer)}.{kind}"] = weight.clone()
+    return found
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sd15", torch.float32), ("sd3", torch.float16)])
+def test_a_fine_tune_in_one_file_becomes_a_base(
+    family: str, dtype: torch.dtype, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The UNet in its original names, the SD3 transformer in those of diffusers; the rest is the base's."""
+    tuned = tiny.build(family)
+    denoiser = tuned.unet if family == "sd15" else tuned.transformer
+    generator = torch.Generator().manual_seed(1)
+    for weight in denoiser.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    denoiser.to(dtype)
+    state = original_names(denoiser) if family == "sd15" else denoiser.state_dict()
+    save_file(state, tmp_path / "tuned.safetensors")
+
+    file, out = str(tmp_path / "tuned.safetensors"), tmp_path / "tuned"
+    assert main(["convert", file, "--base", str(bases(family)), "--out", str(out)]) == 0
+    assert f"base     {out}" in capsys.readouterr().out
+    made = plain(out)
+    found = dict((made.unet if family == "sd15" else made.transformer).named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in denoiser.named_parameters())
+    (stored,) = (out / ("unet" if family == "sd15" else "transformer")).glob("*.safetensors")
+    assert {weight.dtype for weight in load_file(stored).values()} == {dtype}
+    if dtype == torch.float32:
+        assert torch.equal(latents(made, family), latents(tuned, family))
+
+    assert "exists" in refused(["convert", file, "--base", str(bases(family)), "--out", str(out)], capsys)
+    assert main(["convert", file, "--base", str(bases(family)), "--out", str(out), "--force"]) == 0
+
+
+def test_what_is_not_to_be_had_is_told_in_one_line(
+    bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = str(tmp_path / "tuned.safetensors"), str(tmp_path / "tuned")
+    save_file(original_names(tiny.build("sd15").unet), file)
+    assert "pass --base" in refused(["convert", file, "--out", out], capsys)
+    assert "reads no single files of pixart" in refused(
+        ["convert", file, "--base", str(bases("pixart")), "--out", out], capsys
+    )
+    assert "cannot be read as a sd3 model" in refused(
+        ["convert", file, "--base", str(bases("sd3")), "--out", out], capsys
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned.safetensors"]
+    run = ["distill", f"task.model={file}", "--out", str(tmp_path / "run")]
+    assert f"write it as a folder first: tdm convert {file} --base" in refused(run, capsys)

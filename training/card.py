@@ -1,0 +1,282 @@
+"""The model card: README.md beside a student, with front matter for the hub.
+
+Facts of the run only; what is not known is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from ..errors import TDMError
+from ..pipelines.families import Family, family_of_name
+from ..pipelines.locate import BUNDLED, base_folder
+from ..pipelines.scheduler import TDMScheduler
+from ..pipelines.student import StudentRecipe
+from .export import Format, Trained
+
+CARD_FILE = "README.md"
+
+_CITATION = """\
+```bibtex
+@article{luo2025tdm,
+  title   = {Learning Few-Step Diffusion Models by Trajectory Distribution Matching},
+  author  = {Luo, Yihong and Hu, Tianyang and Sun, Jiacheng and Cai, Yujun and Tang, Jing},
+  journal = {arXiv preprint arXiv:2503.06674},
+  year    = {2025}
+}
+```"""
+
+
+def write_card(run: Trained, path: Path, form: Format, *, force: bool = False) -> Path:
+    """Write the card beside an exported student, with the curves and the last previews if they are not there yet.
+
+    Args:
+        run: what was exported.
+        path: the student's file, or the merged pipeline's folder.
+        form: which of these.
+        force: replace a README.md that is there; otherwise it stays as it is.
+    """
+    folder = path if form == "merged" else path.parent
+    card = folder / CARD_FILE
+    if card.exists() and not force:
+        return card
+    for picture in (*_last_previews(run), *_curves(run)):
+        (folder / picture).parent.mkdir(exist_ok=True)
+        if not (folder / picture).exists():
+            shutil.copyfile(run.folder / picture, folder / picture)
+    temporary = folder / f".{CARD_FILE}.{os.getpid()}.tmp"
+    temporary.write_text(model_card(run, path.name, form))
+    os.replace(temporary, card)
+    return card
+
+
+def model_card(run: Trained, name: str, form: Format) -> str:
+    """The text of the card.
+
+    Args:
+        run: the student and its run.
+        name: of the exported file or folder.
+        form: what was exported.
+    """
+    recipe, family = run.recipe, family_of_name(run.recipe.family)
+    base = _base_name(recipe.base_model)
+    what = "a pipeline with the student in its weights" if form == "merged" else f"a LoRA (`{name}`)"
+    licence = _licence(recipe.base_model)
+    licence_text = (
+        f"The base states the licence `{licence['license']}`, and a student is derived from its base."
+        if licence
+        else "The base's folder states no licence. A student is derived from its base: check the base's licence before "
+        "you publish or use this."
+    )
+    parts = [
+        f"# TDM student of {'the bundled teacher' if base == BUNDLED else base.rsplit('/', 1)[-1]}, "
+        f"{recipe.default_steps} steps",
+        f"A {recipe.default_steps}-step student of `{base}` ({recipe.family}), distilled by Trajectory Distribution "
+        f"Matching ([arXiv 2503.06674](https://arxiv.org/abs/2503.06674)) from prompts alone: {what}.",
+        *(f"![the last previews]({picture})" for picture in _last_previews(run)),
+        "## Use",
+        *_use(recipe, family, name, form),
+        "## Recipe",
+        "What the student was trained on, and is to be sampled with. The file's own header says the same.",
+        _table(_recipe_rows(recipe)),
+        "## Training",
+        _table(_training_rows(run)),
+        f"<details><summary>All settings</summary>\n\n```yaml\n{_settings(run)}```\n\n</details>",
+        *(f"![curves]({picture})" for picture in _curves(run)),
+    ]
+    if measures := _last_evaluation(run):
+        step = int(measures.pop("step"))
+        parts += ["## Measures", f"After {step} updates, on the run's mean weights:"]
+        parts.append(_table([(key.removeprefix("eval/"), f"{value:.4g}") for key, value in measures.items()]))
+    parts += ["## Licence", licence_text, "## Citation", _CITATION]
+    front = ModelCardData(
+        base_model=base if _is_hub_id(base) else None,
+        base_model_relation=("finetune" if form == "merged" else "adapter") if _is_hub_id(base) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-video" if family.video else "text-to-image",
+        tags=["tdm", "few-step", *([] if form == "merged" else ["lora"])],
+        **(licence or {"license": "other"}),
+    )
+    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------------- how to use it
+
+
+def _use(recipe: StudentRecipe, family: Family, name: str, form: Format) -> list[str]:
+    base = json.dumps(_base_name(recipe.base_model))
+    out = "frames[0]" if family.video else "images[0]"
+    call = {
+        "num_inference_steps": recipe.default_steps,
+        **family.guidance(recipe.guidance_scale),
+        "height": recipe.height,
+        "width": recipe.width,
+        **({"num_frames": recipe.num_frames} if recipe.num_frames else {}),
+    }
+    arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    ours = f'"{name}"' if form == "merged" else f'{base}, student="{name}"'
+    parts = [
+        "With the package `tdm`, which samples it exactly as it was trained:",
+        f"```python\nfrom tdm import TDMPipeline\n\npipe = TDMPipeline.from_pretrained({ours})\n"
+        f'result = pipe("a prompt").{out}\n```',
+    ]
+    if form == "merged":
+        parts += [
+            "With diffusers, where `tdm` is installed for its scheduler:",
+            f"```python\nfrom diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{name}")\nresult = pipe("a prompt", {arguments}).{out}\n```',
+        ]
+        return parts
+    parts.append(f'On the command line: `tdm generate "a prompt" --model {base} --student {name}`.')
+    pipeline_class: Any = family.pipeline_class()
+    if family.home is None and hasattr(pipeline_class, "load_lora_weights"):
+        shift = "" if recipe.flow_shift is None else f", flow_shift={recipe.flow_shift!r}"
+        parts += [
+            "With diffusers' own pipeline, and the scheduler of `tdm`:",
+            f"```python\nfrom diffusers import {family.pipeline}\nfrom tdm import TDMScheduler\n\n"
+            f"pipe = {family.pipeline}.from_pretrained({base})\n"
+            f'pipe.load_lora_weights("{name}")\n'
+            f"grid = {recipe.trained_timesteps!r}\n"
+            f"pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps=grid{shift})\n"
+            f'result = pipe("a prompt", {arguments}).{out}\n```',
+        ]
+    return parts + _comfyui(recipe, name, form)
+
+
+def _comfyui(recipe: StudentRecipe, name: str, form: Format) -> list[str]:
+    """ComfyUI's own nodes, where they load the file and `euler` on the trained noise levels is TDM's sampler.
+
+    That is so where the grid starts at the model's highest noise level: ComfyUI scales the first noise otherwise.
+    """
+    loads = {"sd15": "kohya", "sdxl": "kohya", "sd3": "student", "flux": "student"}.get(recipe.family)
+    if loads is None:
+        return []
+    try:
+        config = TDMScheduler.load_config(base_folder(recipe.base_model), subfolder="scheduler", local_files_only=True)
+    except (OSError, TDMError):
+        return []
+    shift = {} if recipe.flow_shift is None else {"flow_shift": recipe.flow_shift}
+    scheduler: Any = TDMScheduler.from_config(config, trained_timesteps=recipe.trained_timesteps, **shift)
+    scheduler.set_timesteps(recipe.default_steps)
+    levels = scheduler.sigmas.tolist()
+    highest = scheduler.schedule.last_timestep
+    if recipe.trained_timesteps[recipe.default_steps][0] != highest or not math.isfinite(levels[0]):
+        return []
+    guidance = f"`FluxGuidance` {recipe.guidance_scale:g}, " if recipe.family == "flux" else ""
+    text = (
+        f"In ComfyUI, with its own nodes: `LoraLoaderModelOnly` at strength 1.0, {guidance}`SamplerCustom` with cfg "
+        f"1.0, `KSamplerSelect` euler, and `ManualSigmas`\n\n    {', '.join(f'{level:.6g}' for level in levels)}\n\n"
+        "Another scheduler of ComfyUI is not the grid that this student was trained on."
+    )
+    if loads == "kohya" and form != "kohya":
+        text += (
+            f" ComfyUI does not load the names in `{name}` for this family: `tdm export --format kohya` writes those."
+        )
+    return [text]
+
+
+# ---------------------------------------------------------------------- facts
+
+
+def _curves(run: Trained) -> list[Path]:
+    """The picture of the curves, in the run's folder, if there is one."""
+    return [Path("curves.png")] if (run.folder / "curves.png").is_file() else []
+
+
+def _last_previews(run: Trained) -> list[Path]:
+    """The last picture of previews, in the run's folder, if there is one."""
+    return [picture.relative_to(run.folder) for picture in sorted((run.folder / "previews").glob("*.png"))[-1:]]
+
+
+def _last_evaluation(run: Trained) -> dict[str, float]:
+    """The run's last line with measures of its task, {} without one."""
+    metrics = run.folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    found = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    return {key: value for key, value in found[-1].items() if key == "step" or key.startswith("eval/")} if found else {}
+
+
+def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
+    yield "base", f"`{_base_name(recipe.base_model)}`"
+    yield "prediction type", recipe.prediction_type
+    for steps, grid in recipe.trained_timesteps.items():
+        yield f"timesteps, {steps} steps", ", ".join(f"{t:g}" for t in grid)
+    yield "guidance scale", f"{recipe.guidance_scale:g}"
+    yield "size", f"{recipe.width} x {recipe.height}" + (f", {recipe.num_frames} frames" if recipe.num_frames else "")
+    if recipe.flow_shift is not None:
+        yield "flow shift", f"{recipe.flow_shift:g}"
+    yield "solver order", str(recipe.solver_order)
+    if "load_beside" in recipe.notes:
+        yield "load beside it", recipe.notes["load_beside"]
+
+
+def _training_rows(run: Trained) -> Iterable[tuple[str, str]]:
+    c = run.config
+    yield "updates", str(run.step)
+    yield "samples per update", str(c.batch_size)
+    yield "prompts", run.recipe.notes["prompts"]
+    if "weights" in run.recipe.notes:
+        yield "weights", run.recipe.notes["weights"]
+    yield "teacher guidance", f"{c.objective.guidance_scale:g}"
+    for name, role in (("student", c.student), ("critic", c.critic)):
+        adapter = "whole weights" if c.full_weights else f"LoRA, rank {role.rank}, alpha {role.alpha or role.rank:g}"
+        yield name, f"{adapter}; AdamW, learning rate {role.lr:g}"
+    yield "critic target", c.critic.target
+    yield "running mean", f"decay {c.ema.decay:g}"
+    yield "precision", c.precision
+    yield "seed", str(c.seed)
+
+
+def _settings(run: Trained) -> str:
+    """The run's configuration as YAML, with names for the paths of this machine."""
+    settings = json.loads(json.dumps(dataclasses.asdict(run.config)))
+    settings["task"] = _without_paths(settings["task"])
+    settings["start_from"] = _without_paths(settings["start_from"])
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    here = isinstance(value, str) and os.path.exists(value.rpartition("@")[0] or value)  # a LoRA may have @strength
+    return Path(value).name if here else value
+
+
+def _base_name(model: str) -> str:
+    """The base as others know it: a hub id, "bundled", or the name of a local folder without its place here."""
+    return f"path/to/{Path(model).name}" if model != BUNDLED and not _is_hub_id(model) else model
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None and not os.path.exists(model)
+
+
+def _licence(model: str) -> dict[str, Any]:
+    """What the base's own card says of its licence, as far as it is on this machine: {} if it says nothing."""
+    card: Any = Path(base_folder(model)) / CARD_FILE
+    if _is_hub_id(model):
+        card = try_to_load_from_cache(model, CARD_FILE)
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return {}
+    try:
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # a README.md without front matter that can be read
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if "license" in data and key in data}
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
