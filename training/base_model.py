@@ -130,6 +130,18 @@ class BaseModel:
 
     # ------------------------------------------------------------------ denoiser and VAE
 
+    def whole(self, dtype: torch.dtype) -> Any:
+        """The whole pipeline, LoRAs merged.
+
+        Raises:
+            TDMError: a LoRA does not fit.
+        """
+        pipe = self.family.pipeline_class().from_pretrained(self.folder, dtype=dtype)
+        for name, part in pipe.components.items():
+            if isinstance(part, nn.Module):
+                self._merge_loras(name, part)
+        return pipe
+
     def pipeline(self, memory: MemoryConfig, device: torch.device) -> tuple[Any, torch.dtype]:
         """(the pipeline with the frozen denoiser and nothing else, the dtype that the denoiser computes in).
 

@@ -11,13 +11,12 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import TDMError
-from ..pipelines.locate import base_folder, family_of_base
 from ..pipelines.student import MERGED_FILE, STUDENT_FILE, Layout, StudentRecipe, save_student
 from .checkpoint import read_checkpoint
 from .config import DistillConfig, from_dict
@@ -116,32 +115,26 @@ def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = Non
         TDMError: the base is not at hand any more, the folder exists, or as ``save_merged``.
     """
     from ..pipelines.tdm_pipeline import TDMPipeline
+    from .base_model import BaseModel
 
-    if run.config.task.get("loras") and not run.config.full_weights:
-        raise TDMError(
-            "the teacher of this run had LoRAs in its base, which merging would leave out; export the student"
-        )
     if force and folder.is_dir() and any(folder.iterdir()) and not (folder / MERGED_FILE).is_file():
         raise TDMError(f"{folder} holds something else than a merged student; choose another folder")
-    with tempfile.TemporaryDirectory() as scratch:
-        if run.config.full_weights:
-            pipe = TDMPipeline.from_pipe(_whole(run, dtype), student=None, recipe=vars(run.recipe))
-        else:
-            pipe = TDMPipeline.from_pretrained(export_student(run, Path(scratch) / STUDENT_FILE), dtype=dtype)
-    pipe.save_merged(folder, force=force)
+    base = BaseModel.find(run.recipe.base_model, run.config.task.get("loras") or ())
+    pipe = base.whole(dtype or torch.float32)
+    if run.config.full_weights:
+        _replace_weights(getattr(pipe, base.family.denoiser), run)
+        merged = TDMPipeline.from_pipe(pipe, student=None, recipe=vars(run.recipe))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            merged = TDMPipeline.from_pipe(pipe, student=export_student(run, Path(scratch) / STUDENT_FILE))
+    merged.save_merged(folder, force=force)
     return folder
 
 
-def _whole(run: Trained, dtype: torch.dtype | None) -> Any:
-    """The base's pipeline with the run's weights in its denoiser."""
-    base = base_folder(run.recipe.base_model)
-    family = family_of_base(base)
-    pipe: Any = family.pipeline_class().from_pretrained(base, dtype=dtype or torch.float32)
-    network = getattr(pipe, family.denoiser)
+def _replace_weights(network: torch.nn.Module, run: Trained) -> None:
     found = network.load_state_dict(run.weights, strict=False)  # buffers are not trained, and are the base's
     if found.unexpected_keys or not set(found.missing_keys).isdisjoint(dict(network.named_parameters())):
         raise TDMError(f"the weights of {run.folder} are for another network than that of {run.recipe.base_model}")
-    return pipe
 
 
 def plot_curves(folder: Path) -> Path | None:

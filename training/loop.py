@@ -271,6 +271,7 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
             rank={"student": config.student.rank, "critic": config.critic.rank},
             alpha={"student": config.student.alpha, "critic": config.critic.alpha},
             generator=generator,
+            device=task.device,
             **kind,
         )
     if config.start_from is not None:

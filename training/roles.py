@@ -138,6 +138,7 @@ class AdapterRoles(Roles):
         targets: names (endings) of the layers that get an adapter, or one regular expression, as in peft.
         rank, alpha: per role; alpha defaults to the rank, which is a scale of 1.
         generator: of the adapters' initial weights. Both start as the teacher: the second factor of a LoRA starts at 0.
+        device: of the adapters; None is where their layers are, unless those wait in main memory (offload).
 
     Raises:
         TDMError: no layer matches ``targets``.
@@ -155,6 +156,7 @@ class AdapterRoles(Roles):
         alpha: dict[Role, float | None],
         generator: torch.Generator,
         precision: Precision = "fp32",
+        device: torch.device | None = None,
     ) -> None:
         for role in ROLES:
             scale = alpha[role] if alpha[role] is not None else rank[role]
@@ -175,7 +177,7 @@ class AdapterRoles(Roles):
         self._weights = {role: self._find(role) for role in ROLES}
         for role in ROLES:
             for name, weight in self._weights[role].items():
-                weight.data = weight.data.float()
+                weight.data = weight.data.to(device or weight.device, torch.float32)
                 weight.requires_grad_(True)
                 if "lora_A" in name:  # peft draws from the global generator: draw again from ours, by the same law
                     drawn = torch.empty(weight.shape)

@@ -71,7 +71,7 @@ def runs(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callab
         if family not in made:
             config = load_config(None, settings(family))
             folder = tmp_path_factory.mktemp("runs") / family
-            made[family] = distill(build_task(config.task), config, folder, report=lambda _: None)
+            made[family] = distill(build_task(config.task, config.memory, "cpu"), config, folder, report=lambda _: None)
         return made[family]
 
     return of
@@ -171,7 +171,7 @@ def test_whole_weights_come_out_as_a_pipeline(
 ) -> None:
     options = [*settings("sd3"), "full_weights=true", "student.lr=1e-3", "critic.lr=1e-3"]
     config = load_config(None, options)
-    run = distill(build_task(config.task), config, tmp_path / "run", report=lambda _: None)
+    run = distill(build_task(config.task, config.memory, "cpu"), config, tmp_path / "run", report=lambda _: None)
     assert "--format merged" in refused(["export", str(tmp_path / "run")], capsys)
     (tmp_path / "nothing_else.yaml").write_text("{}")
     argv = ["distill", str(tmp_path / "nothing_else.yaml"), *options, "--resume", "--out", str(tmp_path / "run")]
@@ -240,7 +240,7 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(
     (tmp_path / "torn" / "checkpoint.pt").write_bytes((runs("sd15").out_dir / "checkpoint.pt").read_bytes()[:1000])
     assert "not a readable checkpoint" in refused(["export", str(tmp_path / "torn")], capsys)
     config = load_config(None, ["updates=1", "batch_size=4", "output.evaluate_every=0"])
-    distill(build_task(config.task), config, tmp_path / "mixture", report=lambda _: None)
+    distill(build_task(config.task, config.memory, "cpu"), config, tmp_path / "mixture", report=lambda _: None)
     capsys.readouterr()
     assert "no student to export" in refused(["export", str(tmp_path / "mixture")], capsys)
     assert "did you mean" in refused(["export", str(tmp_path), "--formats", "kohya"], capsys)

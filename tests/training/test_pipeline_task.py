@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.student import read_student
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
 from tdm.training.config import from_dict, load_config
-from tdm.training.export import export_student
+from tdm.training.export import export, export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
 from torch import Tensor
@@ -64,8 +65,9 @@ def test_each_update_draws_one_size_for_its_whole_batch(
     assert set(seen) == set(shapes)
     assert seen[0] == task.conditions(1, torch.Generator().manual_seed(0))[1] or len(set(seen)) > 1
 
-    file = export_student(run, tmp_path / "student.safetensors")
-    assert file is not None
+    finished = read_run(tmp_path / "run")
+    assert finished is not None
+    file = export_student(finished, tmp_path / "student.safetensors")
     recipe, _ = read_student(file)
     assert recipe is not None
     assert (recipe.height, recipe.width, recipe.num_frames) == (*sizes[0], None)[:3]
@@ -174,12 +176,21 @@ def test_loras_of_other_layouts_add_up_and_are_named_in_the_student(
     with torch.no_grad():
         found = task.call(task.base, x, torch.tensor([800.0, 300.0]), task.encode(PROMPTS))
     assert error(found, whole_prediction(whole, task, x)) < 1e-5
-    run = distill(task, load_config(None, [*FAST, "updates=1"]), tmp_path / "run", report=lambda _: None)
-    file = export_student(run, tmp_path / "student.safetensors")
-    assert file is not None
+    config = load_config(None, [*FAST, "updates=1", f"task.loras=[{files[0]}, {files[1]}@-0.4]"])
+    run = distill(task, config, tmp_path / "run", report=lambda _: None)
+    finished = read_run(tmp_path / "run")
+    assert finished is not None
+    file = export_student(finished, tmp_path / "student.safetensors")
     recipe, _ = read_student(file)
     assert recipe is not None
     assert recipe.notes["load_beside"] == "0.safetensors@1, 1.safetensors@-0.4"
+
+    folder = export(finished, "merged", tmp_path / "merged")
+    merged = TDMPipeline.from_pretrained(folder)
+    noise = torch.randn(2, *task.latent_shape, generator=torch.Generator().manual_seed(0))
+    merged.set_progress_bar_config(disable=True)
+    sampled = merged(prompt=list(PROMPTS), latents=noise, output_type="latent")[0]
+    assert error(sampled, run.student(noise, task.encode(PROMPTS))) < 1e-4
 
 
 def test_loras_that_are_not_there_or_do_not_fit_are_refused(

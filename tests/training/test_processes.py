@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
+from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import load_config
@@ -62,11 +64,11 @@ def furthest(one, two):
 
 @pytest.mark.parametrize(
     "settings",
-    [[], ["trajectory.stages=sample", "micro_batch_size=2", "critic.share_noise=true"], ["memory.shard=true"]],
-    ids=["data-parallel", "micro-batches", "sharded-base"],
+    [[], ["trajectory.stages=sample", "micro_batch_size=2", "critic.share_noise=true"]],
+    ids=["data-parallel", "micro-batches"],
 )
 def test_two_processes_train_the_student_of_one(config, tmp_path, settings):
-    alone(config, tmp_path / "one", *[s for s in settings if "shard" not in s])
+    alone(config, tmp_path / "one", *settings)
     code, told = torchrun(config, tmp_path / "two", *settings)
     assert code == 0, told
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
@@ -77,6 +79,33 @@ def test_two_processes_train_the_student_of_one(config, tmp_path, settings):
     assert torch.equal(one["generator"], two["generator"])
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd3"])  # blocks within blocks, and a transformer
+def test_a_sharded_base_trains_the_same_student(family, bases, tmp_path):
+    """Half of every weight in each process, with gradient checkpointing: what AdamW makes of the order of sums differs,
+    by 0.4 % (sd15, whose first updates have gradients that are nearly 0) and 0.002 % (sd3); nothing else.
+    """
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cube\na cat\n")
+    options = f"""
+task: {{name: pipeline, model: {bases(family)}, prompts: {prompts}, cache: {tmp_path / "cache"}, height: 16, width: 16}}
+batch_size: 4
+updates: 2
+student: {{rank: 4}}
+critic: {{rank: 4}}
+memory: {{gradient_checkpointing: true}}
+objective: {{guidance_scale: 2.0}}
+output: {{teacher_steps: 3}}
+"""
+    (tmp_path / "tiny.yaml").write_text(options)
+    assert main(["distill", str(tmp_path / "tiny.yaml"), "--device", "cpu", "--out", str(tmp_path / "one")]) == 0
+    code, told = torchrun(tmp_path / "tiny.yaml", tmp_path / "two", "memory.shard=true")
+    assert code == 0, told
+    one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt")["ema"]["weights"] for name in ("one", "two"))
+    learned = [key for key in one if "lora_B" in key]
+    far = sum(float((one[key] - two[key]).square().sum()) for key in learned) ** 0.5
+    assert far < 0.02 * sum(float(one[key].square().sum()) for key in learned) ** 0.5
+
+
 def test_two_processes_resume_bit_for_bit(config, tmp_path):
     assert torchrun(config, tmp_path / "whole")[0] == 0
     assert torchrun(config, tmp_path / "cut", "updates=4")[0] == 0
@@ -85,49 +114,14 @@ def test_two_processes_resume_bit_for_bit(config, tmp_path):
     assert furthest(*(read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))) == 0
 
 
-def test_a_process_that_dies_ends_the_run_with_a_message(config, tmp_path):
-    """Started without torchrun, as srun does, so that nobody but the run itself can notice."""
+@contextmanager
+def two_of_srun(config, out):
+    """A long run in two processes, as srun starts them: without torchrun, so that nobody but the run itself notices."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "tdm.cli",
-        "distill",
-        str(config),
-        "updates=1000000",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    first, second = (
+    command = [sys.executable, "-m", "tdm.cli", "distill", str(config), "updates=1000000", "--device", "cpu", "--out"]
+    both = [
         subprocess.Popen(
-            [*command, str(tmp_path / "run")],
-            env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    try:
-        until = time.monotonic() + 120
-        while not (tmp_path / "run" / "checkpoint.pt").exists() and time.monotonic() < until:
-            time.sleep(0.1)
-        second.send_signal(signal.SIGKILL)
-        _, told = first.communicate(timeout=60)
-    finally:
-        first.kill()
-        second.kill()
-    assert first.returncode == 2
-    assert "another process of this run has ended" in told.splitlines()[-1]
-    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 4
-
-
-def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_update(config, tmp_path):
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "tdm.cli", "distill", str(config), "updates=1000000", "--out", str(out)]
-    processes = [
-        subprocess.Popen(
-            [*command, "--device", "cpu"],
+            [*command, str(out)],
             env=os.environ | where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -138,13 +132,27 @@ def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_update(confi
         until = time.monotonic() + 120
         while not (out / "checkpoint.pt").exists() and time.monotonic() < until:
             time.sleep(0.1)
-        processes[1].send_signal(signal.SIGTERM)
-        told = [process.communicate(timeout=60)[1] for process in processes]
+        yield both
     finally:
-        for process in processes:
+        for process in both:
             process.kill()
-    done = read_checkpoint(out / "checkpoint.pt")["step"]
-    assert [process.returncode for process in processes] == [130, 0], told
+
+
+def test_a_process_that_dies_ends_the_run_with_a_message(config, tmp_path):
+    with two_of_srun(config, tmp_path / "run") as (first, second):
+        second.send_signal(signal.SIGKILL)
+        _, told = first.communicate(timeout=60)
+    assert first.returncode == 2
+    assert "another process of this run has ended" in told.splitlines()[-1]
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 4
+
+
+def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_update(config, tmp_path):
+    with two_of_srun(config, tmp_path / "run") as both:
+        both[1].send_signal(signal.SIGTERM)
+        told = [process.communicate(timeout=60)[1] for process in both]
+    done = read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert [process.returncode for process in both] == [130, 0], told
     assert f"tdm: stopped after update {done}; the same command with --resume goes on" in told[0]
 
 
