@@ -59,7 +59,7 @@ def test_each_update_draws_one_size_for_its_whole_batch(
             return super().call(base, x, timesteps, cond)
 
     task.__class__ = Watching
-    run = distill(task, load_config(None, [*FAST, "updates=8"]), tmp_path / "run", report=lambda _: None)
+    distill(task, load_config(None, [*FAST, "updates=8"]), tmp_path / "run", report=lambda _: None)
     shapes = [task.family.latent_shape(task.pipe, size) for size in task.sizes]
     assert len(set(shapes)) == len(sizes)
     assert set(seen) == set(shapes)
