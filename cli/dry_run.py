@@ -51,9 +51,9 @@ def _check_task(config: DistillConfig) -> str:
         Trajectory(config.trajectory, build_task(config.task, config.memory, "cpu").schedule)
         return "no estimate: that is for pipelines"
     from ..training.config import from_dict
-    from ..training.estimate import Estimator
-    from ..training.pipeline_task import PipelineTaskConfig
-    from ..training.prompts import training_prompts
+    from ..training.estimate.estimator import Estimator
+    from ..training.tasks.pipeline import PipelineTaskConfig
+    from ..training.tasks.prompts import training_prompts
     from .estimate import table
 
     task = from_dict(PipelineTaskConfig, config.task, "task.")

@@ -13,7 +13,7 @@ from .generate import quiet
 from .settings import read_settings
 
 if TYPE_CHECKING:
-    from ..training.estimate import Estimate, Estimator, Gpu
+    from ..training.estimate.estimator import Estimate, Estimator, Gpu
 
 HELP = """\
 Print what `tdm distill` with the same arguments will take: network passes and FLOPs of an update, memory by part,
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.estimate import Estimator
+    from ..training.estimate.estimator import Estimator
 
     if args.gpus < 1:
         raise TDMError(f"--gpus must be at least 1, not {args.gpus}")
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _gpu(name: str) -> Gpu:
-    from ..training.estimate import GPUS
+    from ..training.estimate.estimator import GPUS
 
     if name.lower() not in GPUS:
         near = difflib.get_close_matches(name.lower(), list(GPUS), n=1)
@@ -72,7 +72,7 @@ def _gpu(name: str) -> Gpu:
 def table(estimate: Estimate, gpus: list[Gpu] | None = None) -> str:
     """An estimate for people; ``gpus`` are the rows at its end, None all that are known."""
     from ..training.cost import micro_batch_size
-    from ..training.estimate import CONTEXT, GIB, GPUS, USABLE, UTILISATION
+    from ..training.estimate.estimator import CONTEXT, GIB, GPUS, USABLE, UTILISATION
 
     c, p, f = estimate.config, estimate.passes, estimate.flops
     trained = estimate.trained
@@ -120,7 +120,7 @@ def _flops(count: float) -> str:
 
 
 def _advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
-    from ..training.estimate import presets_that_fit, what_to_lower
+    from ..training.estimate.estimator import presets_that_fit, what_to_lower
 
     lower = what_to_lower(estimator, estimate.config, gpu, estimate.processes)
     fitting = presets_that_fit(estimator, estimate.config, gpu, estimate.processes)
@@ -129,7 +129,7 @@ def _advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
 
 
 def _batch(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
-    from ..training.estimate import largest_micro_batch
+    from ..training.estimate.estimator import largest_micro_batch
 
     micro = largest_micro_batch(estimator, estimate.config, gpu, estimate.processes)
     return f"largest micro_batch_size that fits {gpu.name}: {micro or 'none'}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["tdm.training.export", "tdm.training.mixture", "tdm.cli.generate", "matplotlib.pyplot"]
+    ["tdm.training.export", "tdm.training.tasks.mixture", "tdm.cli.generate", "matplotlib.pyplot"]
 )
 
 

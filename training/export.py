@@ -115,7 +115,7 @@ def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = Non
         TDMError: the base is not at hand any more, the folder exists, or as ``save_merged``.
     """
     from ..pipelines.tdm_pipeline import TDMPipeline
-    from .base_model import BaseModel
+    from .tasks.base_model import BaseModel
 
     if force and folder.is_dir() and any(folder.iterdir()) and not (folder / MERGED_FILE).is_file():
         raise TDMError(f"{folder} holds something else than a merged student; choose another folder")

@@ -14,4 +14,4 @@ def prompt_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_prompt_caches(prompt_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdm.training.pipeline_task.default_root", lambda: prompt_caches)
+    monkeypatch.setattr("tdm.training.tasks.pipeline.default_root", lambda: prompt_caches)

@@ -12,7 +12,7 @@ from tdm.errors import TDMError
 from tdm.tests import tiny
 from tdm.training.config import MemoryConfig, load_config
 from tdm.training.loop import build_roles, distill
-from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from torch import Tensor, nn
 
 # Relative error of a prediction that storing the base smaller may make, of tiny networks with random weights.

@@ -16,9 +16,9 @@ from tdm.tests import tiny
 from tdm.tests.training.outlines import outline_folder
 from tdm.training.batch import draw_batch
 from tdm.training.config import DistillConfig, load_config
-from tdm.training.estimate import CONTEXT, GIB, USABLE, Estimator, Gpu, largest_micro_batch, what_to_lower
+from tdm.training.estimate.estimator import CONTEXT, GIB, USABLE, Estimator, Gpu, largest_micro_batch, what_to_lower
+from tdm.training.estimate.rehearsal import AsOnGpu, Outline, Rehearsal
 from tdm.training.processes import Processes
-from tdm.training.rehearsal import AsOnGpu, Outline, Rehearsal
 from tdm.training.roles import ROLES
 from tdm.training.update import tdm_update
 from torch import nn

@@ -27,8 +27,8 @@ from tdm.training.card import model_card
 from tdm.training.config import load_config
 from tdm.training.export import Trained, export_student, read_run
 from tdm.training.loop import Run, distill
-from tdm.training.pipeline_task import PipelineTask
 from tdm.training.tasks import build_task
+from tdm.training.tasks.pipeline import PipelineTask
 
 PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
 SETTINGS = [

@@ -17,8 +17,8 @@ from tdm.tests import tiny
 from tdm.training.config import load_config
 from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
-from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
 from tdm.training.roles import ROLES
+from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 
 PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
 

@@ -14,8 +14,8 @@ from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import load_config
 from tdm.training.health import Monitor, picture_ratios
 from tdm.training.loop import Callback, distill
-from tdm.training.mixture import MixtureTask
-from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.mixture import MixtureTask
+from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from tdm.training.teacher.data import pictures
 from tdm.training.trajectory import Condition
 

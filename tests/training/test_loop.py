@@ -10,9 +10,9 @@ from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import RoleConfig, load_config
 from tdm.training.health import Preview
 from tdm.training.loop import distill
-from tdm.training.mixture import MixtureTask
 from tdm.training.optimizers import learning_rate
 from tdm.training.precision import best_precision
+from tdm.training.tasks.mixture import MixtureTask
 
 SMALL = [
     "updates=12",

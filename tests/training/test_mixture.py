@@ -8,7 +8,7 @@ from tdm.pipelines.schedule import expand, predict_x0_eps, uniform_grid
 from tdm.training.config import load_config
 from tdm.training.loop import distill
 from tdm.training.metrics import energy_distance
-from tdm.training.mixture import Mixture, MixtureTask
+from tdm.training.tasks.mixture import Mixture, MixtureTask
 from tdm.training.trajectory import Trajectory, sample
 
 

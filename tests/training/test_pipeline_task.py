@@ -17,7 +17,7 @@ from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, te
 from tdm.training.config import from_dict, load_config
 from tdm.training.export import export, export_student, read_run
 from tdm.training.loop import distill
-from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from torch import Tensor
 
 PROMPTS = ["a red cube", "a cat"]

@@ -6,8 +6,8 @@ import pytest
 from tdm.errors import TDMError
 from tdm.tests import tiny
 from tdm.training.config import from_dict, load_config
-from tdm.training.pipeline_task import PipelineTaskConfig
 from tdm.training.presets import MEMORY, presets
+from tdm.training.tasks.pipeline import PipelineTaskConfig
 
 
 def test_every_preset_is_sound_and_says_what_it_is_for() -> None:

@@ -15,8 +15,8 @@ from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import load_config
 from tdm.training.loop import distill
-from tdm.training.mixture import MixtureTask
 from tdm.training.processes import Processes, joined
+from tdm.training.tasks.mixture import MixtureTask
 
 CONFIG = """
 task: {name: mixture, width: 16, samples: 200}

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tdm.errors import TDMError
 from tdm.pipelines.families import Condition
 from tdm.tests import tiny
-from tdm.training import prompt_cache
 from tdm.training.config import load_config
 from tdm.training.loop import distill
-from tdm.training.pipeline_task import PipelineTask, PipelineTaskConfig
-from tdm.training.prompt_cache import PromptCache, TextEncoders, build_cache
+from tdm.training.tasks import prompt_cache
+from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.prompt_cache import PromptCache, TextEncoders, build_cache
 from torch import nn
 from transformers import PreTrainedModel
 

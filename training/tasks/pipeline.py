@@ -13,26 +13,26 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import TDMError
-from ..pipelines.families import Condition, Family, Size
-from ..pipelines.families.base import null_like, on_device
-from ..pipelines.locate import BUNDLED
-from ..pipelines.schedule import NoiseSchedule, PredictionType
-from ..pipelines.scheduler import TDMScheduler
-from ..pipelines.sheet import contact_sheet
-from ..pipelines.student import StudentRecipe
+from ...errors import TDMError
+from ...pipelines.families import Condition, Family, Size
+from ...pipelines.families.base import null_like, on_device
+from ...pipelines.locate import BUNDLED
+from ...pipelines.schedule import NoiseSchedule, PredictionType
+from ...pipelines.scheduler import TDMScheduler
+from ...pipelines.sheet import contact_sheet
+from ...pipelines.student import StudentRecipe
+from ..checkpoint import Measure
+from ..config import MemoryConfig
+from ..health import Preview, picture_ratios
+from ..loop import Sampler
+from ..metrics import colour_ratios
+from ..trajectory import Trajectory
+from ..world.scene import Scene
+from ..world.verify import verify
 from .base_model import BaseModel
 from .base_storage import storage_on
-from .checkpoint import Measure
-from .config import MemoryConfig
-from .health import Preview, picture_ratios
-from .loop import Sampler
-from .metrics import colour_ratios
 from .prompt_cache import PromptCache, TextEncoders, build_cache, default_root
 from .prompts import STICKERS, held_out, training_prompts
-from .trajectory import Trajectory
-from .world.scene import Scene
-from .world.verify import verify
 
 PREVIEWS = 4  # prompts
 SEEDS = 2  # pictures of each, since a student that collapses draws one and the same

@@ -6,9 +6,9 @@ import random
 from itertools import islice
 from pathlib import Path
 
-from ..errors import TDMError
-from .world.captions import caption
-from .world.scene import Scene, random_scene, scenes
+from ...errors import TDMError
+from ..world.captions import caption
+from ..world.scene import Scene, random_scene, scenes
 
 STICKERS = "stickers"
 

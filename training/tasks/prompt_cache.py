@@ -30,9 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import TDMError
-from ..pipelines.families import Condition
-from ..pipelines.families.base import pad_text
+from ...errors import TDMError
+from ...pipelines.families import Condition
+from ...pipelines.families.base import pad_text
 
 FORMAT = 1
 SHARD = 256  # prompts per file

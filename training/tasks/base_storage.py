@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import TDMError
-from .config import MemoryConfig, Storage
+from ...errors import TDMError
+from ..config import MemoryConfig, Storage
 
 _PLAIN: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..errors import TDMError
-from .config import MemoryConfig, from_dict
-from .loop import Task
+from ...errors import TDMError
+from ..config import MemoryConfig, from_dict
+from ..loop import Task
 
 
 def build_task(section: dict[str, Any], memory: MemoryConfig, device: str | torch.device) -> Task:
@@ -29,7 +29,7 @@ def build_task(section: dict[str, Any], memory: MemoryConfig, device: str | torc
             raise TDMError("the mixture is computed in float32 on the CPU: leave memory.base and memory.offload out")
         return MixtureTask(**{key: value for key, value in section.items() if key != "name"})
     if name == "pipeline":
-        from .pipeline_task import PipelineTask, PipelineTaskConfig
+        from .pipeline import PipelineTask, PipelineTaskConfig
 
         return PipelineTask(from_dict(PipelineTaskConfig, section, "task."), memory, device)
     raise TDMError(f"task.name must be 'pipeline' or 'mixture', not {name!r}")

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..pipelines.schedule import NoiseSchedule, PredictionType, predict_output
-from .checkpoint import Measure
-from .health import Preview
-from .loop import Sampler
-from .metrics import energy_distance
-from .trajectory import Condition, Trajectory
+from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
+from ..checkpoint import Measure
+from ..health import Preview
+from ..loop import Sampler
+from ..metrics import energy_distance
+from ..trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared
 

@@ -1,7 +1,7 @@
 """What a run will take, before it runs: passes, FLOPs, seconds of an update, and memory by part.
 
-Sizes come from the base's configs, FLOPs and activations from an update without data (training/rehearsal.py). What is
-assumed and not measured has a name here: what CUDA itself takes, the share of a GPU's memory that can be filled, and
+Sizes come from the base's configs, FLOPs and activations from an update without data (rehearsal.py). What is assumed
+and not measured has a name here: what CUDA itself takes, the share of a GPU's memory that can be filled, and
 the share of its peak that is reached. None of it has been checked against a GPU yet.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import TDMError
-from .config import DistillConfig, MemoryConfig, Storage, load_config
-from .cost import Passes, micro_batch_size, passes
-from .presets import MEMORY
+from ...errors import TDMError
+from ..config import DistillConfig, MemoryConfig, Storage, load_config
+from ..cost import Passes, micro_batch_size, passes
+from ..presets import MEMORY
 from .rehearsal import Course, Outline, Rehearsal
 
 GIB = 2**30

@@ -18,15 +18,15 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from ..errors import TDMError
-from ..pipelines.families import Family
-from ..pipelines.locate import base_folder, family_of_base, student_file
-from ..pipelines.loras.file import read_lora_file
-from ..pipelines.loras.merge import merge
-from ..pipelines.loras.places import Placed, place
-from ..pipelines.loras.skeleton import network_without_weights, skeletons
+from ...errors import TDMError
+from ...pipelines.families import Family
+from ...pipelines.locate import base_folder, family_of_base, student_file
+from ...pipelines.loras.file import read_lora_file
+from ...pipelines.loras.merge import merge
+from ...pipelines.loras.places import Placed, place
+from ...pipelines.loras.skeleton import network_without_weights, skeletons
+from ..config import MemoryConfig
 from .base_storage import load_denoiser
-from .config import MemoryConfig
 
 _TEXT = ("text_encoder", "tokenizer")
 

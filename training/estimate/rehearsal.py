@@ -20,20 +20,20 @@ from torch.optim import SGD, Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
-from ..errors import TDMError
-from ..pipelines.bench.memory import LiveMemory
-from ..pipelines.families import Condition
-from ..pipelines.outline import outline
-from ..pipelines.scheduler import TDMScheduler
-from .base_storage import can_offload
-from .batch import Batch, draw_batch
-from .config import DistillConfig, from_dict
-from .loop import build_roles
-from .pipeline_task import PipelineTaskConfig, sizes_of
-from .processes import Processes
-from .roles import ROLES, Role, Roles
-from .trajectory import Trajectory
-from .update import tdm_update
+from ...errors import TDMError
+from ...pipelines.bench.memory import LiveMemory
+from ...pipelines.families import Condition
+from ...pipelines.outline import outline
+from ...pipelines.scheduler import TDMScheduler
+from ..batch import Batch, draw_batch
+from ..config import DistillConfig, from_dict
+from ..loop import build_roles
+from ..processes import Processes
+from ..roles import ROLES, Role, Roles
+from ..tasks.base_storage import can_offload
+from ..tasks.pipeline import PipelineTaskConfig, sizes_of
+from ..trajectory import Trajectory
+from ..update import tdm_update
 
 _ATEN = torch.ops.aten
 _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu  # keeps what every fused attention keeps
