@@ -38,11 +38,12 @@ _BY_NAME = {family.name: family for family in reversed(_FAMILIES)}
 
 
 def family_of_pipeline(class_name: str) -> Family:
-    """The family of a base whose `model_index.json` names this pipeline class.
+    """The family of a base whose `model_index.json` names this pipeline class, or of ours in its place ("TDM" + name).
 
     Raises:
         TDMError: no family uses that pipeline; the message lists those that are supported.
     """
+    class_name = class_name if class_name in _BY_PIPELINE else class_name.removeprefix("TDM")
     if class_name not in _BY_PIPELINE:
         raise TDMError(f"pipeline class {class_name!r} is not supported; supported: {', '.join(_BY_PIPELINE)}")
     return _BY_PIPELINE[class_name]

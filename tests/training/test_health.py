@@ -62,15 +62,33 @@ def test_a_run_that_goes_well_raises_none(tmp_path: Path) -> None:
     assert all(0.7 < value < 1.1 for value in seen)
 
 
-def test_a_student_blown_up_by_its_rate_collapses_darkens_and_oversaturates(tmp_path: Path) -> None:
-    told = go(tmp_path, "student.lr=0.03", bundled=True)
-    assert {name for name, _ in alarms(tmp_path)} == {"collapse", "darkening", "oversaturation"}
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            ["student.lr=0.03", "seed=1"],  # diversity 0.15, contrast 0.11 of the teacher's
+            [
+                ("collapse", "diversity", "lower student.lr, or let the critic follow: raise critic.per_student"),
+                ("darkening", "contrast", "lower student.lr"),
+            ],
+        ),
+        (
+            ["student.lr=0.1", "seed=0"],  # saturation 2.7, brightness 0.34
+            [
+                ("oversaturation", "saturation", "lower objective.guidance_scale, or student.lr"),
+                ("darkening", "brightness", "lower student.lr"),
+            ],
+        ),
+    ],
+    ids=["collapses-and-fades", "oversaturates-and-darkens"],
+)
+def test_a_student_blown_up_by_its_rate(
+    settings: list[str], expected: list[tuple[str, str, str]], tmp_path: Path
+) -> None:
+    told = go(tmp_path, *settings, bundled=True)
+    assert {name for name, _, _ in expected} <= {name for name, _ in alarms(tmp_path)}
     assert {step for _, step in alarms(tmp_path)} == {3}
-    for name, ratio, remedy in (
-        ("collapse", "diversity", "lower student.lr, or let the critic follow: raise critic.per_student"),
-        ("oversaturation", "saturation", "lower objective.guidance_scale, or student.lr"),
-        ("darkening", "brightness", "lower student.lr"),
-    ):
+    for name, ratio, remedy in expected:
         (line,) = [line for line in told if name in line and ratio in line]
         assert line.startswith(f"ALARM  {name}: at update 3 the student's previews have ")
         assert line.endswith(f"of the teacher's {ratio} (no good preview before); {remedy}")
