@@ -228,7 +228,7 @@ def _training_rows(run: Trained) -> Iterable[tuple[str, str]]:
     yield "prompts", run.recipe.notes["prompts"]
     if "weights" in run.recipe.notes:
         yield "weights", run.recipe.notes["weights"]
-    yield "teacher guidance", f"{c.objective.guidance_scale:g}"
+    yield "teacher guidance", c.objective.teacher_guidance
     for name, role in (("student", c.student), ("critic", c.critic)):
         adapter = "whole weights" if c.full_weights else f"LoRA, rank {role.rank}, alpha {role.alpha or role.rank:g}"
         yield name, f"{adapter}; AdamW, learning rate {role.lr:g}"

@@ -56,6 +56,11 @@ class ObjectiveConfig:
     normalise: bool = True  # divide by mean |x0 - x0_teacher| per sample
     norm_min: float = 0.01  # ... but by no less than this; raise it if the loss spikes
 
+    @property
+    def teacher_guidance(self) -> str:
+        """For people: the scale that the student learned from, or one for each of its steps."""
+        return ", ".join(f"{w:g}" for w in self.stage_guidance or (self.guidance_scale,))
+
 
 @dataclass(frozen=True)
 class RoleConfig:

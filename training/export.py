@@ -25,6 +25,7 @@ Which = Literal["mean", "best", "last"]
 """The running mean of the student's weights at the end, the mean at its best evaluation, or the last weights."""
 
 Format = Literal["student", "kohya", "merged"]
+_NO_CURVES = ("step", "seconds_per_update", "best/step")
 NAMES: dict[Format, str] = {"student": STUDENT_FILE, "kohya": "student-kohya.safetensors", "merged": "merged"}
 
 
@@ -73,7 +74,7 @@ def read_run(folder: Path, which: Which = "mean") -> Trained | None:
     recipe = StudentRecipe.from_fields(checkpoint["recipe"])
     notes["training"] = (
         f"{step} updates of {config.batch_size} prompts, seed {config.seed}, "
-        f"teacher guidance {config.objective.guidance_scale:g}"
+        f"teacher guidance {config.objective.teacher_guidance}"
     )
     return Trained(folder, config, step, dataclasses.replace(recipe, notes=recipe.notes | notes), weights)
 
@@ -140,7 +141,7 @@ def _replace_weights(network: torch.nn.Module, run: Trained) -> None:
 def plot_curves(folder: Path) -> Path | None:
     """``curves.png`` from ``metrics.jsonl``: one panel a measure, or None if the run wrote none."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = [n for n in dict.fromkeys(key for line in lines for key in line) if n not in ("step", "seconds_per_update")]
+    names = [n for n in dict.fromkeys(key for line in lines for key in line) if n not in _NO_CURVES]
     if not names:
         return None
     import matplotlib

@@ -27,7 +27,10 @@ def build_task(section: dict[str, Any], memory: MemoryConfig, device: str | torc
 
         if memory.base not in ("auto", "fp32") or memory.offload:
             raise TDMError("the mixture is computed in float32 on the CPU: leave memory.base and memory.offload out")
-        return MixtureTask(**{key: value for key, value in section.items() if key != "name"})
+        settings = {key: value for key, value in section.items() if key != "name"}
+        if unknown := settings.keys() - {"kind", "width", "samples"}:
+            raise TDMError(f"unknown setting task.{min(unknown)} of the mixture, which has kind, width and samples")
+        return MixtureTask(**settings)
     if name == "pipeline":
         from .pipeline import PipelineTask, PipelineTaskConfig
 
