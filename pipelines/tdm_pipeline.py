@@ -151,7 +151,9 @@ class TDMPipeline(StudentAdapter):
             raise TDMError("this pipeline has a student already; put another one in with load_student")
         family = family_of_pipeline(type(pipeline).__name__)
         loader: Any = super(TDMPipeline, _student_class(family))
-        network = {family.denoiser: getattr(pipeline, family.denoiser)}  # by name, for its class may be one of ours
+        network: dict[str, Any] = {
+            family.denoiser: getattr(pipeline, family.denoiser)
+        }  # by name, for its class may be one of ours
         pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
