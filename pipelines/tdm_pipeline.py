@@ -151,9 +151,8 @@ class TDMPipeline(StudentAdapter):
             raise TDMError("this pipeline has a student already; put another one in with load_student")
         family = family_of_pipeline(type(pipeline).__name__)
         loader: Any = super(TDMPipeline, _student_class(family))
-        network: dict[str, Any] = {
-            family.denoiser: getattr(pipeline, family.denoiser)
-        }  # by name, for its class may be one of ours
+        # The denoiser by name: its class may be one of ours, which diffusers would not take over.
+        network: dict[str, Any] = {family.denoiser: getattr(pipeline, family.denoiser)}
         pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
