@@ -24,7 +24,7 @@ from .files import replacing, writing
 from .health import Monitor, Preview
 
 if TYPE_CHECKING:
-    from .loop import Callback, Run
+    from .run import Callback, Run
 
 
 def print_line(line: str) -> None:

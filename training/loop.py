@@ -5,132 +5,25 @@ update.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..errors import TDMError
-from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
-from ..pipelines.student import StudentRecipe
 from .batch import Batch, draw_batch
-from .checkpoint import Measure, read_checkpoint, restore_checkpoint, save_checkpoint
+from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
 from .cost import micro_batch_size
-from .health import Preview
 from .log import Log, print_line
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import Precision, best_precision
 from .processes import Processes, shard
 from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Role, Roles
-from .trajectory import Condition, Trajectory, sample
+from .run import Callback, Run, Task
+from .trajectory import Trajectory
 from .update import tdm_update
-
-Sampler = Callable[[Tensor, Condition], Tensor]
-"""``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
-steps, or the critic's idea of the student's sample.
-"""
-
-
-CRITIC_SEED = 1_000  # of the noise in Run.critic: not that of any task's previews
-
-
-class Task(Protocol):
-    """What is distilled: everything that differs between a mixture of Gaussians and a text-to-image model."""
-
-    base: nn.Module  # the pretrained network, on its device; it is frozen
-    schedule: NoiseSchedule
-    prediction_type: PredictionType
-    targets: Sequence[str] | str  # the layers that get adapters, as in peft
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base runs."""
-        ...
-
-    @property
-    def measure(self) -> Measure | None:
-        """The measure of :meth:`evaluate` by which the best student is kept; None keeps none."""
-        ...
-
-    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """The network's output for ``x`` ``[B, ...]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
-        parts in float32.
-        """
-        ...
-
-    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
-        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded (``{}`` if there are none), and the
-        shape of one sample, which may differ from batch to batch. On any device: the loop moves what it needs.
-        """
-        ...
-
-    def null(self, cond: Condition) -> Condition:
-        """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
-        ...
-
-    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:
-        """What the three draw from fixed seeds, and how the student's samples compare with the teacher's."""
-        ...
-
-    def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
-        """The task's own measures, from fixed seeds."""
-        ...
-
-    def recipe(self, trajectory: Trajectory) -> StudentRecipe | None:
-        """How a student with this trajectory is sampled, for its file; None for a task that is no pipeline."""
-        ...
-
-
-@dataclass
-class Run:
-    """A run as callbacks and callers see it. ``step`` counts updates done; ``ema.weights`` is the student to export."""
-
-    task: Task
-    config: DistillConfig
-    out_dir: Path
-    roles: Roles
-    trajectory: Trajectory
-    ema: Ema
-    step: int = 0
-
-    def student(self, noise: Tensor, cond: Condition) -> Tensor:
-        """Samples of the student (mean weights) on its trained grid."""
-        with self.ema.applied():
-            return sample(self.roles.student, self.task.schedule, self.trajectory.timesteps.tolist(), noise, cond)
-
-    def teacher(self, noise: Tensor, cond: Condition) -> Tensor:
-        """Samples of the teacher with the run's guidance on ``output.teacher_steps`` uniform steps."""
-        null, w = self.task.null(cond), self.config.objective.guidance_scale
-        grid = uniform_grid(self.config.output.teacher_steps, self.task.schedule, self.config.trajectory.shift)
-
-        def guided(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-            return self.roles.guided_teacher(x, timesteps, cond, null, w)
-
-        return sample(guided, self.task.schedule, grid, noise, cond)
-
-    @torch.no_grad()
-    def critic(self, noise: Tensor, cond: Condition) -> Tensor:
-        """What the critic takes the student's samples for: its clean prediction after they were noised again.
-
-        Up to the student's last timestep, the noisiest state of clean samples that the critic is trained on with
-        separate bands, and half of the range at most. The noise is the same each time.
-        """
-        x0, last = self.student(noise, cond), len(self.trajectory) - 1
-        stages = torch.full((len(x0),), last)
-        tau = self.trajectory.timesteps[stages].clamp_max(self.task.schedule.num_train_timesteps // 2)
-        xi = torch.randn(x0.shape, generator=torch.Generator().manual_seed(CRITIC_SEED)).to(x0)
-        return self.roles.critic(self.trajectory.renoise(x0, stages, tau, xi).x_tau, tau, cond)[0]
-
-    def due(self, every: int) -> bool:
-        """Whether something that happens ``every`` so many updates (0 is never), and at the end, happens now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.updates)
-
-
-Callback = Callable[[Run, dict[str, float]], None]
-"""Called with the run and each line that goes to metrics.jsonl; raise from it to stop."""
 
 
 def distill(

@@ -26,7 +26,8 @@ from tdm.tests.pipelines.students import error, load, plain, short_call
 from tdm.training.card import model_card
 from tdm.training.config import load_config
 from tdm.training.export import Trained, export_student, read_run
-from tdm.training.loop import Run, distill
+from tdm.training.loop import distill
+from tdm.training.run import Run
 from tdm.training.tasks import build_task
 from tdm.training.tasks.pipeline import PipelineTask
 

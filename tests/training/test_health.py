@@ -13,7 +13,8 @@ from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import load_config
 from tdm.training.health import Monitor, picture_ratios
-from tdm.training.loop import Callback, distill
+from tdm.training.loop import distill
+from tdm.training.run import Callback
 from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from tdm.training.teacher.data import pictures

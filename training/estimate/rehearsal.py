@@ -100,7 +100,7 @@ def _attention(
 
 
 class Outline:
-    """``loop.Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
+    """``run.Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
 
     Raises:
         TDMError: another task than a pipeline, or what ``PipelineTask`` would refuse about base and size.
@@ -122,7 +122,7 @@ class Outline:
         self._cond = self.family.blank(self.pipe, 1, self.size)
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``loop.Task``."""
+        """See ``run.Task``."""
         return self.family.denoise(base, x.to(self.dtype), timesteps, cond)
 
     def conditions(self, n: int) -> Condition:

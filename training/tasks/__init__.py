@@ -8,7 +8,7 @@ import torch
 
 from ...errors import TDMError
 from ..config import MemoryConfig, from_dict
-from ..loop import Task
+from ..run import Task
 
 
 def build_task(section: dict[str, Any], memory: MemoryConfig, device: str | torch.device) -> Task:

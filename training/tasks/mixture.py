@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
 from ..checkpoint import Measure
 from ..health import Preview
-from ..loop import Sampler
 from ..metrics import energy_distance
+from ..run import Sampler
 from ..trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared
@@ -111,7 +111,7 @@ class MixtureDenoiser(nn.Module):
 
 
 class MixtureTask:
-    """``loop.Task`` of the mixture, without prompts: ``kind`` "flow" predicts velocity, "vp" (SD's table) predicts v.
+    """``run.Task`` of the mixture, without prompts: ``kind`` "flow" predicts velocity, "vp" (SD's table) predicts v.
 
     Args:
         samples: how many samples an evaluation takes.
@@ -136,7 +136,7 @@ class MixtureTask:
         self.base = MixtureDenoiser(self.mixture, self.schedule, self.prediction_type, width, generator)
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:  # noqa: ARG002
-        """See ``loop.Task``."""
+        """See ``run.Task``."""
         return base(x, timesteps)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002

@@ -24,8 +24,8 @@ from ...pipelines.student import StudentRecipe
 from ..checkpoint import Measure
 from ..config import MemoryConfig
 from ..health import Preview, picture_ratios
-from ..loop import Sampler
 from ..metrics import colour_ratios
+from ..run import Sampler
 from ..trajectory import Trajectory
 from ..world.scene import Scene
 from ..world.verify import verify
@@ -60,7 +60,7 @@ class PipelineTaskConfig:
 
 
 class PipelineTask:
-    """``loop.Task`` of a pipeline of any family (see ``pipelines/families``).
+    """``run.Task`` of a pipeline of any family (see ``pipelines/families``).
 
     All prompts of the run are encoded first (``prompt_cache``); then the denoiser is loaded, without text encoders. The
     VAE comes with the first decoding and leaves the device after each.
@@ -107,7 +107,7 @@ class PipelineTask:
         return float(told["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
 
     def recipe(self, trajectory: Trajectory) -> StudentRecipe:
-        """See ``loop.Task``."""
+        """See ``run.Task``."""
         source = (
             "the grammar of the bundled world" if self.config.prompts == STICKERS else Path(self.config.prompts).name
         )
@@ -141,7 +141,7 @@ class PipelineTask:
         return [f"{lora.file.name}@{lora.strength:g}" for lora in self.parts.loras]
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``loop.Task``. States and conditions enter in the dtype that the base computes in."""
+        """See ``run.Task``. States and conditions enter in the dtype that the base computes in."""
         cond = {key: value.to(self._dtype) if value.is_floating_point() else value for key, value in cond.items()}
         return self.family.denoise(base, x.to(self._dtype), timesteps, cond)
 
@@ -155,13 +155,13 @@ class PipelineTask:
         return text | self.family.facts(self.pipe, text, size or self.size, **self._told)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
-        """See ``loop.Task``."""
+        """See ``run.Task``."""
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
         size = rng.choice(self.sizes)
         return self.encode(rng.choices(self.prompts, k=n), size), self.family.latent_shape(self.pipe, size)
 
     def null(self, cond: Condition) -> Condition:
-        """See ``loop.Task``."""
+        """See ``run.Task``."""
         return null_like(self.cache.null, cond)
 
     @torch.no_grad()
