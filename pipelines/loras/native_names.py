@@ -1,6 +1,6 @@
-"""The layer names of the original checkpoints, family by family; the UNet's are counted out in `layer_names.py`.
+"""The layer names of the original checkpoints, family by family, and of ComfyUI where it has names of its own.
 
-Each table maps a native name to our layers, parted by blanks, with `*` for a block's number. Where a native layer is
+The UNet's are counted out in `layer_names.py`. Each table maps a native name to our layers, parted by blanks, with `*` for a block's number. Where a native layer is
 several of ours stacked, they are in the order of its rows.
 """
 
@@ -116,6 +116,17 @@ _COGVIDEOX = {
     "transformer.layers.*.mlp.dense_h_to_4h": "transformer_blocks.*.ff.net.0.proj",
     "transformer.layers.*.mlp.dense_4h_to_h": "transformer_blocks.*.ff.net.2",
     "mixins.final_layer.linear": "proj_out",
+    # ComfyUI's own network has names of its own.
+    "time_embedding_linear_1": "time_embedding.linear_1",
+    "time_embedding_linear_2": "time_embedding.linear_2",
+    "ofs_embedding_linear_1": "ofs_embedding.linear_1",
+    "ofs_embedding_linear_2": "ofs_embedding.linear_2",
+    **{f"blocks.*.{part}": f"transformer_blocks.*.attn1.to_{part}" for part in "qkv"},
+    "blocks.*.attn_out": "transformer_blocks.*.attn1.to_out.0",
+    "blocks.*.norm1.linear": "transformer_blocks.*.norm1.linear",
+    "blocks.*.norm2.linear": "transformer_blocks.*.norm2.linear",
+    "blocks.*.ff_proj": "transformer_blocks.*.ff.net.0.proj",
+    "blocks.*.ff_out": "transformer_blocks.*.ff.net.2",
 }
 _ZIMAGE = {
     "x_embedder": "all_x_embedder.2-1",
