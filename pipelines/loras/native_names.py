@@ -1,7 +1,7 @@
 """The layer names of the original checkpoints, family by family, and of ComfyUI where it has names of its own.
 
-The UNet's are counted out in `layer_names.py`. Each table maps a native name to our layers, parted by blanks, with `*` for a block's number. Where a native layer is
-several of ours stacked, they are in the order of its rows.
+The UNet's are counted out in `layer_names.py`. Each table maps a native name to our layers, parted by blanks, with `*`
+for a block's number. Where a native layer is several of ours stacked, they are in the order of its rows.
 """
 
 from __future__ import annotations
