@@ -121,7 +121,7 @@ def _numbered(pattern: str, numbers: tuple[str, ...]) -> str:
 def parts_of_native(shapes: Mapping[str, LayerShape], family: str) -> Names:
     """The inverse of `names_of`: each layer of a network in its original code -> our layers, in the order of its rows.
 
-    Layers that are called alike are left out, and so are those whose rows have another order than ours.
+    Layers that are called alike are left out.
 
     Args:
         shapes: of the original network, from `layer_shapes`.
@@ -129,14 +129,11 @@ def parts_of_native(shapes: Mapping[str, LayerShape], family: str) -> Names:
     """
     if "input_blocks.0.0" in shapes:
         return dict(_parts_of_sgm(list(shapes)))
-    parts: Names = {}
-    for pattern, ours in NATIVE.get(family, {}).items():
-        for numbers in _matches(pattern, shapes):
-            native = _numbered(pattern, numbers)
-            # One shift and one scale: AdaLayerNormContinuous, which has them the other way round.
-            if not ("adaLN_modulation" in native and shapes[native].outputs == 2 * shapes[native].inputs):
-                parts[native] = tuple(_numbered(part, numbers) for part in ours.split())
-    return parts
+    return {
+        _numbered(pattern, numbers): tuple(_numbered(part, numbers) for part in ours.split())
+        for pattern, ours in NATIVE.get(family, {}).items()
+        for numbers in _matches(pattern, shapes)
+    }
 
 
 class _SgmBlock(NamedTuple):

@@ -134,19 +134,23 @@ def rows_of(network: nn.Module, family: str) -> dict[str, tuple[Rows, ...]]:
     )
     # A family can have two original codes: a name of the one can be several layers of the other.
     others = (
-        (name, tuple(ours[layer] for layer in layers))
+        (name, tuple(rows for layer in layers for rows in ours[layer]))
         for name, layers in native_names(family, ours)
         if name not in shapes
     )
-    return unambiguous([*native, *((name, (rows,)) for name, rows in ours.items()), *others])
+    return unambiguous([*native, *ours.items(), *others])
 
 
-def _parts(native: str, parts: tuple[str, ...], shape: LayerShape) -> Iterator[tuple[str, Rows]]:
-    """Our layers with their rows in a native one. Projections of a stack are square, and the last has what is left."""
-    if len(parts) == 1:
-        yield parts[0], Rows(native, 0, shape)
-        return
-    for i, part in enumerate(parts):
-        start = i * shape.inputs
-        end = shape.outputs if part == parts[-1] else start + shape.inputs
-        yield part, Rows(native, start, LayerShape(shape.inputs, end - start))
+def _parts(native: str, parts: tuple[str, ...], shape: LayerShape) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+    """Our layers with their rows in a native one."""
+    if "adaLN_modulation" in native and shape.outputs == 2 * shape.inputs:
+        # The last one, a shift and a scale: AdaLayerNormContinuous has the scale first.
+        shift, scale = (Rows(native, start, LayerShape(shape.inputs, shape.inputs)) for start in (0, shape.inputs))
+        yield parts[0], (scale, shift)
+    elif len(parts) == 1:
+        yield parts[0], (Rows(native, 0, shape),)
+    else:
+        for i, part in enumerate(parts):  # the projections of a stack are square, and the last has what is left
+            start = i * shape.inputs
+            end = shape.outputs if part == parts[-1] else start + shape.inputs
+            yield part, (Rows(native, start, LayerShape(shape.inputs, end - start)),)

@@ -33,6 +33,7 @@ _SD3 = {
     "joint_blocks.*.context_block.mlp.fc1": "transformer_blocks.*.ff_context.net.0.proj",
     "joint_blocks.*.context_block.mlp.fc2": "transformer_blocks.*.ff_context.net.2",
     "joint_blocks.*.context_block.adaLN_modulation.1": "transformer_blocks.*.norm1_context.linear",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
 _FLUX = {
@@ -57,6 +58,7 @@ _FLUX = {
     "single_blocks.*.modulation.lin": "single_transformer_blocks.*.norm.linear",
     "single_blocks.*.linear1": _stack("single_transformer_blocks.*", *(f"attn.{p}" for p in _QKV), "proj_mlp"),
     "single_blocks.*.linear2": "single_transformer_blocks.*.proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
 _PIXART_BLOCKS = {

@@ -147,9 +147,6 @@ SD3 = {
         ),
         ({f"{BLOCK}.attn.to_q": (8, 6)}, r"0 of its 1 .*to_q \(\(8, 8\) wide, not \(8, 6\)"),
         ({f"{BLOCK}.attn.to_q": (4, 8)}, r"to_q \(\(8, 8\) wide, not \(4, 8\)"),
-        # Scale and shift are the other way round there: not to be put on as they are.
-        ({"transformer_blocks.1.norm1_context.linear": (8, 16)}, r"norm1_context.linear \(no such layer"),
-        ({"norm_out.linear": (8, 16)}, r"norm_out.linear \(no such layer"),
         ({f"{BLOCK}.attn.to_k": (8, 8), "joint_blocks.0.x_block.attn.qkv": (8, 24)}, "two LoRAs for the layer"),
     ],
 )
@@ -159,10 +156,27 @@ def test_a_layer_that_does_not_fit_is_refused(layers: dict[str, tuple[int, int]]
         place_native(file, family_of_name("sd3"), {"transformer": native_network(SD3)})
 
 
-def test_the_modulation_of_a_block_has_one_order_of_rows(tmp_path: Path) -> None:
-    file = read_lora_file(written(tmp_path / "lora.safetensors", {f"{BLOCK}.norm1_context.linear": (8, 48)}))
+@pytest.mark.parametrize(
+    ("layer", "native", "swapped"),
+    [
+        (f"{BLOCK}.norm1_context.linear", "joint_blocks.0.context_block.adaLN_modulation.1", False),
+        ("transformer_blocks.1.norm1_context.linear", "joint_blocks.1.context_block.adaLN_modulation.1", True),
+        ("norm_out.linear", "final_layer.adaLN_modulation.1", True),
+    ],
+)
+def test_scale_and_shift_of_a_last_modulation_change_places(
+    layer: str, native: str, swapped: bool, tmp_path: Path
+) -> None:
+    outputs = SD3[native].outputs
+    lora = Lora(torch.randn(2, 8), torch.randn(outputs, 2))
+    tensors = {f"transformer.{key}": tensor for key, tensor in state_dict_of({layer: lora}).items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    file = read_lora_file(tmp_path / "lora.safetensors")
     placed = place_native(file, family_of_name("sd3"), {"transformer": native_network(SD3)})
-    assert list(placed["transformer"]) == ["joint_blocks.0.context_block.adaLN_modulation.1"]
+    (found,) = placed["transformer"].values()
+    expected = delta(lora).roll(outputs // 2, 0) if swapped else delta(lora)
+    assert list(placed["transformer"]) == [native]
+    torch.testing.assert_close(delta(found), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
