@@ -1,0 +1,102 @@
+"""ComfyUI's noise levels and ours.
+
+ComfyUI keeps a flow sample as ``(1 - s) * x0 + s * epsilon``, which is the pair (1 - s, s), and a vp sample as
+``x0 + s * epsilon`` with ``s = sigma / alpha``, which is the pair (1, s): its `model_sampling` scales it for the
+network. A level s is what its SIGMAS hold. Pure noise has no such s on a vp model: ComfyUI writes 4519 there.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import comfy.model_sampling as core
+import torch
+from torch import Tensor
+
+from ..errors import TDMError
+from ..pipelines.schedule import NoiseSchedule
+
+PURE_NOISE = 1e6  # s of pure noise on a vp model; the sample that is left in it is below float32
+PURE_NOISE_FROM = 4000.0  # the noisiest schedule that is not pure noise at its end, DDPM's own, ends at 157
+
+_NOT_DDPM = (core.ModelSamplingDiscreteEDM, core.StableCascadeSampling, core.EDM, core.IMG_TO_IMG)
+_PREDICTIONS = {core.V_PREDICTION: "v_prediction", core.X0: "sample", core.EPS: "epsilon"}  # subclasses first
+
+
+def prediction_type_of(model_sampling: Any) -> str:
+    """What the network of a MODEL predicts, in our words, from its `model_sampling`.
+
+    Raises:
+        TDMError: this kind of model is none that a TDM student can have.
+    """
+    if isinstance(model_sampling, core.CONST) and not isinstance(model_sampling, core.IMG_TO_IMG_FLOW):
+        return "flow_prediction"
+    if isinstance(model_sampling, core.V_PREDICTION_DDPM):
+        raise TDMError("ComfyUI samples CogVideoX wrongly; put the node 'TDM CogVideoX Sampling' behind its loader")
+    if isinstance(model_sampling, core.ModelSamplingDiscrete) and not isinstance(model_sampling, _NOT_DDPM):
+        predictions = [name for kind, name in _PREDICTIONS.items() if isinstance(model_sampling, kind)]
+        if predictions:
+            return predictions[0]
+    kinds = " and ".join(kind.__name__ for kind in type(model_sampling).__bases__)
+    raise TDMError(f"this model samples with {kinds}; TDM runs on DDPM schedules (epsilon, v, x0) and on flow models")
+
+
+def schedule_of(model_sampling: Any) -> NoiseSchedule:
+    """The noise schedule of a MODEL, from its `model_sampling`.
+
+    Raises:
+        TDMError: as in `prediction_type_of`.
+    """
+    if prediction_type_of(model_sampling) == "flow_prediction":
+        return NoiseSchedule.flow()
+    s = model_sampling.sigmas.to("cpu", torch.float64)
+    alphas_cumprod = torch.where(s < PURE_NOISE_FROM, 1 / (1 + s**2), 0)
+    return NoiseSchedule("vp", len(s), alphas_cumprod)
+
+
+def levels_of(schedule: NoiseSchedule, alphas: Tensor, sigmas: Tensor) -> Tensor:
+    """The levels s of pairs, in the shape of the pairs: float32 on the CPU."""
+    s = sigmas if schedule.kind == "flow" else (sigmas / alphas).clamp(max=PURE_NOISE)
+    return s.to("cpu", torch.float32)
+
+
+def pairs_of(model_sampling: Any, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(alphas, sigmas), float64 on the CPU, of the samples at levels s as ComfyUI keeps them."""
+    s = s.to("cpu", torch.float64)
+    return (1 - s if isinstance(model_sampling, core.CONST) else torch.ones_like(s)), s
+
+
+class _FromPureNoise:
+    """A model's sampling from pure noise at a level below the model's noisiest one."""
+
+    uncut: tuple[Any]
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        """The first sample. A stock flow model keeps 1 - sigma of the (empty) latents at its first level."""
+        if max_denoise and isinstance(self, core.CONST):
+            sigma = torch.ones_like(sigma)
+        return super().noise_scaling(sigma, noise, latent_image, max_denoise)  # type: ignore[misc]
+
+
+def cut(model_sampling: Any, first: float) -> Any:
+    """A copy of a `model_sampling` whose noisiest level is `first`, where sampling begins with pure unit noise.
+
+    TDM begins at the first trained timestep with unit noise, wherever that lies. ComfyUI does so only at the noisiest
+    level of a model, and scales the noise down below it.
+    """
+    result = copy.deepcopy(uncut(model_sampling))
+    s = result.sigmas
+    s = torch.cat([s[(s < first * (1 - 1e-6)) & (s < PURE_NOISE_FROM)], s.new_tensor([first])])
+    if isinstance(result, core.CONST):
+        result.register_buffer("sigmas", s)
+    else:
+        result.set_sigmas(s)
+    result.uncut = (uncut(model_sampling),)  # a tuple: a module inside a module would become part of it
+    result.__class__ = type("TDMModelSampling", (_FromPureNoise, type(result)), {})
+    return result
+
+
+def uncut(model_sampling: Any) -> Any:
+    """What `cut` was given, or the same if it is no product of it."""
+    return model_sampling.uncut[0] if isinstance(model_sampling, _FromPureNoise) else model_sampling

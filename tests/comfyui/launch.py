@@ -1,0 +1,20 @@
+"""Run in the server's folder by the server's Python: `python launch.py <arguments of main.py>`.
+
+torchvision registers its operators from a library that does not load beside a CPU torch, and then fails to import
+because two of them have no schema. The server imports it without condition and samples without it: schemas are enough.
+"""
+
+import os
+import runpy
+import sys
+
+import torch
+
+if torch.version.cuda is None:
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+sys.path[0] = os.getcwd()
+sys.argv[0] = "main.py"
+runpy.run_path("main.py", run_name="__main__")

@@ -1,0 +1,65 @@
+"""A MODEL whose network is one formula, in ComfyUI's real sampling path."""
+
+from __future__ import annotations
+
+import comfy.model_base
+import comfy.model_management
+import comfy.supported_models as supported
+import torch
+from comfy.model_base import ModelType
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import ComfyExtension, io
+
+from .network import network
+
+KINDS = {
+    "epsilon": (comfy.model_base.BaseModel, supported.SD15, ModelType.EPS),
+    "v_prediction": (comfy.model_base.BaseModel, supported.SD15, ModelType.V_PREDICTION),
+    "flow_prediction": (comfy.model_base.BaseModel, supported.SD15, ModelType.FLOW),
+    "edm": (comfy.model_base.BaseModel, supported.SD15, ModelType.EDM),
+    "cogvideox": (comfy.model_base.CogVideoX, supported.CogVideoX_T2V, ModelType.V_PREDICTION_DDPM),
+    "pixart": (comfy.model_base.PixArt, supported.PixArtSigma, ModelType.EPS),  # as ComfyUI detects PixArt-alpha 512
+}
+
+
+class Network(torch.nn.Module):
+    """`network` as ComfyUI calls a diffusion model; CogVideoX asks its own for the two numbers."""
+
+    dtype = torch.float32
+    in_channels = 16
+    ofs_proj_dim = None
+
+    def forward(self, x, timesteps, context, **_):
+        return network(x, timesteps.reshape(-1, *[1] * (x.ndim - 1)), context.mean())
+
+
+class TestModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TestModel",
+            category="test",
+            inputs=[
+                io.Combo.Input("kind", options=list(KINDS)),
+                io.Float.Input("shift", default=1.0),
+                io.Float.Input("context", default=0.0),
+            ],
+            outputs=[io.Model.Output(), io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, kind, shift, context):
+        base, config_class, model_type = KINDS[kind]
+        config = config_class({"disable_unet_model_creation": True})
+        if kind == "flow_prediction":
+            config.sampling_settings = {"shift": shift}
+        model = base(config, model_type)
+        model.diffusion_model = Network()
+        device = comfy.model_management.get_torch_device()
+        conditioning = [[torch.full((1, 1, 4), context), {}]]
+        return io.NodeOutput(ModelPatcher(model, device, torch.device("cpu")), conditioning)
+
+
+class TestPack(ComfyExtension):
+    async def get_node_list(self):
+        return [TestModel]
