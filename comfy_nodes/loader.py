@@ -48,9 +48,7 @@ class TDMLoadStudent(io.ComfyNode):
             "original checkpoints, at the strength it was trained for. Every layer of it must find its place.",
             search_aliases=["LoRA loader", "trajectory distribution matching", "few-step", "distilled", "LoRA"],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The student's base, or a fine-tune of it; from any loader."
-                ),
+                io.Model.Input("model", tooltip="The student's base, or a fine-tune of it; from any loader."),
                 io.Combo.Input(
                     "file", options=folder_paths.get_filename_list("loras"), tooltip="The file, in models/loras."
                 ),
@@ -99,9 +97,7 @@ class TDMLoadStudent(io.ComfyNode):
         recipe, preset = _recipe_of(lora, released_as)
         family = family_of(model)
         if recipe is not None and recipe.family != family.name:
-            raise TDMError(
-                f"{file} is a student for {recipe.family}; this MODEL is {family.name}: load {_base(recipe)}"
-            )
+            raise TDMError(f"{file} is a student of {recipe.base_model} ({recipe.family}); this MODEL is {family.name}")
         encoders = _encoders_of(clip)
         networks = {family.denoiser: model.model.diffusion_model, **{name: e for name, (_, e) in encoders.items()}}
         placed = place_native(lora, family, networks, **(preset.placing if preset else {}))

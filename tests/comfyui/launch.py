@@ -1,4 +1,4 @@
-"""Run in the server's folder by the server's Python: `python launch.py <arguments of main.py>`.
+"""Run in the server's folder by the server's Python: `python launch.py main.py <its arguments>`, or another script.
 
 torchvision registers its operators from a library that does not load beside a CPU torch, and then fails to import
 because two of them have no schema. The server imports it without condition and samples without it: schemas are enough.
@@ -16,5 +16,5 @@ if torch.version.cuda is None:
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 sys.path[0] = os.getcwd()
-sys.argv[0] = "main.py"
-runpy.run_path("main.py", run_name="__main__")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
