@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import ComfyExtension, io
 
 from .network import network
+from .text import TestClip, TestPrompt
 
 KINDS = {
     "epsilon": (comfy.model_base.BaseModel, supported.SD15, ModelType.EPS),
@@ -62,4 +63,4 @@ class TestModel(io.ComfyNode):
 
 class TestPack(ComfyExtension):
     async def get_node_list(self):
-        return [TestModel]
+        return [TestModel, TestClip, TestPrompt]
