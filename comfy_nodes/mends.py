@@ -49,7 +49,7 @@ class CogVideoXSampling(io.ComfyNode):
         Raises:
             TDMError: the model is no CogVideoX.
         """
-        if not isinstance(model.model.model_sampling, core.V_PREDICTION_DDPM):
+        if not isinstance(model.model, comfy.model_base.CogVideoX):
             raise TDMError(f"this is a {type(model.model).__name__} model; TDM CogVideoX Sampling is for CogVideoX")
         patched = model.clone()
         patched.add_object_patch("model_sampling", _CogVideoXModelSampling(snr_shift_scale))

@@ -121,7 +121,7 @@ class Server:
             PromptError: the prompt was refused, a node failed, or it was interrupted.
         """
         prompt = self.post("prompt", {"prompt": graph, "client_id": self.client})["prompt_id"]
-        run = Run({})
+        run, failure = Run({}), None
         while True:
             message = self.socket.recv()
             if isinstance(message, bytes):
@@ -134,8 +134,10 @@ class Server:
             if on_event is not None:
                 on_event(event)
             if event["type"] in ("execution_error", "execution_interrupted"):
-                raise PromptError(event["data"].get("exception_message", event["type"]))
-            if event["type"] == "execution_success":
+                failure = PromptError(event["data"].get("exception_message", event["type"]))
+            if event["type"] == "executing" and event["data"]["node"] is None:  # done with, and in the history
+                if failure is not None:
+                    raise failure
                 run.outputs = self.get(f"history/{prompt}")[prompt]["outputs"]
                 return run
 

@@ -31,7 +31,8 @@ class Network(torch.nn.Module):
     ofs_proj_dim = None
 
     def forward(self, x, timesteps, context, **_):
-        return network(x, timesteps.reshape(-1, *[1] * (x.ndim - 1)), context.mean())
+        each = (len(x), *[1] * (x.ndim - 1))  # prompts of one batch differ
+        return network(x, timesteps.reshape(each), context.mean((1, 2)).reshape(each))
 
 
 class TestModel(io.ComfyNode):
@@ -61,6 +62,28 @@ class TestModel(io.ComfyNode):
         return io.NodeOutput(ModelPatcher(model, device, torch.device("cpu")), conditioning)
 
 
+class TestSigmas(io.ComfyNode):
+    """Shows SIGMAS to the client."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="TestSigmas", category="test", inputs=[io.Sigmas.Input("sigmas")], is_output_node=True)
+
+    @classmethod
+    def execute(cls, sigmas):
+        return io.NodeOutput(ui={"sigmas": sigmas.tolist()})
+
+
+class TestVideoLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(node_id="TestVideoLatent", category="test", outputs=[io.Latent.Output()])
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput({"samples": torch.zeros(1, 16, 3, 8, 8)})
+
+
 class TestPack(ComfyExtension):
     async def get_node_list(self):
-        return [TestModel, TestClip, TestPrompt]
+        return [TestModel, TestSigmas, TestVideoLatent, TestClip, TestPrompt]
