@@ -59,7 +59,7 @@ def names_of(network: nn.Module, family: str) -> Names:
         family: a name of `families`.
     """
     own = list(layer_shapes(network))
-    found = [(name, (name,)) for name in own]
+    found: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in own]
     if hasattr(network, "down_blocks"):
         found += _sgm_names(network, own)
     elif is_clip(own):

@@ -68,6 +68,7 @@ def place_native(
     else:
         layers = {address: lora.scaled(scale) for address, lora in parse(file).layers.items()}
     names = {component: rows_of(network, family.name) for component, network in networks.items()}
+    shapes = {component: layer_shapes(network) for component, network in networks.items()}
     stacks: dict[tuple[str, str], list[tuple[Rows, Lora]]] = {}
     wrong: list[str] = []
     for address, lora in layers.items():
@@ -76,7 +77,7 @@ def place_native(
         parts = split(lora, [part.shape for part in rows])
         if not parts:
             own = stacked_widths([part.shape for part in rows])
-            absent = "no such layer" if component in networks else f"there is no {component}"
+            absent = "no such layer" if component in networks else f"without a CLIP there is no {component}"
             wrong.append(f"{'.'.join(filter(None, address))} ({f'{own} wide, not {lora.widths}' if own else absent})")
         for target, part in zip(rows, parts, strict=False):
             stacks.setdefault((component, target.layer), []).append((target, part))
@@ -87,8 +88,7 @@ def place_native(
         )
     placed: Placed = {}
     for (component, layer), stack in stacks.items():
-        outputs = names[component][layer][0].shape.outputs
-        placed.setdefault(component, {})[layer] = _joined(layer, outputs, stack)
+        placed.setdefault(component, {})[layer] = _joined(layer, shapes[component][layer].outputs, stack)
     return placed
 
 
@@ -98,24 +98,16 @@ def _joined(layer: str, outputs: int, stack: list[tuple[Rows, Lora]]) -> Lora:
     Raises:
         TDMError: two of them are for the same rows.
     """
-    stack = sorted(stack, key=lambda part: part[0].start)
-    end = 0
-    for rows, _ in stack:
-        if rows.start < end:
-            raise TDMError(f"the file has two LoRAs for the layer {layer!r}")
-        end = rows.start + rows.shape.outputs
     if len(stack) == 1 and stack[0][0].shape.outputs == outputs:
         return stack[0][1]
-    A = torch.cat([lora.A for _, lora in stack])
-    dtype = stack[0][1].B.dtype
-    for _, lora in stack:
-        dtype = torch.promote_types(dtype, lora.B.dtype)
-    B = torch.zeros(outputs, len(A), dtype=dtype)
-    rank = 0
-    for rows, lora in stack:
-        B[rows.start : rows.start + rows.shape.outputs, rank : rank + lora.rank] = lora.B
-        rank += lora.rank
-    return Lora(A, B)
+    halves, blocks, end = [], [], 0
+    for rows, lora in sorted(stack, key=lambda part: part[0].start):
+        if rows.start < end:
+            raise TDMError(f"the file has two LoRAs for the layer {layer!r}")
+        halves.append(lora.A)
+        blocks += [lora.B.new_zeros(rows.start - end, 0), lora.B]  # rows without a LoRA
+        end = rows.start + rows.shape.outputs
+    return Lora(torch.cat(halves), torch.block_diag(*blocks, torch.zeros(outputs - end, 0)))
 
 
 def rows_of(network: nn.Module, family: str) -> dict[str, tuple[Rows, ...]]:

@@ -116,7 +116,7 @@ def test_a_file_for_the_text_encoders_too_finds_them(family: str, layout: str, t
         name = update.name if update.name.startswith("text_") else f"text_model.{update.name}"
         by_hand = delta(Lora(update.A, update.B)) * scale
         torch.testing.assert_close(delta(placed[update.component][name]), by_hand, rtol=0, atol=1e-6)
-    with pytest.raises(TDMError, match=r"LoRA layers match, \d+ do not: text_encoder\..*there is no text_encoder"):
+    with pytest.raises(TDMError, match=r"match, \d+ do not: text_encoder\..*without a CLIP there is no text_encoder"):
         place_native(file, family_of_name(family), {"unet": networks["unet"]})
 
 
