@@ -107,7 +107,7 @@ def _joined(layer: str, outputs: int, stack: list[tuple[Rows, Lora]]) -> Lora:
         halves.append(lora.A)
         blocks += [lora.B.new_zeros(rows.start - end, 0), lora.B]  # rows without a LoRA
         end = rows.start + rows.shape.outputs
-    return Lora(torch.cat(halves), torch.block_diag(*blocks, torch.zeros(outputs - end, 0)))
+    return Lora(torch.cat(halves), torch.block_diag(*blocks, lora.B.new_zeros(outputs - end, 0)))
 
 
 def rows_of(network: nn.Module, family: str) -> dict[str, tuple[Rows, ...]]:
