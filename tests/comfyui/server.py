@@ -71,6 +71,7 @@ class Server:
         command = [install.python(), Path(__file__).with_name("launch.py"), "--cpu", "--listen", "127.0.0.1"]
         command += ["--port", self.address.split(":")[1], "--base-directory", folder, "--disable-api-nodes"]
         command += ["--use-pytorch-cross-attention", "--preview-method", "latent2rgb"]
+        command += ["--database-url", f"sqlite:///{folder / 'comfyui.db'}"]
         self._log_file = self.log.open("w")
         self.process = subprocess.Popen(
             [str(part) for part in command],
