@@ -102,7 +102,7 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, o
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
-@pytest.mark.parametrize(("denoise", "first"), [(0.8, 1), (0.5, 2), (0.2, 3)])
+@pytest.mark.parametrize(("denoise", "first"), [(0.9, 0), (0.8, 1), (0.5, 2), (0.2, 3)])
 def test_denoise_begins_at_the_nearest_trained_timestep(server: Server, kind: str, denoise: float, first: int) -> None:
     """Image to image: the picture is noised to that timestep, and only the steps after it are taken."""
     grid = [899, 749, 499, 249]
