@@ -77,6 +77,7 @@ class Server:
             [str(part) for part in command],
             cwd=install.server_folder(),
             env={**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.PIPE,
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
         )

@@ -69,6 +69,19 @@ class TestModel(io.ComfyNode):
         return io.NodeOutput(ModelPatcher(model, device, torch.device("cpu")), conditioning)
 
 
+class TestPrompt(io.ComfyNode):
+    """What a text encoder would give a real network."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Int.Input("width")]
+        return io.Schema(node_id="TestPrompt", category="test", inputs=inputs, outputs=[io.Conditioning.Output()])
+
+    @classmethod
+    def execute(cls, width):
+        return io.NodeOutput([[torch.linspace(-1, 1, 7 * width).reshape(1, 7, width), {}]])
+
+
 class TestSigmas(io.ComfyNode):
     """Shows SIGMAS to the client."""
 
@@ -106,4 +119,4 @@ class TestVideoLatent(io.ComfyNode):
 
 class TestPack(ComfyExtension):
     async def get_node_list(self):
-        return [TestModel, TestSigmas, TestFresh, TestVideoLatent]
+        return [TestModel, TestPrompt, TestSigmas, TestFresh, TestVideoLatent]
