@@ -2,7 +2,8 @@
 
 ComfyUI keeps a flow sample as ``(1 - s) * x0 + s * epsilon``, which is the pair (1 - s, s), and a vp sample as
 ``x0 + s * epsilon`` with ``s = sigma / alpha``, which is the pair (1, s): its `model_sampling` scales it for the
-network. A level s is what its SIGMAS hold. Pure noise has no such s on a vp model: ComfyUI writes 4519 there.
+network. A level s is what its SIGMAS hold. Pure noise has no such s on a vp model: some large number stands for it,
+and its sample is ``sqrt(1 + s^2) * epsilon``, which is the pair (0, sqrt(1 + s^2)).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule
 
-PURE_NOISE = 1e6  # s of pure noise on a vp model; the sample that is left in it is below float32
-PURE_NOISE_FROM = 4000.0  # the noisiest schedule that is not pure noise at its end, DDPM's own, ends at 157
+PURE_NOISE = 2e4  # our s of pure noise: above all others, and stock samplers lose only s * 6e-8 to float32
+_COMFY_PURE_NOISE = 4518.0  # where ComfyUI's own tables end, if they end in pure noise
 
 _NOT_DDPM = (core.ModelSamplingDiscreteEDM, core.StableCascadeSampling, core.EDM, core.IMG_TO_IMG)
 _PREDICTIONS = {core.V_PREDICTION: "v_prediction", core.X0: "sample", core.EPS: "epsilon"}  # subclasses first
@@ -51,7 +52,9 @@ def schedule_of(model_sampling: Any) -> NoiseSchedule:
     if prediction_type_of(model_sampling) == "flow_prediction":
         return NoiseSchedule.flow()
     s = model_sampling.sigmas.to("cpu", torch.float64)
-    alphas_cumprod = torch.where(s < PURE_NOISE_FROM, 1 / (1 + s**2), 0)
+    alphas_cumprod = 1 / (1 + s**2)
+    if s[-1] > _COMFY_PURE_NOISE:
+        alphas_cumprod[-1] = 0
     return NoiseSchedule("vp", len(s), alphas_cumprod)
 
 
@@ -64,7 +67,10 @@ def levels_of(schedule: NoiseSchedule, alphas: Tensor, sigmas: Tensor) -> Tensor
 def pairs_of(model_sampling: Any, s: Tensor) -> tuple[Tensor, Tensor]:
     """(alphas, sigmas), float64 on the CPU, of the samples at levels s as ComfyUI keeps them."""
     s = s.to("cpu", torch.float64)
-    return (1 - s if isinstance(model_sampling, core.CONST) else torch.ones_like(s)), s
+    if isinstance(model_sampling, core.CONST):
+        return 1 - s, s
+    pure = s >= PURE_NOISE
+    return torch.where(pure, 0.0, torch.ones_like(s)), torch.where(pure, (1 + s**2).sqrt(), s)
 
 
 class _FromPureNoise:
@@ -78,6 +84,12 @@ class _FromPureNoise:
             sigma = torch.ones_like(sigma)
         return super().noise_scaling(sigma, noise, latent_image, max_denoise)  # type: ignore[misc]
 
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        """The clean sample. Of pure noise nothing goes into it: as if s were without end."""
+        if isinstance(self, core.V_PREDICTION):
+            sigma = sigma.where(sigma < PURE_NOISE, 1e12)
+        return super().calculate_denoised(sigma, model_output, model_input)  # type: ignore[misc]
+
 
 def cut(model_sampling: Any, first: float) -> Any:
     """A copy of a `model_sampling` whose noisiest level is `first`, where sampling begins with pure unit noise.
@@ -87,7 +99,8 @@ def cut(model_sampling: Any, first: float) -> Any:
     """
     result = copy.deepcopy(uncut(model_sampling))
     s = result.sigmas
-    s = torch.cat([s[(s < first * (1 - 1e-6)) & (s < PURE_NOISE_FROM)], s.new_tensor([first])])
+    below = s[:-1] if first >= PURE_NOISE else s[s < first * (1 - 1e-6)]
+    s = torch.cat([below, s.new_tensor([first])])
     if isinstance(result, core.CONST):
         result.register_buffer("sigmas", s)
     else:

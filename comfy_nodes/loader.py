@@ -43,7 +43,7 @@ class TDMLoadStudent(io.ComfyNode):
         return io.Schema(
             node_id="TDMLoadStudent",
             display_name="Load TDM Student",
-            category="loaders",
+            category="sampling/TDM",
             description="Loads a TDM student, or any other LoRA in the layout of diffusers, PEFT, kohya or the "
             "original checkpoints, at the strength it was trained for. Every layer of it must find its place.",
             search_aliases=["LoRA loader", "trajectory distribution matching", "few-step", "distilled", "LoRA"],

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from ..pipelines.schedule import ddim_step, predict_x0_eps, second_order_weights
-from .levels import PURE_NOISE_FROM, pairs_of
+from .levels import pairs_of
 
 
 class TDMSampler(io.ComfyNode):
@@ -70,7 +70,6 @@ def sample_tdm(
     """
     alphas, levels = pairs_of(model.inner_model.model_patcher.get_model_object("model_sampling"), sigmas)
     a, s = alphas.tolist(), levels.tolist()
-    levels = levels.where(levels < PURE_NOISE_FROM, torch.inf)
     if s[-1] > 0:  # a part of a schedule, and the weights are of a whole one
         alphas, levels = torch.cat([alphas, alphas.new_ones(1)]), torch.cat([levels, levels.new_zeros(1)])
     weights = second_order_weights(alphas, levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -88,7 +89,11 @@ class TDMSigmas(io.ComfyNode):
                     f"model predicts {predicts}: load the student's own base"
                 )
             trained, order = recipe.trained_timesteps, recipe.solver_order
-        grid, _ = grid_of_steps(trained, steps or max(trained), schedule)
+        steps = steps or max(trained)
+        grid, nearest = grid_of_steps(trained, steps, schedule)
+        if nearest != steps:
+            known = ", ".join(map(str, trained))
+            logging.warning(f"TDM Sigmas: trained for {known} steps; {steps} run on the {nearest}-step grid re-spaced")
         sigmas = levels_of(schedule, *grid_pairs(schedule, grid))
         patched = model.clone()
         if denoise == 1:

@@ -13,9 +13,11 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def student_graph(kind: str, *, shift: float = 1.0, context: float = 0.0, **options: Any) -> Graph:
+def student_graph(
+    kind: str, *, shift: float = 1.0, context: float = 0.0, seconds: float = 0.0, **options: Any
+) -> Graph:
     """`sampling` of a test model."""
-    model = node("TestModel", kind=kind, shift=shift, context=context)
+    model = node("TestModel", kind=kind, shift=shift, context=context, seconds=seconds)
     return {"model": model, **sampling(["model", 0], ["model", 1], **options)}
 
 

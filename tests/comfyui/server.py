@@ -71,11 +71,13 @@ class Server:
         command = [install.python(), Path(__file__).with_name("launch.py"), "main.py", "--cpu", "--listen", "127.0.0.1"]
         command += ["--port", self.address.split(":")[1], "--base-directory", folder, "--disable-api-nodes"]
         command += ["--use-pytorch-cross-attention", "--preview-method", "latent2rgb"]
+        command += ["--database-url", f"sqlite:///{folder / 'comfyui.db'}"]
         self._log_file = self.log.open("w")
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=install.server_folder(),
             env={**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.PIPE,
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
         )

@@ -7,87 +7,55 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tdm import TDMScheduler
-from tdm.pipelines.loras.layer_names import layer_shapes, names_of
+from tdm.pipelines.loras.layer_names import layer_shapes
 from tdm.pipelines.loras.merge import merge
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
 from tdm.pipelines.student import HEADER_KEY, StudentRecipe, save_student
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, tensors_of
 from torch import Tensor
 
-from .graphs import SEED, node, sampling
+from . import tiny_sd15
+from .graphs import node, sampling
 from .server import Graph, PromptError, Server
+from .test_sampling import SCALE, error, noise, scheduler
 
 GRID = [999.0, 749.0, 499.0, 249.0]
 RECIPE = StudentRecipe("me/tiny", "sd15", "epsilon", {4: GRID}, guidance_scale=1.0, height=64, width=64)
-SCALE = 0.18215  # of SD1.5's latents: ComfyUI saves latents as its VAE takes them
 BASE = "tiny_sd15.safetensors"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_out", "linear_1")
 
 
 class Model(NamedTuple):
-    """A small SD1.5 in both codes.
+    """A small SD1.5 in diffusers, a LoRA on its layers, and what ComfyUI calls these."""
 
-    Attributes:
-        unet: in diffusers.
-        native: our layer -> ComfyUI's.
-        student: a LoRA on our layers.
-    """
-
-    unet: Any
-    native: dict[str, str]
+    unet: UNet2DConditionModel
     student: dict[str, Lora]
+    native: dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def model(server: Server) -> Model:
-    """What ComfyUI takes for an SD1.5: one level of one block. Written where the server finds it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = diffusers.UNet2DConditionModel(
-            block_out_channels=(320,),
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
-            layers_per_block=1,
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        )
-    unet.eval().requires_grad_(False)
-    own = layer_shapes(unet)
-    native = {ours: name for name, (ours,) in names_of(unet, "sd15").items() if "." in name and name not in own}
-    (server.models / "diffusion_models").mkdir(exist_ok=True)
-    (server.models / "loras").mkdir(exist_ok=True)
-    weights = {native_parameter(name, native): tensor for name, tensor in unet.state_dict().items()}
-    save_file(weights, server.models / "diffusion_models" / BASE)
+    """Its file is where the server finds it."""
+    unet = tiny_sd15.build()
+    for folder in ("diffusion_models", "loras"):
+        (server.models / folder).mkdir(exist_ok=True)
+    save_file(tiny_sd15.original_names(unet.state_dict()), server.models / "diffusion_models" / BASE)
     generator = torch.Generator().manual_seed(1)
     student = {
         name: Lora(
             torch.randn(4, inputs, *kernel, generator=generator) * 0.05,
             torch.randn(outputs, 4, *[1] * len(kernel), generator=generator) * 0.05,
         )
-        for name, (inputs, outputs, kernel) in own.items()
+        for name, (inputs, outputs, kernel) in layer_shapes(unet).items()
         if f".{name}".endswith(tuple(f".{end}" for end in TARGETS))
     }
-    return Model(unet, native, student)
-
-
-def native_parameter(name: str, native: dict[str, str]) -> str:
-    """ComfyUI's name of a parameter; norms have that of the layer beside them."""
-    layer, _, kind = name.rpartition(".")
-    stem, _, last = layer.rpartition(".")
-    if layer in native:
-        return f"{native[layer]}.{kind}"
-    if ".resnets." in layer:
-        beside, there = {"norm1": ("conv1", "in_layers"), "norm2": ("conv2", "out_layers")}[last]
-        return f"{native[f'{stem}.{beside}'].rsplit(f'.{there}')[0]}.{there}.0.{kind}"
-    if layer == "conv_norm_out":
-        return f"out.0.{kind}"
-    beside = "proj_in" if last == "norm" else "attn1.to_q"
-    return f"{native[f'{stem}.{beside}'].removesuffix(beside)}{last}.{kind}"
+    names = {name: tiny_sd15.original_names({f"{name}.weight": torch.empty(0)}) for name in student}
+    native = {name: next(iter(found)).removesuffix(".weight") for name, found in names.items()}
+    return Model(unet, student, native)
 
 
 def loaded(file: str, *, clip: bool = False, **options: Any) -> Graph:
@@ -156,7 +124,8 @@ def test_core_patches_exactly_the_students_weights(
         expected = weight.double()
         if layer in model.student:
             expected = expected + scale * delta(model.student[layer], weight.shape)
-        torch.testing.assert_close(found[native_parameter(name, model.native)].double(), expected, rtol=0, atol=1e-6)
+        (there,) = tiny_sd15.original_names({name: weight})
+        torch.testing.assert_close(found[there].double(), expected, rtol=0, atol=1e-6)
 
 
 def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, model: Model) -> None:
@@ -167,16 +136,13 @@ def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, 
     (found,) = server.latents(graph, ["samples", 0])
     (untouched,) = server.latents(plain, ["samples", 0])
 
-    context = torch.randn(1, 4, 768, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1)
-    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    prompt = torch.linspace(-1, 1, 7 * 768).reshape(1, 7, 768).expand(2, -1, -1)
 
     def sample() -> Tensor:
-        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(SEED))
-        scheduler = TDMScheduler(prediction_type="epsilon", trained_timesteps=GRID, **config)
-        scheduler.set_timesteps(4)
-        for t in scheduler.timesteps:
-            with torch.no_grad():
-                x = scheduler.step(model.unet(x, t, context).sample, t, x).prev_sample
+        reference, x = scheduler("epsilon", GRID), noise()
+        with torch.no_grad():
+            for t in reference.timesteps:
+                x = reference.step(model.unet(x, t, prompt).sample, t, x).prev_sample
         return x
 
     before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
@@ -186,9 +152,9 @@ def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, 
         expected = sample()
     finally:
         model.unet.load_state_dict(before)
-    assert (expected - base).norm() > 0.1 * base.norm()
-    assert (found * SCALE - expected).norm() <= 1e-5 * expected.norm()
-    assert (untouched * SCALE - base).norm() <= 1e-5 * base.norm()  # no patch is left behind
+    assert error(expected, base) > 0.1
+    assert error(found * SCALE, expected) <= 1e-5
+    assert error(untouched * SCALE, base) <= 1e-5  # no patch is left behind
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])

@@ -61,7 +61,7 @@ def test_stock_samplers_are_right_on_the_mended_model(server: Server) -> None:
     x = noise(VIDEO)
     for t in stock.timesteps:
         x = stock.step(network(x, t), t, x).prev_sample
-    assert error(found * COGVIDEOX_SCALE, x) <= 1e-5
+    assert error(found * COGVIDEOX_SCALE, x) <= 2e-4  # from s = 20000 in float32
 
 
 def test_pixart_alpha_gets_the_latents_of_its_own_vae(server: Server) -> None:

@@ -65,6 +65,20 @@ def test_the_nodes_sample_what_diffusers_samples(
 
 
 @pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_model_that_core_has_patched_is_followed(server: Server, grid: list[float], order: int) -> None:
+    """A v-prediction fine-tune whose schedule ends in pure noise, declared as users declare it."""
+    graph = student_graph("epsilon", timesteps=grid, order=order)
+    graph["v"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="v_prediction", zsnr=True)
+    graph["sigmas"]["inputs"]["model"] = ["v", 0]
+    (found,) = server.latents(graph, ["samples", 0])
+    reference = TDMScheduler.from_config(scheduler("v_prediction", grid, order).config, rescale_betas_zero_snr=True)
+    reference.set_timesteps(4)
+    expected, _ = diffused(reference, noise())
+    assert error(found * SCALE, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
 def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, order: int) -> None:
     """As artists split it, for a change of model or of prompt. The second sampler has no past: order 2 begins anew."""
@@ -88,7 +102,7 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, o
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
-@pytest.mark.parametrize(("denoise", "first"), [(0.8, 1), (0.5, 2), (0.2, 3)])
+@pytest.mark.parametrize(("denoise", "first"), [(0.9, 0), (0.8, 1), (0.5, 2), (0.2, 3)])
 def test_denoise_begins_at_the_nearest_trained_timestep(server: Server, kind: str, denoise: float, first: int) -> None:
     """Image to image: the picture is noised to that timestep, and only the steps after it are taken."""
     grid = [899, 749, 499, 249]
@@ -110,7 +124,7 @@ def test_denoise_begins_at_the_nearest_trained_timestep(server: Server, kind: st
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_guidance_is_applied_to_what_the_sampler_sees(server: Server, kind: str) -> None:
     graph = student_graph(kind, timesteps=GRIDS[0], order=2, context=0.3)
-    graph["other"] = node("TestModel", kind=kind, shift=1.0, context=-0.2)
+    graph["other"] = node("TestModel", kind=kind, shift=1.0, context=-0.2, seconds=0.0)
     prompts = {"positive": ["model", 1], "negative": ["other", 1]}
     graph["guider"] = node("CFGGuider", model=["sigmas", 0], cfg=2.5, **prompts)
     (found,) = server.latents(graph, ["samples", 0])

@@ -1,4 +1,4 @@
-"""A small CLIP, and a prompt of a given width, where released ones would be gigabytes."""
+"""A small CLIP, where released ones are gigabytes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,3 @@ class TestClip(io.ComfyNode):
         for parameter in clip.cond_stage_model.parameters():
             parameter.data.normal_(generator=generator)
         return io.NodeOutput(clip)
-
-
-class TestPrompt(io.ComfyNode):
-    """Conditioning of 4 tokens, the same each time."""
-
-    @classmethod
-    def define_schema(cls):
-        width = io.Int.Input("width", min=1, max=4096)
-        return io.Schema(node_id="TestPrompt", category="test", inputs=[width], outputs=[io.Conditioning.Output()])
-
-    @classmethod
-    def execute(cls, width):
-        return io.NodeOutput([[torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)), {}]])
