@@ -128,6 +128,22 @@ def test_core_patches_exactly_the_students_weights(
         torch.testing.assert_close(found[there].double(), expected, rtol=0, atol=1e-6)
 
 
+def test_a_student_adds_to_the_other_loras_of_a_workflow(server: Server, model: Model) -> None:
+    save(server, "student.safetensors", model.student)
+    kohya_native(model, server.models / "loras" / "style.safetensors")  # of scale 3/4
+    style = {"lora_name": "style.safetensors", "strength_model": 0.4}
+    before = loaded("student.safetensors")
+    before["style"] = node("LoraLoaderModelOnly", model=["base", 0], **style)
+    before["student"]["inputs"]["model"] = ["style", 0]
+    after = loaded("student.safetensors") | {"style": node("LoraLoaderModelOnly", model=["student", 0], **style)}
+    for graph, link in ((before, ["student", 0]), (after, ["style", 0])):
+        found = weights(server, graph, link)
+        for name, lora in model.student.items():
+            weight = model.unet.get_submodule(name).weight
+            expected = weight.double() + (1 + 0.4 * 3 / 4) * delta(lora, weight.shape)
+            torch.testing.assert_close(found[f"{model.native[name]}.weight"].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, model: Model) -> None:
     save(server, "student.safetensors", model.student)
     graph = loaded("student.safetensors") | {"prompt": node("TestPrompt", width=768)}
