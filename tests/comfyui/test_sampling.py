@@ -221,3 +221,11 @@ def test_a_wrong_input_says_what_to_do(server: Server, options: dict[str, object
 def test_a_model_that_no_student_can_have_is_refused(server: Server, kind: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         server.latents(student_graph(kind, timesteps=GRIDS[0]), ["samples", 0])
+
+
+def test_an_epsilon_model_that_would_begin_in_pure_noise_is_refused(server: Server) -> None:
+    graph = student_graph("epsilon", timesteps=GRIDS[0])
+    graph["zero"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="eps", zsnr=True)
+    graph["sigmas"]["inputs"]["model"] = ["zero", 0]
+    with pytest.raises(PromptError, match="set zsnr only for v_prediction"):
+        server.latents(graph, ["samples", 0])
