@@ -23,7 +23,7 @@ async def comfy_entrypoint() -> ComfyExtension:
         import comfy_api.latest  # noqa: F401
     except ImportError as error:
         raise TDMError(
-            f"the nodes run inside ComfyUI 0.14.1 or newer; put this folder into its custom_nodes ({error})"
+            f"the nodes run inside a recent ComfyUI: put this folder into its custom_nodes ({error})"
         ) from None
     from .extension import TDMExtension
 

@@ -47,13 +47,18 @@ def schedule_of(model_sampling: Any) -> NoiseSchedule:
     """The noise schedule of a MODEL, from its `model_sampling`.
 
     Raises:
-        TDMError: as in `prediction_type_of`.
+        TDMError: as in `prediction_type_of`, or a schedule that cannot be the model's.
     """
-    if prediction_type_of(model_sampling) == "flow_prediction":
+    predicts = prediction_type_of(model_sampling)
+    if predicts == "flow_prediction":
         return NoiseSchedule.flow()
     s = model_sampling.sigmas.to("cpu", torch.float64)
     alphas_cumprod = 1 / (1 + s**2)
     if s[-1] > _COMFY_PURE_NOISE:
+        if predicts == "epsilon":
+            raise TDMError(
+                "an epsilon model knows nothing of the picture in pure noise; set zsnr only for v_prediction"
+            )
         alphas_cumprod[-1] = 0
     return NoiseSchedule("vp", len(s), alphas_cumprod)
 

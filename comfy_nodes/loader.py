@@ -87,12 +87,14 @@ class TDMLoadStudent(io.ComfyNode):
         """(MODEL, CLIP, recipe).
 
         Raises:
-            TDMError: the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a
+            TDMError: diffusers is missing; the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a
                 layer of it has no place, such as one of a text encoder without a CLIP; a list without names that is no
                 released student.
         """
-        from ..pipelines.loras.native import place_native  # imports diffusers: too slow for the start of a server
-
+        try:
+            from ..pipelines.loras.native import place_native  # imports diffusers: not for the start of a server
+        except ImportError as error:
+            raise TDMError(f"Load TDM Student needs diffusers and peft (pip install diffusers peft): {error}") from None
         lora = read_lora_file(folder_paths.get_full_path_or_raise("loras", file))
         recipe, preset = _recipe_of(lora, released_as)
         family = family_of(model)

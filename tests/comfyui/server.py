@@ -55,7 +55,7 @@ class Server:
             folder: where its models, outputs and log go; it is made.
 
         Raises:
-            RuntimeError: the server ended or did not answer within two minutes; the message has its log.
+            RuntimeError: the server ended or did not answer within five minutes; the message has its log.
         """
         self.folder, self.log = folder, folder / "server.log"
         (folder / "custom_nodes").mkdir(parents=True)
@@ -81,7 +81,7 @@ class Server:
             stdout=self._log_file,
             stderr=subprocess.STDOUT,
         )
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.stop()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import tdm
 from tdm.errors import TDMError
 
+from . import install
 from .server import Server
 
 NODES = ("TDMLoadStudent", "TDMSigmas", "TDMSampler", "TDMCogVideoXSampling", "TDMPixArtAlphaLatents")
@@ -42,6 +46,38 @@ def test_students_are_chosen_by_name_and_those_of_other_methods_are_not_offered(
     assert not [name for name in shown[1]["options"] if "LCM" in name or "Hyper" in name]
 
 
+def test_the_nodes_need_no_diffusers(server: Server) -> None:
+    """A user whose ComfyUI has not got it, or a broken one, has these nodes all the same; the loader says what lacks."""
+    code = f"""
+import asyncio, importlib.util, sys
+sys.argv = ["main.py", "--cpu"]
+sys.path[:1] = [{str(install.server_folder())!r}, {str(Path(__file__).parent)!r}]
+import torchvision_ops
+for name in ("diffusers", "peft", "accelerate"):
+    sys.modules[name] = None
+import comfy.options
+comfy.options.enable_args_parsing()
+folder = {str(server.folder / "custom_nodes" / "tdm_pack")!r}
+spec = importlib.util.spec_from_file_location("pack", folder + "/__init__.py", submodule_search_locations=[folder])
+pack = sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+extension = asyncio.run(pack.comfy_entrypoint())
+nodes = asyncio.run(extension.get_node_list())
+print(*(node.define_schema().node_id for node in nodes))
+try:
+    nodes[0].execute(None, "student.safetensors", "", 1.0)
+except ValueError as error:
+    print(error)
+"""
+    command = [install.python(), "-c", code]
+    environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    nodes, loader = done.stdout.splitlines()
+    assert tuple(nodes.split()) == NODES
+    assert loader.startswith("Load TDM Student needs diffusers and peft")
+
+
 def test_outside_of_comfyui_the_entry_point_says_where_it_belongs() -> None:
-    with pytest.raises(TDMError, match=r"the nodes run inside ComfyUI .* custom_nodes"):
+    with pytest.raises(TDMError, match="put this folder into its custom_nodes"):
         asyncio.run(tdm.comfy_entrypoint())  # type: ignore[attr-defined]

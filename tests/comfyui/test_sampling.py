@@ -121,6 +121,36 @@ def test_denoise_begins_at_the_nearest_trained_timestep(server: Server, kind: st
     assert error(found * SCALE, expected) <= 1e-5
 
 
+def test_the_simple_custom_sampler_gives_the_same(server: Server) -> None:
+    graph = student_graph("epsilon", timesteps=GRIDS[1], order=2)
+    own = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "latent_image": ["latent", 0]}
+    levels = {"sampler": ["sampler", 0], "sigmas": ["sigmas", 1]}
+    graph["simple"] = node("SamplerCustom", add_noise=True, noise_seed=SEED, cfg=1.0, **own, **levels)
+    advanced, simple = server.latents(graph, ["samples", 0], ["simple", 0])
+    assert torch.equal(advanced, simple)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
+def test_what_a_mask_leaves_out_stays_as_it_was(server: Server, kind: str) -> None:
+    """Inpainting, on the left half only."""
+    picture = student_graph(kind, timesteps=GRIDS[0])
+    (before,) = server.latents(picture, ["samples", 0])
+    graph = student_graph(kind, timesteps=GRIDS[1], order=2, latent=["masked", 0], seed=3)
+    graph["first"] = {**picture["samples"], "inputs": {**picture["samples"]["inputs"], "noise": ["first noise", 0]}}
+    graph["first noise"], graph["first sigmas"] = picture["noise"], picture["sigmas"]
+    graph["first guider"] = node("BasicGuider", model=["first sigmas", 0], conditioning=["model", 1])
+    graph["first sampler"] = picture["sampler"]
+    firsts = {"sigmas": ["first sigmas", 1], "guider": ["first guider", 0], "sampler": ["first sampler", 0]}
+    graph["first"]["inputs"] |= firsts
+    graph["left"] = node("SolidMask", value=1.0, width=32, height=64)
+    graph["all"] = node("SolidMask", value=0.0, width=64, height=64)
+    graph["mask"] = node("MaskComposite", destination=["all", 0], source=["left", 0], x=0, y=0, operation="add")
+    graph["masked"] = node("SetLatentNoiseMask", samples=["first", 0], mask=["mask", 0])
+    (after,) = server.latents(graph, ["samples", 0])
+    torch.testing.assert_close(after[..., 4:], before[..., 4:])
+    assert error(after[..., :4], before[..., :4]) > 0.1
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_guidance_is_applied_to_what_the_sampler_sees(server: Server, kind: str) -> None:
     graph = student_graph(kind, timesteps=GRIDS[0], order=2, context=0.3)
@@ -191,3 +221,11 @@ def test_a_wrong_input_says_what_to_do(server: Server, options: dict[str, object
 def test_a_model_that_no_student_can_have_is_refused(server: Server, kind: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         server.latents(student_graph(kind, timesteps=GRIDS[0]), ["samples", 0])
+
+
+def test_an_epsilon_model_that_would_begin_in_pure_noise_is_refused(server: Server) -> None:
+    graph = student_graph("epsilon", timesteps=GRIDS[0])
+    graph["zero"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="eps", zsnr=True)
+    graph["sigmas"]["inputs"]["model"] = ["zero", 0]
+    with pytest.raises(PromptError, match="set zsnr only for v_prediction"):
+        server.latents(graph, ["samples", 0])
