@@ -87,9 +87,9 @@ class TDMLoadStudent(io.ComfyNode):
         """(MODEL, CLIP, recipe).
 
         Raises:
-            TDMError: diffusers is missing; the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a
+            TDMError: the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a
                 layer of it has no place, such as one of a text encoder without a CLIP; a list without names that is no
-                released student.
+                released student; diffusers or peft is missing.
         """
         try:
             from ..pipelines.loras.native import place_native  # imports diffusers: not for the start of a server

@@ -1,4 +1,4 @@
-"""Run in the server's folder by the server's Python: `python launch.py main.py <its arguments>`, or another script."""
+"""Run in the server's folder by the server's Python: `python launch.py <arguments of main.py>`."""
 
 import os
 import runpy
@@ -16,5 +16,5 @@ def end_with_the_tests() -> None:
 
 threading.Thread(target=end_with_the_tests, daemon=True).start()
 sys.path[0] = os.getcwd()
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.argv[0] = "main.py"
+runpy.run_path("main.py", run_name="__main__")

@@ -1,13 +1,18 @@
-"""Run by launch.py: what a LoRA sees of ComfyUI's own networks, at the released sizes, as JSON on stdout.
+"""Run in the server's folder by its Python: what a LoRA sees of ComfyUI's own networks, at the released sizes, as JSON on stdout.
 
 For each family {"shapes": {layer: the shape of its weight}, "keys": {LoRA key: [weight, rows or None, swapped]}}.
 """
 
 import json
 import logging
+import os
+import sys
 
-import comfy.cli_args
 import torch
+import torchvision_ops  # noqa: F401 (beside this file)
+
+sys.path.insert(0, os.getcwd())
+import comfy.cli_args  # noqa: E402
 
 comfy.cli_args.args.cpu = True
 logging.disable()

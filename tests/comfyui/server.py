@@ -68,7 +68,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        command = [install.python(), Path(__file__).with_name("launch.py"), "main.py", "--cpu", "--listen", "127.0.0.1"]
+        command = [install.python(), Path(__file__).with_name("launch.py"), "--cpu", "--listen", "127.0.0.1"]
         command += ["--port", self.address.split(":")[1], "--base-directory", folder, "--disable-api-nodes"]
         command += ["--use-pytorch-cross-attention", "--preview-method", "latent2rgb"]
         command += ["--database-url", f"sqlite:///{folder / 'comfyui.db'}"]

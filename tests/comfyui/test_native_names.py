@@ -44,8 +44,7 @@ PINS = {
 @pytest.fixture(scope="module")
 def comfyui(comfyui_installed: None) -> dict[str, Any]:  # noqa: ARG001
     """What native_layers.py prints."""
-    here = Path(__file__).parent
-    command = [install.python(), here / "launch.py", here / "native_layers.py"]
+    command = [install.python(), Path(__file__).with_name("native_layers.py")]
     env = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         list(map(str, command)), cwd=install.server_folder(), env=env, capture_output=True, text=True, check=False

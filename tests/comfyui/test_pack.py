@@ -47,7 +47,7 @@ def test_students_are_chosen_by_name_and_those_of_other_methods_are_not_offered(
 
 
 def test_the_nodes_need_no_diffusers(server: Server) -> None:
-    """A user whose ComfyUI has not got it, or a broken one, has these nodes all the same; the loader says what lacks."""
+    """A user whose ComfyUI has not got it, or a broken one, has these nodes; the loader says what it needs."""
     code = f"""
 import asyncio, importlib.util, sys
 sys.argv = ["main.py", "--cpu"]
