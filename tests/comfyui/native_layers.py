@@ -1,4 +1,4 @@
-"""Run in the server's folder by its Python: what a LoRA sees of ComfyUI's own networks, at the released sizes, as JSON on stdout.
+"""Run in the server's folder by its Python: what LoRAs see of ComfyUI's own networks at released sizes, as JSON.
 
 For each family {"shapes": {layer: the shape of its weight}, "keys": {LoRA key: [weight, rows or None, swapped]}}.
 """
@@ -12,7 +12,7 @@ import torch
 import torchvision_ops  # noqa: F401 (beside this file)
 
 sys.path.insert(0, os.getcwd())
-import comfy.cli_args  # noqa: E402
+import comfy.cli_args
 
 comfy.cli_args.args.cpu = True
 logging.disable()
