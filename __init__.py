@@ -20,6 +20,8 @@ _HOMES = {
     "TDMScheduler": ".pipelines.scheduler",
     # Not ours: diffusers looks it up here to load ["tdm", "TDMScheduler"] of a model_index.json.
     "SchedulerMixin": ".pipelines.scheduler",
+    # What ComfyUI calls when this folder is one of its custom nodes.
+    "comfy_entrypoint": ".comfy_nodes",
 }
 
 

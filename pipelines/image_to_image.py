@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,24 +11,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import TDMError
 from .families import Size
-from .schedule import NoiseSchedule
+from .schedule import first_step
 from .scheduler import TDMScheduler
-
-
-def first_step(grid: Sequence[float], strength: float, schedule: NoiseSchedule) -> int:
-    """The index of the timestep nearest to a strength, as a share of the schedule's length; the noisier one of two.
-
-    Args:
-        grid: timesteps, decreasing.
-        strength: 0 (keep the picture) to 1 (keep nothing of it), without the 0.
-
-    Raises:
-        TDMError: the strength is outside that range.
-    """
-    if not 0 < strength <= 1:
-        raise TDMError(f"strength must be above 0 and at most 1, got {strength}")
-    shares = [t / schedule.num_train_timesteps for t in grid]
-    return min(range(len(grid)), key=lambda i: (abs(shares[i] - strength), i))
 
 
 @torch.no_grad()

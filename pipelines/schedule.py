@@ -15,7 +15,7 @@ Sources: DDPM (2006.11239), DDIM (2010.02502), v-prediction (2202.00512), zero-t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeVar, get_args
@@ -286,6 +286,33 @@ def respace_grid(timesteps: Sequence[float], k: int, schedule: NoiseSchedule) ->
         j = math.floor(position)
         grid.append(knots[j] + (position - j) * (knots[j + 1] - knots[j]))
     return check_grid(_whole(grid, schedule), schedule)
+
+
+def grid_of_steps(trained: Mapping[int, Sequence[float]], k: int, schedule: NoiseSchedule) -> tuple[list[float], int]:
+    """(grid, the step count it was trained for) of K steps: the grid trained for K, or the nearest one re-spaced.
+
+    Args:
+        trained: for each trained step count its timesteps; at least one. Of two that are as near, the longer is taken.
+    """
+    nearest = min(trained, key=lambda known: (abs(known - k), -known))
+    grid = list(trained[nearest])
+    return (grid if nearest == k else respace_grid(grid, k, schedule)), nearest
+
+
+def first_step(grid: Sequence[float], strength: float, schedule: NoiseSchedule) -> int:
+    """The index of the timestep nearest to a strength, as a share of the schedule's length; the noisier one of two.
+
+    Args:
+        grid: timesteps, decreasing.
+        strength: 0 (keep the picture) to 1 (keep nothing of it), without the 0.
+
+    Raises:
+        TDMError: the strength is outside that range.
+    """
+    if not 0 < strength <= 1:
+        raise TDMError(f"strength must be above 0 and at most 1, got {strength}")
+    shares = [t / schedule.num_train_timesteps for t in grid]
+    return min(range(len(grid)), key=lambda i: (abs(shares[i] - strength), i))
 
 
 def _whole(grid: list[float], schedule: NoiseSchedule) -> list[float]:

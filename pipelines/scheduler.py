@@ -23,9 +23,9 @@ from .schedule import (
     check_grid,
     ddim_step,
     expand,
+    grid_of_steps,
     grid_pairs,
     predict_x0_eps,
-    respace_grid,
     second_order_weights,
     shift_sigma,
     uniform_grid,
@@ -246,18 +246,16 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
             raise TDMError(f"num_inference_steps must be an integer of at least 1, got {k!r}")
         k = int(k)
-        if k in self.trained_timesteps:
-            return self.trained_timesteps[k]
         if self.trained_timesteps:
-            nearest = min(self.trained_timesteps, key=lambda trained: (abs(trained - k), -trained))
-            if k not in self._warned:
+            grid, nearest = grid_of_steps(self.trained_timesteps, k, self.schedule)
+            if nearest != k and k not in self._warned:
                 self._warned.add(k)
                 trained = ", ".join(map(str, sorted(self.trained_timesteps)))
                 warnings.warn(
                     f"this student was trained for {trained} steps; {k} steps run on its {nearest}-step grid re-spaced",
                     stacklevel=3,
                 )
-            return respace_grid(self.trained_timesteps[nearest], k, self.schedule)
+            return grid
         if self.schedule.kind == "vp":
             return uniform_grid(k, self.schedule)
         return self._grid_from_sigmas([(k - i) / k for i in range(k)], mu)

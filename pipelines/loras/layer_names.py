@@ -7,8 +7,8 @@ underscores for dots (kohya). A native layer can be several of ours, stacked: it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from diffusers.models.normalization import AdaLayerNormContinuous
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,6 +17,7 @@ from torch import nn
 from .native_names import NATIVE
 
 Names = dict[str, tuple[str, ...]]
+Meaning = TypeVar("Meaning")
 
 
 class LayerShape(NamedTuple):
@@ -58,23 +59,33 @@ def names_of(network: nn.Module, family: str) -> Names:
         family: a name of `families`.
     """
     own = list(layer_shapes(network))
-    names: Names = {name: (name,) for name in own}
-    found = list(names.items())
+    found: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in own]
     if hasattr(network, "down_blocks"):
         found += _sgm_names(network, own)
-    elif any(name.startswith(("encoder.layers.", "text_model.")) for name in own):
-        found += [(_other_clip_name(name), (name,)) for name in own]
+    elif is_clip(own):
+        found += [(other_clip_name(name), (name,)) for name in own]
     else:
-        found += _native_names(NATIVE.get(family, {}), own, _swapped(network))
-    found += [(name.replace(".", "_"), layers) for name, layers in found]
+        found += native_names(family, own, _swapped(network))
+    return unambiguous(found)
+
+
+def unambiguous(found: Iterable[tuple[str, Meaning]]) -> dict[str, Meaning]:
+    """What each of these names means, with dots or underscores; those that mean two things are left out."""
+    found = list(found)
+    names: dict[str, Meaning] = {}
     ambiguous = set()
-    for name, layers in found:
-        if names.setdefault(name, layers) != layers:
+    for name, meaning in [*found, *((name.replace(".", "_"), meaning) for name, meaning in found)]:
+        if names.setdefault(name, meaning) != meaning:
             ambiguous.add(name)
-    return {name: layers for name, layers in names.items() if name not in ambiguous}
+    return {name: meaning for name, meaning in names.items() if name not in ambiguous}
 
 
-def _other_clip_name(name: str) -> str:
+def is_clip(names: Iterable[str]) -> bool:
+    """Whether these are the layers of a CLIP text encoder."""
+    return any(name.startswith(("encoder.layers.", "text_model.")) for name in names)
+
+
+def other_clip_name(name: str) -> str:
     """CLIPTextModel dropped the `text_model.` of its names in transformers 5; files have either."""
     return name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
 
@@ -84,16 +95,21 @@ def _swapped(network: nn.Module) -> set[str]:
     return {f"{name}.linear" for name, module in network.named_modules() if isinstance(module, AdaLayerNormContinuous)}
 
 
-def _native_names(rules: Mapping[str, str], own: list[str], skip: set[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The native names of a table: native pattern -> our patterns, parted by blanks, with `*` for a block's number."""
-    known = set(own) - skip
-    for native, ours in rules.items():
+def native_names(family: str, own: Iterable[str], skip: Iterable[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(native name, our layers in the order of its rows) by the family's table, for the layers `own` without `skip`."""
+    known = set(own) - set(skip)
+    for native, ours in NATIVE.get(family, {}).items():
         patterns = ours.split()
-        first = re.compile(re.escape(patterns[0]).replace(r"\*", r"(\d+)"))
-        for match in filter(None, map(first.fullmatch, own)):
-            layers = tuple(_numbered(pattern, match.groups()) for pattern in patterns)
+        for numbers in _matches(patterns[0], known):
+            layers = tuple(_numbered(pattern, numbers) for pattern in patterns)
             if known.issuperset(layers):
-                yield _numbered(native, match.groups()), layers
+                yield _numbered(native, numbers), layers
+
+
+def _matches(pattern: str, names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """The numbers that `*` stands for, of each name that fits the pattern."""
+    expression = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+    return (match.groups() for match in map(expression.fullmatch, names) if match)
 
 
 def _numbered(pattern: str, numbers: tuple[str, ...]) -> str:
@@ -102,35 +118,109 @@ def _numbered(pattern: str, numbers: tuple[str, ...]) -> str:
     return pattern
 
 
+def parts_of_native(shapes: Mapping[str, LayerShape], family: str) -> Names:
+    """The inverse of `names_of`: each layer of a network in its original code -> our layers, in the order of its rows.
+
+    Layers that are called alike are left out.
+
+    Args:
+        shapes: of the original network, from `layer_shapes`.
+        family: a name of `families`.
+    """
+    if "input_blocks.0.0" in shapes:
+        return dict(_parts_of_sgm(list(shapes)))
+    return {
+        _numbered(pattern, numbers): tuple(_numbered(part, numbers) for part in ours.split())
+        for pattern, ours in NATIVE.get(family, {}).items()
+        for numbers in _matches(pattern, shapes)
+    }
+
+
+class _SgmBlock(NamedTuple):
+    """A block of the UNet as diffusers counts them: how many layers, and whether they attend and it resamples."""
+
+    layers: int
+    attends: bool
+    resamples: bool
+
+
 def _sgm_names(unet: Any, own: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The names of the original Stable Diffusion UNet (SD1.5, SDXL), whose blocks are counted through."""
+    """The names of the original Stable Diffusion UNet (SD1.5, SDXL)."""
+    down = [_SgmBlock(len(b.resnets), hasattr(b, "attentions"), bool(b.downsamplers)) for b in unet.down_blocks]
+    up = [_SgmBlock(len(b.resnets), hasattr(b, "attentions"), bool(b.upsamplers)) for b in unet.up_blocks]
+    stems = _sgm_stems(down, up)
+    for name in own:
+        if (found := _by_stem(name, stems)) is not None:
+            stem, rest = found
+            yield _joined(stem, _SGM_RESNET.get(rest, rest) if ".resnets." in name else rest), (name,)
+
+
+def _parts_of_sgm(names: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Our name of each layer of the original UNet."""
+    stems = {native: ours for ours, native in _sgm_stems(*_sgm_blocks(set(names))).items()}
+    resnet = {native: ours for ours, native in _SGM_RESNET.items()}
+    for name in names:
+        if (found := _by_stem(name, stems)) is not None:
+            stem, rest = found
+            yield name, (_joined(stem, resnet.get(rest, rest) if ".resnets." in stem else rest),)
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(filter(None, parts))
+
+
+def _by_stem(name: str, stems: Mapping[str, str]) -> tuple[str, str] | None:
+    """(what the longest front of a name that is in the table stands for, the rest of the name)."""
+    parts = name.split(".")
+    fronts = (".".join(parts[:cut]) for cut in range(len(parts), 0, -1))
+    front = next((front for front in fronts if front in stems), None)
+    return None if front is None else (stems[front], name[len(front) + 1 :])
+
+
+def _sgm_stems(down: Iterable[_SgmBlock], up: Iterable[_SgmBlock]) -> dict[str, str]:
+    """The fronts of our names -> those of the original's, whose blocks are counted through."""
     stems = dict(_SGM_STEMS)
     number = 1  # input block 0 is conv_in
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
+    for i, block in enumerate(down):
+        for j in range(block.layers):
             stems[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{number}.0"
-            stems[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
+            if block.attends:
+                stems[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{number}.1"
             number += 1
-        if block.downsamplers:
+        if block.resamples:
             stems[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
             number += 1
     number = 0
-    for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
+    for i, block in enumerate(up):
+        for j in range(block.layers):
             stems[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{number}.0"
-            stems[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
+            if block.attends:
+                stems[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{number}.1"
             number += 1
-        if block.upsamplers:  # it closes the block's last layer
-            place = 2 if hasattr(block, "attentions") else 1
-            stems[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{number - 1}.{place}"
-    for name in own:
-        parts = name.split(".")
-        for cut in range(len(parts), 0, -1):
-            stem, rest = ".".join(parts[:cut]), ".".join(parts[cut:])
-            if stem in stems:
-                inner = _SGM_RESNET.get(rest, rest) if ".resnets." in name else rest
-                yield ".".join(filter(None, (stems[stem], inner))), (name,)
-                break
+        if block.resamples:  # it closes the block's last layer
+            stems[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{number - 1}.{2 if block.attends else 1}"
+    return stems
+
+
+def _sgm_blocks(names: set[str]) -> tuple[list[_SgmBlock], list[_SgmBlock]]:
+    """The (down, up) blocks of an original UNet with these layers: what resamples ends a block."""
+    down, up = [_SgmBlock(0, False, False)], [_SgmBlock(0, False, False)]
+    for n in range(1, _count(names, "input_blocks")):
+        last = down[-1]
+        if f"input_blocks.{n}.0.op" in names:
+            down[-1:] = [last._replace(resamples=True), _SgmBlock(0, False, False)]
+        else:
+            down[-1] = _SgmBlock(last.layers + 1, last.attends or f"input_blocks.{n}.1.proj_in" in names, False)
+    for n in range(_count(names, "output_blocks")):
+        last = up[-1]
+        up[-1] = _SgmBlock(last.layers + 1, last.attends or f"output_blocks.{n}.1.proj_in" in names, False)
+        if names & {f"output_blocks.{n}.1.conv", f"output_blocks.{n}.2.conv"}:
+            up[-1:] = [up[-1]._replace(resamples=True), _SgmBlock(0, False, False)]
+    return down, up
+
+
+def _count(names: set[str], blocks: str) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in names if name.startswith(f"{blocks}."))
 
 
 _SGM_STEMS = {

@@ -1,7 +1,7 @@
-"""The layer names of the original checkpoints, family by family; the UNet's are counted out in `layer_names.py`.
+"""The layer names of the original checkpoints, family by family, and of ComfyUI where it has names of its own.
 
-Each table maps a native name to our layers, parted by blanks, with `*` for a block's number. Where a native layer is
-several of ours stacked, they are in the order of its rows.
+The UNet's are counted out in `layer_names.py`. Each table maps a native name to our layers, parted by blanks, with `*`
+for a block's number. Where a native layer is several of ours stacked, they are in the order of its rows.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _SD3 = {
     "joint_blocks.*.context_block.mlp.fc1": "transformer_blocks.*.ff_context.net.0.proj",
     "joint_blocks.*.context_block.mlp.fc2": "transformer_blocks.*.ff_context.net.2",
     "joint_blocks.*.context_block.adaLN_modulation.1": "transformer_blocks.*.norm1_context.linear",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
 _FLUX = {
@@ -57,6 +58,7 @@ _FLUX = {
     "single_blocks.*.modulation.lin": "single_transformer_blocks.*.norm.linear",
     "single_blocks.*.linear1": _stack("single_transformer_blocks.*", *(f"attn.{p}" for p in _QKV), "proj_mlp"),
     "single_blocks.*.linear2": "single_transformer_blocks.*.proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
 }
 _PIXART_BLOCKS = {
@@ -116,6 +118,17 @@ _COGVIDEOX = {
     "transformer.layers.*.mlp.dense_h_to_4h": "transformer_blocks.*.ff.net.0.proj",
     "transformer.layers.*.mlp.dense_4h_to_h": "transformer_blocks.*.ff.net.2",
     "mixins.final_layer.linear": "proj_out",
+    # ComfyUI's own network has names of its own.
+    "time_embedding_linear_1": "time_embedding.linear_1",
+    "time_embedding_linear_2": "time_embedding.linear_2",
+    "ofs_embedding_linear_1": "ofs_embedding.linear_1",
+    "ofs_embedding_linear_2": "ofs_embedding.linear_2",
+    **{f"blocks.*.{part}": f"transformer_blocks.*.attn1.to_{part}" for part in "qkv"},
+    "blocks.*.attn_out": "transformer_blocks.*.attn1.to_out.0",
+    "blocks.*.norm1.linear": "transformer_blocks.*.norm1.linear",
+    "blocks.*.norm2.linear": "transformer_blocks.*.norm2.linear",
+    "blocks.*.ff_proj": "transformer_blocks.*.ff.net.0.proj",
+    "blocks.*.ff_out": "transformer_blocks.*.ff.net.2",
 }
 _ZIMAGE = {
     "x_embedder": "all_x_embedder.2-1",

@@ -56,9 +56,9 @@ def place(
     for address, lora in layers.items():
         component = address.component or family.denoiser
         targets = names.get(component, {}).get(address.name, ())
-        parts = _split(lora.scaled(scale), [shapes[component][target] for target in targets])
+        parts = split(lora.scaled(scale), [shapes[component][target] for target in targets])
         if not parts:
-            own = _stacked_widths([shapes[component][target] for target in targets])
+            own = stacked_widths([shapes[component][target] for target in targets])
             why = f"{own} wide, not {lora.widths}" if own not in (None, lora.widths) else "another kernel"
             wrong.append(f"{'.'.join(filter(None, address))} ({why if targets else 'no such layer'})")
         for target, part in zip(targets, parts, strict=False):
@@ -74,24 +74,24 @@ def place(
     return placed
 
 
-def _stacked_widths(parts: Sequence[LayerShape]) -> tuple[int, int] | None:
+def stacked_widths(parts: Sequence[LayerShape]) -> tuple[int, int] | None:
     """(in, out) of our layers as one native layer; None if there are none."""
     return (parts[0].inputs, sum(part.outputs for part in parts)) if parts else None
 
 
-def _split(lora: Lora, parts: Sequence[LayerShape]) -> list[Lora]:
+def split(lora: Lora, parts: Sequence[LayerShape]) -> list[Lora]:
     """The LoRA of each layer of a stack: A for all, B by rows. Empty if it does not fit."""
-    if _stacked_widths(parts) != lora.widths:
+    if stacked_widths(parts) != lora.widths:
         return []
-    split, row = [], 0
+    found, row = [], 0
     for inputs, outputs, kernel in parts:
         A = _reshaped(lora.A, (lora.rank, inputs, *kernel))
         B = _reshaped(lora.B[row : row + outputs], (outputs, lora.rank, *[1] * len(kernel)))
         if A is None or B is None:
             return []
-        split.append(Lora(A.clone(), B.clone()))
+        found.append(Lora(A.clone(), B.clone()))
         row += outputs
-    return split
+    return found
 
 
 def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:

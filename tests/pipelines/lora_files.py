@@ -47,9 +47,14 @@ def own_names(network: nn.Module, _family: str) -> dict[str, tuple[str, ...]]:
 
 
 def native_names(network: nn.Module, family: str) -> dict[str, tuple[str, ...]]:
-    """One native name per layer, where it has one."""
-    own = layer_shapes(network).keys()
-    return {n: layers for n, layers in names_of(network, family).items() if "." in n and n not in own}
+    """One native name per layer, where it has one; the one of the first original code, where there are two."""
+    own, left = layer_shapes(network).keys(), set(layer_shapes(network))
+    natives = {}
+    for name, layers in names_of(network, family).items():
+        if "." in name and name not in own and left.issuperset(layers):
+            natives[name] = layers
+            left -= set(layers)
+    return natives
 
 
 def attention_names(network: nn.Module, _family: str) -> dict[str, tuple[str, ...]]:

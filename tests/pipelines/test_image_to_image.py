@@ -10,8 +10,7 @@ from PIL import Image
 from tdm import TDMPipeline, TDMScheduler
 from tdm.errors import TDMError
 from tdm.pipelines.families import Size
-from tdm.pipelines.image_to_image import first_step
-from tdm.pipelines.schedule import NoiseSchedule, expand, predict_x0_eps
+from tdm.pipelines.schedule import NoiseSchedule, expand, first_step, predict_x0_eps
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import GRIDS, Make, load
 from tdm.training.trajectory import sample

@@ -1,0 +1,18 @@
+"""The list of nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loader import TDMLoadStudent
+from .mends import CogVideoXSampling, PixArtAlphaLatents
+from .sampler import TDMSampler
+from .sigmas import TDMSigmas
+
+
+class TDMExtension(ComfyExtension):
+    """The pack."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order of the menu."""
+        return [TDMLoadStudent, TDMSigmas, TDMSampler, CogVideoXSampling, PixArtAlphaLatents]

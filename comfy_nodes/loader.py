@@ -1,0 +1,192 @@
+"""A student's LoRA on any MODEL, and CLIP: converted to names that ComfyUI loads, and counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_base
+import folder_paths
+from comfy_api.latest import io, ui
+from server import PromptServer
+from torch import Tensor, nn
+
+from ..errors import TDMError
+from ..pipelines.families import Family, family_of_name
+from ..pipelines.loras.file import LoraFile, read_lora_file
+from ..pipelines.loras.pairs import state_dict_of
+from ..pipelines.presets import PRESETS, Preset, known_of
+from ..pipelines.student import HEADER_KEY, StudentRecipe
+from .students import RELEASED
+
+BY_ITSELF = "by its header or name"
+
+_FAMILIES = {  # ComfyUI's `image_model`; its older networks have none
+    "pixart_alpha": "pixart",
+    "pixart_sigma": "pixart",
+    "cogvideox": "cogvideox",
+    "flux": "flux",
+    "wan2.1": "wan",
+    "lumina2": "zimage",
+    "qwen_image": "qwenimage",
+}
+_ENCODERS = ("clip_l", "clip_h", "clip_g", "t5xxl")  # as diffusers counts them: text_encoder, text_encoder_2, ...
+
+
+class TDMLoadStudent(io.ComfyNode):
+    """A student of `models/loras` on a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="TDMLoadStudent",
+            display_name="Load TDM Student",
+            category="sampling/TDM",
+            description="Loads a TDM student, or any other LoRA in the layout of diffusers, PEFT, kohya or the "
+            "original checkpoints, at the strength it was trained for. Every layer of it must find its place.",
+            search_aliases=["LoRA loader", "trajectory distribution matching", "few-step", "distilled", "LoRA"],
+            inputs=[
+                io.Model.Input("model", tooltip="The student's base, or a fine-tune of it; from any loader."),
+                io.Combo.Input(
+                    "file", options=folder_paths.get_filename_list("loras"), tooltip="The file, in models/loras."
+                ),
+                io.Combo.Input(
+                    "released_as",
+                    options=[BY_ITSELF, *RELEASED],
+                    tooltip="For a released student whose file was renamed: which one it is. Its strength, and the "
+                    "layers of a list without names, follow from that.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="1 is what the student was trained for. On a fine-tune of its base 0.5 to 0.75 can look "
+                    "better.",
+                ),
+                io.Clip.Input("clip", optional=True, tooltip="Needed if the student has layers in a text encoder."),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the student."),
+                io.Clip.Output(tooltip="The CLIP with the student's layers in it, if it has any."),
+                io.String.Output("recipe", tooltip="How the student is run, as JSON; empty if the file does not say."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        """When the file was written: a student that was trained further is loaded again."""
+        return Path(folder_paths.get_full_path_or_raise("loras", file)).stat().st_mtime
+
+    @classmethod
+    def execute(cls, model: Any, file: str, released_as: str, strength: float, clip: Any = None) -> io.NodeOutput:
+        """(MODEL, CLIP, recipe).
+
+        Raises:
+            TDMError: the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a
+                layer of it has no place, such as one of a text encoder without a CLIP; a list without names that is no
+                released student; diffusers or peft is missing.
+        """
+        try:
+            from ..pipelines.loras.native import place_native  # imports diffusers: not for the start of a server
+        except ImportError as error:
+            raise TDMError(f"Load TDM Student needs diffusers and peft (pip install diffusers peft): {error}") from None
+        lora = read_lora_file(folder_paths.get_full_path_or_raise("loras", file))
+        recipe, preset = _recipe_of(lora, released_as)
+        family = family_of(model)
+        if recipe is not None and recipe.family != family.name:
+            raise TDMError(f"{file} is a student of {recipe.base_model} ({recipe.family}); this MODEL is {family.name}")
+        encoders = _encoders_of(clip)
+        networks = {family.denoiser: model.model.diffusion_model, **{name: e for name, (_, e) in encoders.items()}}
+        placed = place_native(lora, family, networks, **(preset.placing if preset else {}))
+        fronts = {family.denoiser: "diffusion_model"} | {
+            name: f"text_encoders.{there}.transformer" for name, (there, _) in encoders.items()
+        }
+        tensors = {
+            component: {f"{fronts[component]}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
+            for component, layers in placed.items()
+        }
+        own = tensors.pop(family.denoiser, {})
+        others = {key: tensor for each in tensors.values() for key, tensor in each.items()}
+        if own:
+            model = _patched(model, comfy.lora.model_lora_keys_unet(model.model, {}), own, strength)
+        if others:
+            clip = _patched(clip, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), others, strength)
+        text = _report(len(own) // 2, len(others) // 2, recipe)
+        if cls.hidden.unique_id:
+            PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
+        return io.NodeOutput(model, clip, recipe.to_metadata()[HEADER_KEY] if recipe else "", ui=ui.PreviewText(text))
+
+
+def family_of(model: Any) -> Family:
+    """The family of a MODEL's network.
+
+    Raises:
+        TDMError: there are no students of it.
+    """
+    config, kind = model.model.model_config.unet_config, type(model.model)
+    if issubclass(kind, comfy.model_base.SD3):
+        return family_of_name("sd3")
+    if issubclass(kind, comfy.model_base.SDXL):
+        return family_of_name("sdxl")
+    if "model_channels" in config:
+        return family_of_name("sd15")
+    if config.get("image_model") in _FAMILIES:
+        return family_of_name(_FAMILIES[config["image_model"]])
+    known = ", ".join(["sd15", "sdxl", "sd3", *sorted(set(_FAMILIES.values()))])
+    raise TDMError(f"this MODEL is a {kind.__name__}; students can be for {known}")
+
+
+def _recipe_of(lora: LoraFile, released_as: str) -> tuple[StudentRecipe | None, Preset | None]:
+    """(recipe, preset) of a file; None where it has none.
+
+    Raises:
+        TDMError: it is said to be a released student, but carries a recipe of its own, or one that is not valid.
+    """
+    fields, preset = known_of(lora)
+    if released_as != BY_ITSELF:
+        if fields and preset is None:
+            raise TDMError(f"{lora.path.name} has a recipe of its own; set released_as to '{BY_ITSELF}'")
+        preset = PRESETS[released_as]
+        fields = preset.fields
+    return (StudentRecipe.from_fields(fields) if fields else None), preset
+
+
+def _encoders_of(clip: Any) -> dict[str, tuple[str, nn.Module]]:
+    """Component of diffusers -> (name in ComfyUI, network) of a CLIP's text encoders."""
+    there = [name for name in _ENCODERS if hasattr(getattr(clip, "cond_stage_model", None), name)]
+    components = zip(("text_encoder", "text_encoder_2", "text_encoder_3"), there, strict=False)
+    encoders = {component: (name, getattr(clip.cond_stage_model, name)) for component, name in components}
+    return {component: (name, e.transformer) for component, (name, e) in encoders.items() if e is not None}
+
+
+def _patched(patcher: Any, keys: dict[str, Any], tensors: dict[str, Tensor], strength: float) -> Any:
+    """A MODEL or CLIP with a LoRA in the names of ComfyUI.
+
+    Raises:
+        TDMError: ComfyUI leaves some of it out, which it would only log.
+    """
+    patches = comfy.lora.load_lora(tensors, keys)
+    patched = patcher.clone()
+    taken = len(set(patched.add_patches(patches, strength)))
+    if 2 * taken != len(tensors):
+        raise TDMError(
+            f"this ComfyUI takes {taken} of the {len(tensors) // 2} LoRA layers; it has other names for them"
+        )
+    return patched
+
+
+def _report(layers: int, encoder_layers: int, recipe: StudentRecipe | None) -> str:
+    """What was loaded, for the node's face."""
+    text = f"{layers} layers matched, 0 unmatched" + (f" ({encoder_layers} more in CLIP)" if encoder_layers else "")
+    if recipe is None:
+        return f"{text}\nno recipe in the file: choose released_as, or type the timesteps into TDM Sigmas"
+    grids = "; ".join(", ".join(f"{t:g}" for t in grid) for grid in recipe.trained_timesteps.values())
+    size = f"{recipe.width} x {recipe.height}" + (f", {recipe.num_frames} frames" if recipe.num_frames else "")
+    sampler = f"order {recipe.solver_order}" if recipe.sampler is None else str(recipe.sampler)
+    lines = [text, f"student of {recipe.base_model}", f"timesteps {grids}"]
+    return "\n".join([*lines, f"{sampler}, guidance {recipe.guidance_scale:g}, {size}"])

@@ -1,0 +1,88 @@
+"""TDM's sampler as a SAMPLER: `TDMScheduler.step` on ComfyUI's samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.samplers import KSAMPLER
+from comfy_api.latest import io
+from torch import Tensor
+from tqdm.auto import trange
+
+from ..pipelines.schedule import ddim_step, predict_x0_eps, second_order_weights
+from .levels import pairs_of
+
+
+class TDMSampler(io.ComfyNode):
+    """The sampler of TDM students."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The node's inputs and outputs."""
+        return io.Schema(
+            node_id="TDMSampler",
+            display_name="TDM Sampler",
+            category="sampling/TDM",
+            description="The deterministic sampler of TDM students, for epsilon, v and flow models. Use it with TDM "
+            "Sigmas in SamplerCustomAdvanced or SamplerCustom.",
+            search_aliases=["trajectory distribution matching", "few-step", "DDIM", "DPM-Solver++ 2M", "distilled"],
+            inputs=[
+                io.Int.Input(
+                    "order",
+                    default=1,
+                    min=1,
+                    max=2,
+                    tooltip="What the student is sampled with: 1 is DDIM (Euler on flow models), 2 is DPM-Solver++ 2M "
+                    "on the same timesteps. TDM Sigmas gives it for a student file: connect its output 'order'.",
+                )
+            ],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
+        )
+
+    @classmethod
+    def execute(cls, order: int) -> io.NodeOutput:
+        """A SAMPLER of this order."""
+        return io.NodeOutput(KSAMPLER(sample_tdm, {"order": order}))
+
+
+@torch.no_grad()
+def sample_tdm(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+    order: int = 1,
+) -> Tensor:
+    """From the sample `x` at `sigmas[0]` to the one at `sigmas[-1]`, in the form of k-diffusion's samplers.
+
+    Args:
+        model: ``model(x, sigma, **extra_args)`` is the clean sample, with guidance and masks applied.
+        x: (B, ...), as ComfyUI keeps it.
+        sigmas: (K + 1,) decreasing levels.
+        extra_args: goes to `model`.
+        callback: called after each network call; `denoised` is the clean sample of this step.
+        disable: no progress bar in the console.
+        order: 1, or 2 for DPM-Solver++ 2M.
+    """
+    alphas, levels = pairs_of(model.inner_model.model_patcher.get_model_object("model_sampling"), sigmas)
+    a, s = alphas.tolist(), levels.tolist()
+    if s[-1] > 0:  # a part of a schedule, and the weights are of a whole one
+        alphas, levels = torch.cat([alphas, alphas.new_ones(1)]), torch.cat([levels, levels.new_zeros(1)])
+    weights = second_order_weights(alphas, levels)
+    each = x.new_ones(len(x))
+    previous: Tensor | None = None
+    for i in trange(len(s) - 1, disable=disable):
+        x0 = model(x, sigmas[i] * each, **(extra_args or {}))
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
+        _, eps = predict_x0_eps("sample", x0, x, a[i], s[i])
+        x = ddim_step(x0, eps, a[i + 1], s[i + 1])
+        if order == 2:
+            if previous is not None:
+                x = x + weights[i] * (x0 - previous)
+            previous = x0
+    return x

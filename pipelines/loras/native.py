@@ -1,0 +1,148 @@
+"""A LoRA of any layout on a network in its original code, such as ComfyUI's: native names, stacked layers joined.
+
+The counterpart of `places.py`, which puts it on a network of diffusers. There a native layer is split into ours; here
+our layers are rows of a native one, and the LoRAs of a stack become one LoRA with the very same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ...errors import TDMError
+from ..families import Family
+from .file import LoraFile
+from .layer_names import (
+    LayerShape,
+    is_clip,
+    layer_shapes,
+    native_names,
+    other_clip_name,
+    parts_of_native,
+    unambiguous,
+)
+from .layouts import Address, Positional, parse
+from .pairs import Lora
+from .places import Placed, place, split, stacked_widths
+from .skeleton import released
+
+
+class Rows(NamedTuple):
+    """What a name stands for in a native network: rows of one of its layers, all of them or one part of a stack."""
+
+    layer: str
+    start: int
+    shape: LayerShape
+
+
+def place_native(
+    file: LoraFile,
+    family: Family,
+    networks: Mapping[str, nn.Module],
+    *,
+    scale: float = 1.0,
+    positional: Positional | None = None,
+) -> Placed:
+    """The LoRA of a file on the layers of native networks; every layer of the file finds its place.
+
+    Args:
+        file: from `read_lora_file`.
+        family: of the denoiser.
+        networks: in their original code, by the name of the component in diffusers: the denoiser, and text encoders.
+        scale: strength to multiply in, beside the file's own alpha / rank.
+        positional: what to lay an EMA list on; its network is then the family's released one.
+
+    Returns:
+        {component: {native layer: (A, B)}}, at strength 1.0. A stack's rank is the sum of the ranks of its parts.
+
+    Raises:
+        TDMError: as in `parse` and `place`; a layer that does not exist, has another shape, or is given twice; layers
+            of a component that is not among the networks.
+    """
+    if file.positional is not None and positional is not None:
+        ours = place(file, family, {family.denoiser: released(family.name)}, scale=scale, positional=positional)
+        layers = {Address(family.denoiser, name): lora for name, lora in ours[family.denoiser].items()}
+    else:
+        layers = {address: lora.scaled(scale) for address, lora in parse(file).layers.items()}
+    names = {component: rows_of(network, family.name) for component, network in networks.items()}
+    shapes = {component: layer_shapes(network) for component, network in networks.items()}
+    stacks: dict[tuple[str, str], list[tuple[Rows, Lora]]] = {}
+    wrong: list[str] = []
+    for address, lora in layers.items():
+        component = address.component or family.denoiser
+        rows = names.get(component, {}).get(address.name, ())
+        parts = split(lora, [part.shape for part in rows])
+        if not parts:
+            own = stacked_widths([part.shape for part in rows])
+            absent = "no such layer" if component in networks else f"without a CLIP there is no {component}"
+            wrong.append(f"{'.'.join(filter(None, address))} ({f'{own} wide, not {lora.widths}' if own else absent})")
+        for target, part in zip(rows, parts, strict=False):
+            stacks.setdefault((component, target.layer), []).append((target, part))
+    if wrong:
+        raise TDMError(
+            f"the student does not fit this model: {len(layers) - len(wrong)} of its {len(layers)} LoRA layers match, "
+            f"{len(wrong)} do not: {', '.join(wrong[:3])}" + (", ..." if len(wrong) > 3 else "")
+        )
+    placed: Placed = {}
+    for (component, layer), stack in stacks.items():
+        placed.setdefault(component, {})[layer] = _joined(layer, shapes[component][layer].outputs, stack)
+    return placed
+
+
+def _joined(layer: str, outputs: int, stack: list[tuple[Rows, Lora]]) -> Lora:
+    """The LoRA of a native layer with `outputs` rows: its parts' A above one another, their B on the diagonal.
+
+    Raises:
+        TDMError: two of them are for the same rows.
+    """
+    if len(stack) == 1 and stack[0][0].shape.outputs == outputs:
+        return stack[0][1]
+    halves, blocks, end = [], [], 0
+    for rows, lora in sorted(stack, key=lambda part: part[0].start):
+        if rows.start < end:
+            raise TDMError(f"the file has two LoRAs for the layer {layer!r}")
+        halves.append(lora.A)
+        blocks += [lora.B.new_zeros(rows.start - end, 0), lora.B]  # rows without a LoRA
+        end = rows.start + rows.shape.outputs
+    return Lora(torch.cat(halves), torch.block_diag(*blocks, lora.B.new_zeros(outputs - end, 0)))
+
+
+def rows_of(network: nn.Module, family: str) -> dict[str, tuple[Rows, ...]]:
+    """name -> what it stands for in a network in its original code, for every name that `names_of` knows.
+
+    Args:
+        network: a denoiser of that family, or a text encoder.
+        family: a name of `families`.
+    """
+    shapes = layer_shapes(network)
+    native = [(name, (Rows(name, 0, shape),)) for name, shape in shapes.items()]
+    if is_clip(shapes):
+        return unambiguous([*native, *((other_clip_name(name), rows) for name, rows in native)])
+    ours = dict(
+        part for layer, parts in parts_of_native(shapes, family).items() for part in _parts(layer, parts, shapes[layer])
+    )
+    # A family can have two original codes: a name of the one can be several layers of the other.
+    others = (
+        (name, tuple(rows for layer in layers for rows in ours[layer]))
+        for name, layers in native_names(family, ours)
+        if name not in shapes
+    )
+    return unambiguous([*native, *ours.items(), *others])
+
+
+def _parts(native: str, parts: tuple[str, ...], shape: LayerShape) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+    """Our layers with their rows in a native one."""
+    if "adaLN_modulation" in native and shape.outputs == 2 * shape.inputs:
+        # The last one, a shift and a scale: AdaLayerNormContinuous has the scale first.
+        shift, scale = (Rows(native, start, LayerShape(shape.inputs, shape.inputs)) for start in (0, shape.inputs))
+        yield parts[0], (scale, shift)
+    elif len(parts) == 1:
+        yield parts[0], (Rows(native, 0, shape),)
+    else:
+        for i, part in enumerate(parts):  # the projections of a stack are square, and the last has what is left
+            start = i * shape.inputs
+            end = shape.outputs if part == parts[-1] else start + shape.inputs
+            yield part, (Rows(native, start, LayerShape(shape.inputs, end - start)),)

@@ -1,0 +1,108 @@
+"""A server that lives on: after an interrupted run, from one workflow to the next, and over many prompts."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .graphs import SEED, node, student_graph
+from .server import Graph, PromptError, Server
+
+GRID: list[float] = [899, 674, 449, 224]
+_nonces = itertools.count()
+
+
+def fresh(graph: Graph) -> Graph:
+    """The same workflow, sampled again although the server has its result."""
+    again = node("TestFresh", latent=["latent", 0], nonce=next(_nonces))
+    sampler = graph["samples"]
+    return {**graph, "again": again, "samples": node(**_with(sampler, latent_image=["again", 0]))}
+
+
+def _with(made: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    return {"class_type": made["class_type"], **made["inputs"], **inputs}
+
+
+def sampled(server: Server, graph: Graph) -> Tensor:
+    return server.latents(fresh(graph), ["samples", 0])[0]
+
+
+def stock(kind: str) -> Graph:
+    """The same MODEL without our nodes."""
+    return {
+        "model": student_graph(kind)["model"],
+        "latent": node("EmptyLatentImage", width=64, height=64, batch_size=2),
+        "samples": node(
+            "KSampler",
+            model=["model", 0],
+            positive=["model", 1],
+            negative=["model", 1],
+            latent_image=["latent", 0],
+            seed=SEED,
+            steps=4,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
+def test_workflows_leave_nothing_in_each_other(server: Server, kind: str) -> None:
+    """On one MODEL in memory: a stock workflow, ours on two grids, and both again."""
+    ours = student_graph(kind, timesteps=GRID)
+    first = sampled(server, stock(kind)), sampled(server, ours)
+    sampled(server, student_graph(kind, timesteps=[499, 249], order=2))
+    second = sampled(server, stock(kind)), sampled(server, ours)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(*first)
+
+
+def test_cutting_a_schedule_again_is_cutting_it_once(server: Server) -> None:
+    """A second TDM Sigmas on the MODEL of a first one may begin above it."""
+    for kind in ("epsilon", "flow_prediction"):
+        graph = student_graph(kind, timesteps=GRID)
+        (once,) = server.latents(graph, ["samples", 0])
+        graph["before"] = node(**_with(graph["sigmas"], timesteps="499, 249"))
+        graph["sigmas"]["inputs"]["model"] = ["before", 0]
+        (twice,) = server.latents(graph, ["samples", 0])
+        assert torch.equal(once, twice)
+
+
+def test_an_interrupted_run_ends_at_once_and_the_next_one_is_whole(server: Server) -> None:
+    expected = sampled(server, student_graph("epsilon", timesteps=GRID))
+    seen: list[int] = []
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["type"] == "progress":
+            seen.append(event["data"]["value"])
+            if len(seen) == 1:
+                server.post("interrupt", {})
+
+    slow = student_graph("epsilon", timesteps=list(range(900, 100, -20)), seconds=0.2)
+    slow["end"] = node("SaveLatent", samples=["samples", 0], filename_prefix="interrupted")
+    with pytest.raises(PromptError, match="interrupted"):
+        server.run(slow, stop)
+    assert 1 <= seen[-1] < 20
+    assert torch.equal(sampled(server, student_graph("epsilon", timesteps=GRID)), expected)
+
+
+def test_two_hundred_prompts_take_no_more_memory(server: Server) -> None:
+    def resident() -> int:
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])  # kB
+
+    def prompts(count: int) -> None:
+        for i in range(count):
+            sampled(server, student_graph(("epsilon", "flow_prediction")[i % 2], timesteps=GRID, order=2))
+
+    prompts(20)
+    before = resident()
+    prompts(200)
+    assert resident() - before < 20_000

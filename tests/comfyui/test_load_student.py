@@ -1,0 +1,259 @@
+"""Load TDM Student on the real server: the weights that core patches, the pictures, and what a user reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tdm.pipelines.loras.layer_names import layer_shapes
+from tdm.pipelines.loras.merge import merge
+from tdm.pipelines.loras.pairs import Lora, state_dict_of
+from tdm.pipelines.student import HEADER_KEY, StudentRecipe, save_student
+from tdm.tests.pipelines.lora_files import LAYOUTS, Update, tensors_of
+from torch import Tensor
+
+from . import tiny_sd15
+from .graphs import node, sampling
+from .server import Graph, PromptError, Server
+from .test_sampling import SCALE, error, noise, scheduler
+
+GRID = [999.0, 749.0, 499.0, 249.0]
+RECIPE = StudentRecipe("me/tiny", "sd15", "epsilon", {4: GRID}, guidance_scale=1.0, height=64, width=64)
+BASE = "tiny_sd15.safetensors"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_out", "linear_1")
+
+
+class Model(NamedTuple):
+    """A small SD1.5 in diffusers, a LoRA on its layers, and what ComfyUI calls these."""
+
+    unet: UNet2DConditionModel
+    student: dict[str, Lora]
+    native: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def model(server: Server) -> Model:
+    """Its file is where the server finds it."""
+    unet = tiny_sd15.build()
+    for folder in ("diffusion_models", "loras"):
+        (server.models / folder).mkdir(exist_ok=True)
+    save_file(tiny_sd15.original_names(unet.state_dict()), server.models / "diffusion_models" / BASE)
+    generator = torch.Generator().manual_seed(1)
+    student = {
+        name: Lora(
+            torch.randn(4, inputs, *kernel, generator=generator) * 0.05,
+            torch.randn(outputs, 4, *[1] * len(kernel), generator=generator) * 0.05,
+        )
+        for name, (inputs, outputs, kernel) in layer_shapes(unet).items()
+        if f".{name}".endswith(tuple(f".{end}" for end in TARGETS))
+    }
+    names = {name: tiny_sd15.original_names({f"{name}.weight": torch.empty(0)}) for name in student}
+    native = {name: next(iter(found)).removesuffix(".weight") for name, found in names.items()}
+    return Model(unet, student, native)
+
+
+def loaded(file: str, *, clip: bool = False, **options: Any) -> Graph:
+    inputs = {"file": file, "released_as": "by its header or name", "strength": 1.0, **options}
+    graph = {"base": node("UNETLoader", unet_name=BASE, weight_dtype="default")}
+    if clip:
+        graph["clip"] = node("TestClip")
+        inputs["clip"] = ["clip", 0]
+    return {**graph, "student": node("TDMLoadStudent", model=["base", 0], **inputs)}
+
+
+def weights(server: Server, graph: Graph, link: list[Any], kind: str = "Model") -> dict[str, Tensor]:
+    """The weights of a MODEL or CLIP with its patches, as core saves them, by layer."""
+    folder = server.output / "weights"
+    inputs = {kind.lower(): link, "filename_prefix": "weights/w"}
+    try:
+        server.run({**graph, "save": node("ModelSave" if kind == "Model" else "CLIPSave", **inputs)})
+        found = {}
+        for path in folder.iterdir():
+            front = path.name[len("w_") : -len("_00001_.safetensors")]
+            found |= {f"{front}.{k}" if kind == "CLIP" else k: tensor for k, tensor in load_file(path).items()}
+        return {k.removeprefix("model.diffusion_model."): tensor for k, tensor in found.items()}
+    finally:
+        shutil.rmtree(folder)
+
+
+def delta(lora: Lora, shape: torch.Size) -> Tensor:
+    A, B = (half.double().flatten(1) for half in lora)
+    return (B @ A).reshape(shape)
+
+
+def save(server: Server, name: str, layers: dict[str, Lora], recipe: StudentRecipe = RECIPE, **options: Any) -> Path:
+    return save_student(
+        server.models / "loras" / name, state_dict_of(layers), recipe, lora_alpha=None, force=True, **options
+    )
+
+
+def kohya_native(model: Model, path: Path) -> None:
+    """The student as trainers of ComfyUI's users write it: native names, and an alpha that is not the rank."""
+    made = [Update("unet", model.native[name], (name,), lora.A, lora.B) for name, lora in model.student.items()]
+    save_file(tensors_of(LAYOUTS["kohya native"], made), path)  # alpha 3
+
+
+def raw_peft(model: Model, path: Path) -> None:
+    """A layout that ComfyUI itself loads nothing of."""
+    made = [Update("unet", name, (name,), lora.A, lora.B) for name, lora in model.student.items()]
+    save_file(tensors_of(LAYOUTS["raw peft"], made), path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "strength", "scale"),
+    [("student", 1.0, 1.0), ("student", 0.5, 0.5), ("kohya native", 1.0, 3 / 4), ("raw peft", 1.0, 1.0)],
+)
+def test_core_patches_exactly_the_students_weights(
+    server: Server, model: Model, layout: str, strength: float, scale: float
+) -> None:
+    file = f"{layout.replace(' ', '_')}.safetensors"
+    if layout == "student":
+        save(server, file, model.student)
+    else:
+        write = {"kohya native": kohya_native, "raw peft": raw_peft}[layout]
+        write(model, server.models / "loras" / file)
+    found = weights(server, loaded(file, strength=strength), ["student", 0])
+    for name, weight in model.unet.state_dict().items():
+        layer = name.removesuffix(".weight")
+        expected = weight.double()
+        if layer in model.student:
+            expected = expected + scale * delta(model.student[layer], weight.shape)
+        (there,) = tiny_sd15.original_names({name: weight})
+        torch.testing.assert_close(found[there].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_student_adds_to_the_other_loras_of_a_workflow(server: Server, model: Model) -> None:
+    save(server, "student.safetensors", model.student)
+    kohya_native(model, server.models / "loras" / "style.safetensors")  # of scale 3/4
+    style = {"lora_name": "style.safetensors", "strength_model": 0.4}
+    before = loaded("student.safetensors")
+    before["style"] = node("LoraLoaderModelOnly", model=["base", 0], **style)
+    before["student"]["inputs"]["model"] = ["style", 0]
+    after = loaded("student.safetensors") | {"style": node("LoraLoaderModelOnly", model=["student", 0], **style)}
+    for graph, link in ((before, ["student", 0]), (after, ["style", 0])):
+        found = weights(server, graph, link)
+        for name, lora in model.student.items():
+            weight = model.unet.get_submodule(name).weight
+            expected = weight.double() + (1 + 0.4 * 3 / 4) * delta(lora, weight.shape)
+            torch.testing.assert_close(found[f"{model.native[name]}.weight"].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, model: Model) -> None:
+    save(server, "student.safetensors", model.student)
+    graph = loaded("student.safetensors") | {"prompt": node("TestPrompt", width=768)}
+    plain = {**graph, **sampling(["base", 0], ["prompt", 0], timesteps=GRID)}
+    graph |= sampling(["student", 0], ["prompt", 0], timesteps=GRID)
+    (found,) = server.latents(graph, ["samples", 0])
+    (untouched,) = server.latents(plain, ["samples", 0])
+
+    prompt = torch.linspace(-1, 1, 7 * 768).reshape(1, 7, 768).expand(2, -1, -1)
+
+    def sample() -> Tensor:
+        reference, x = scheduler("epsilon", GRID), noise()
+        with torch.no_grad():
+            for t in reference.timesteps:
+                x = reference.step(model.unet(x, t, prompt).sample, t, x).prev_sample
+        return x
+
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    base = sample()
+    try:
+        merge(model.unet, model.student)
+        expected = sample()
+    finally:
+        model.unet.load_state_dict(before)
+    assert error(expected, base) > 0.1
+    assert error(found * SCALE, expected) <= 1e-5
+    assert error(untouched * SCALE, base) <= 1e-5  # no patch is left behind
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_text_encoders_are_patched_where_the_file_has_them(server: Server, model: Model, layout: str) -> None:
+    layers = {f"text_model.encoder.layers.{i}.self_attn.q_proj": (8, 8) for i in range(3)}
+    layers["text_model.encoder.layers.2.mlp.fc2"] = (16, 8)
+    both = {
+        f"{encoder}.{name}": Lora(torch.randn(2, inputs), torch.randn(outputs, 2))
+        for encoder in ("text_encoder", "text_encoder_2")
+        for name, (inputs, outputs) in layers.items()
+    }
+    save(server, "with_text.safetensors", {**model.student, **both}, layout=layout)
+    graph = loaded("with_text.safetensors", clip=True)
+    before, after = (weights(server, graph, link, "CLIP") for link in (["clip", 0], ["student", 1]))
+    changed = {name.removesuffix(".weight") for name in before if not torch.equal(before[name], after[name])}
+    fronts = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    expected = {}
+    for name, lora in both.items():
+        encoder, _, layer = name.partition(".")
+        expected[f"{fronts[encoder]}.{layer}"] = lora
+    assert changed == expected.keys()
+    for name, lora in expected.items():
+        key = f"{name}.weight"
+        moved = after[key].double() - before[key].double()
+        torch.testing.assert_close(moved, delta(lora, moved.shape), rtol=0, atol=2e-6)
+    with pytest.raises(PromptError, match=r"8 do not: text_encoder\..*\(without a CLIP there is no text_encoder\)"):
+        shown(server, loaded("with_text.safetensors"))
+
+
+def shown(server: Server, graph: Graph) -> tuple[str, str]:
+    """(the recipe output, the text on the node)."""
+    outputs = server.run({**graph, "look": node("PreviewAny", source=["student", 2])}).outputs
+    return outputs["look"]["text"][0], outputs["student"]["text"][0]
+
+
+def test_the_node_shows_its_counts_and_gives_the_recipe(server: Server, model: Model) -> None:
+    save(server, "student.safetensors", model.student)
+    recipe, text = shown(server, loaded("student.safetensors"))
+    assert StudentRecipe.from_metadata({HEADER_KEY: recipe}) == RECIPE
+    n = len(model.student)
+    assert text.splitlines() == [
+        f"{n} layers matched, 0 unmatched",
+        "student of me/tiny",
+        "timesteps 999, 749, 499, 249",
+        "order 1, guidance 1, 64 x 64",
+    ]
+    raw_peft(model, server.models / "loras" / "unknown.safetensors")
+    recipe, text = shown(server, loaded("unknown.safetensors"))
+    assert recipe == ""
+    assert "no recipe in the file" in text
+    recipe, _ = shown(server, loaded("unknown.safetensors", released_as="Luo-Yihong/TDM_dreamshaper_LoRA"))
+    assert json.loads(recipe)["base_model"] == "lykon/dreamshaper-7"
+
+
+def test_a_wrong_file_is_refused_in_one_line_and_the_server_goes_on(server: Server, model: Model) -> None:
+    name, lora = next(iter(model.student.items()))
+    flux = StudentRecipe("me/flux", "flux", "flow_prediction", {4: GRID}, guidance_scale=1.0, height=64, width=64)
+    save(server, "flux.safetensors", {name: lora}, flux)
+    save(server, "other.safetensors", {name: lora, "some.layer": lora})
+    save(server, "nothing.safetensors", {"some.layer": lora})
+    save(server, "narrow.safetensors", {name: Lora(lora.A[:, :-1], lora.B)})
+    halves = state_dict_of({f"unet.{name}": lora})
+    save_file({k: t * torch.nan for k, t in halves.items()}, server.models / "loras" / "nan.safetensors")
+    (server.models / "loras" / "short.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    for file, message in {
+        "flux.safetensors": r"flux.safetensors is a student of me/flux \(flux\); this MODEL is sd15",
+        "other.safetensors": r"1 of its 2 LoRA layers match, 1 do not: unet.some.layer \(no such layer\)",
+        "nothing.safetensors": r"0 of its 1 LoRA layers match",
+        "narrow.safetensors": r"0 of its 1 LoRA layers match.* wide, not ",
+        "nan.safetensors": "holds NaN or infinite values",
+        "short.safetensors": "is truncated or not a .safetensors file",
+    }.items():
+        with pytest.raises(PromptError, match=message):
+            shown(server, loaded(file))
+    save(server, "student.safetensors", model.student)
+    with pytest.raises(PromptError, match="has a recipe of its own"):
+        shown(server, loaded("student.safetensors", released_as="Luo-Yihong/TDM_dreamshaper_LoRA"))
+    assert shown(server, loaded("student.safetensors"))[0]
+
+
+def test_a_student_that_was_trained_further_is_loaded_again(server: Server, model: Model) -> None:
+    save(server, "again.safetensors", model.student)
+    assert json.loads(shown(server, loaded("again.safetensors"))[0])["guidance_scale"] == 1.0
+    changed = StudentRecipe(**{**vars(RECIPE), "guidance_scale": 2.0})
+    save(server, "again.safetensors", model.student, changed)
+    assert json.loads(shown(server, loaded("again.safetensors"))[0])["guidance_scale"] == 2.0

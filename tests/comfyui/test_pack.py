@@ -1,0 +1,83 @@
+"""The pack as ComfyUI and its front end see it, and without ComfyUI."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import tdm
+from tdm.errors import TDMError
+
+from . import install
+from .server import Server
+
+NODES = ("TDMLoadStudent", "TDMSigmas", "TDMSampler", "TDMCogVideoXSampling", "TDMPixArtAlphaLatents")
+
+
+def test_the_server_has_the_nodes_and_each_explains_itself(server: Server) -> None:
+    known = server.get("object_info")
+    assert {name for name, shown in known.items() if "tdm_pack" in shown["python_module"]} == set(NODES)
+    for name in NODES:
+        shown = known[name]
+        assert "TDM " in shown["display_name"]
+        assert shown["category"] == "sampling/TDM"
+        assert shown["description"]
+        assert shown["search_aliases"]
+        groups = (shown["input"].get(kind, {}) for kind in ("required", "optional"))
+        inputs = [each for group in groups for each in group.values()]
+        assert inputs
+        assert all(len(each) == 2 and each[1]["tooltip"] for each in inputs)
+        assert all(shown["output_tooltips"])
+
+
+def test_the_pack_imports_in_less_than_a_second(server: Server) -> None:
+    """As ComfyUI measures it, beyond what it has imported itself."""
+    (seconds,) = re.findall(r"([\d.]+) seconds.*tdm_pack", server.log.read_text())
+    assert float(seconds) < 1
+
+
+def test_students_are_chosen_by_name_and_those_of_other_methods_are_not_offered(server: Server) -> None:
+    shown = server.get("object_info/TDMSigmas")["TDMSigmas"]["input"]["required"]["student"]
+    assert "Luo-Yihong/TDM_sd3_lora" in shown[1]["options"]
+    assert not [name for name in shown[1]["options"] if "LCM" in name or "Hyper" in name]
+
+
+def test_the_nodes_need_no_diffusers(server: Server) -> None:
+    """A user whose ComfyUI has not got it, or a broken one, has these nodes; the loader says what it needs."""
+    code = f"""
+import asyncio, importlib.util, sys
+sys.argv = ["main.py", "--cpu"]
+sys.path[:1] = [{str(install.server_folder())!r}, {str(Path(__file__).parent)!r}]
+import torchvision_ops
+for name in ("diffusers", "peft", "accelerate"):
+    sys.modules[name] = None
+import comfy.options
+comfy.options.enable_args_parsing()
+folder = {str(server.folder / "custom_nodes" / "tdm_pack")!r}
+spec = importlib.util.spec_from_file_location("pack", folder + "/__init__.py", submodule_search_locations=[folder])
+pack = sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+extension = asyncio.run(pack.comfy_entrypoint())
+nodes = asyncio.run(extension.get_node_list())
+print(*(node.define_schema().node_id for node in nodes))
+try:
+    nodes[0].execute(None, "student.safetensors", "", 1.0)
+except ValueError as error:
+    print(error)
+"""
+    command = [install.python(), "-c", code]
+    environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    nodes, loader = done.stdout.splitlines()
+    assert tuple(nodes.split()) == NODES
+    assert loader.startswith("Load TDM Student needs diffusers and peft")
+
+
+def test_outside_of_comfyui_the_entry_point_says_where_it_belongs() -> None:
+    with pytest.raises(TDMError, match="put this folder into its custom_nodes"):
+        asyncio.run(tdm.comfy_entrypoint())  # type: ignore[attr-defined]
