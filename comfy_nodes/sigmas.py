@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..errors import TDMError
 from ..pipelines.schedule import check_grid, first_step, grid_of_steps, grid_pairs
 from .levels import cut, levels_of, prediction_type_of, schedule_of, uncut
-from .students import recipe_of, student_names
+from .students import recipe_of, recipe_of_text, student_names
 
 TYPED = "timesteps below"
 
@@ -60,6 +60,13 @@ class TDMSigmas(io.ComfyNode):
                     tooltip="Below 1 for image to image: begins at the trained timestep nearest to this share of the "
                     "schedule, and takes only the steps that follow.",
                 ),
+                io.String.Input(
+                    "recipe",
+                    optional=True,
+                    force_input=True,
+                    tooltip="From Load TDM Student: the timesteps of the student that it loaded, in the place of "
+                    "'student' and 'timesteps'.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model to sample with these sigmas."),
@@ -69,7 +76,9 @@ class TDMSigmas(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, student: str, timesteps: str, steps: int, denoise: float) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, student: str, timesteps: str, steps: int, denoise: float, recipe: str | None = None
+    ) -> io.NodeOutput:
         """(MODEL, SIGMAS, order).
 
         Raises:
@@ -77,18 +86,18 @@ class TDMSigmas(io.ComfyNode):
         """
         sampling = uncut(model.get_model_object("model_sampling"))
         schedule = schedule_of(sampling)
-        if student == TYPED:
+        if recipe is None and student == TYPED:
             typed = check_grid(_numbers(timesteps), schedule)
             trained, order = {len(typed): typed}, 1
         else:
-            recipe = recipe_of(student)
+            chosen = recipe_of(student) if recipe is None else recipe_of_text(recipe)
             predicts = prediction_type_of(sampling)
-            if recipe.prediction_type != predicts:
+            if chosen.prediction_type != predicts:
                 raise TDMError(
-                    f"{student} is a student of {recipe.base_model}, which predicts {recipe.prediction_type}; this "
-                    f"model predicts {predicts}: load the student's own base"
+                    f"{student if recipe is None else 'this'} is a student of {chosen.base_model}, which predicts "
+                    f"{chosen.prediction_type}; this model predicts {predicts}: load the student's own base"
                 )
-            trained, order = recipe.trained_timesteps, recipe.solver_order
+            trained, order = chosen.trained_timesteps, chosen.solver_order
         steps = steps or max(trained)
         grid, nearest = grid_of_steps(trained, steps, schedule)
         if nearest != steps:

@@ -1,4 +1,4 @@
-"""Which students a user of ComfyUI has: the released ones, and the files in `models/loras`."""
+"""Which students a user of ComfyUI has: the released ones, and the files in `models/loras`; and how each is run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import folder_paths
 from ..errors import TDMError
 from ..pipelines.loras.file import LoraFile
 from ..pipelines.presets import PRESETS, known_of
-from ..pipelines.student import StudentRecipe, read_header
+from ..pipelines.student import HEADER_KEY, StudentRecipe, read_header
 
 RELEASED = tuple(name for name, preset in PRESETS.items() if "sampler" not in preset.recipe)
 
@@ -32,7 +32,25 @@ def recipe_of(name: str) -> StudentRecipe:
         fields, _ = known_of(file)
     if not fields:
         raise TDMError(f"{name} says nothing about its timesteps; type them in, or choose the student by its name")
-    recipe = StudentRecipe.from_fields(fields)
+    return _of_tdm(StudentRecipe.from_fields(fields), name)
+
+
+def recipe_of_text(text: str) -> StudentRecipe:
+    """The recipe that `Load TDM Student` gives, as JSON.
+
+    Raises:
+        TDMError: it is empty or not valid, or one that another sampler than TDM's runs.
+    """
+    if not text.strip():
+        raise TDMError(
+            "the loaded student says nothing about its timesteps: choose released_as in Load TDM Student, or take the "
+            "recipe's link away and type the timesteps in"
+        )
+    recipe = StudentRecipe.from_metadata({HEADER_KEY: text})
+    return _of_tdm(recipe, f"the student of {recipe.base_model}")
+
+
+def _of_tdm(recipe: StudentRecipe, name: str) -> StudentRecipe:
     if recipe.sampler is not None:
         raise TDMError(f"{name} is no TDM student: it is sampled with {recipe.sampler}")
     return recipe

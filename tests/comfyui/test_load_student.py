@@ -173,6 +173,24 @@ def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, 
     assert error(untouched * SCALE, base) <= 1e-5  # no patch is left behind
 
 
+def test_the_recipe_that_was_loaded_is_the_one_that_is_sampled(server: Server, model: Model) -> None:
+    """One link from the loader: timesteps and order, whatever else TDM Sigmas has been set to."""
+    grid = [899.0, 674.0, 449.0, 224.0]
+    own = StudentRecipe("me/tiny", "sd15", "epsilon", {4: grid}, 1.0, 64, 64, solver_order=2)
+    save(server, "linked.safetensors", model.student, own)
+    graph = loaded("linked.safetensors") | {"prompt": node("TestPrompt", width=768)}
+    typed = {**graph, **sampling(["student", 0], ["prompt", 0], timesteps=grid, order=2)}
+    linked = {**graph, **sampling(["student", 0], ["prompt", 0], timesteps=[500.0], order=["sigmas", 2])}
+    linked["sigmas"]["inputs"]["recipe"] = ["student", 2]
+    (expected,), (found,) = (server.latents(each, ["samples", 0]) for each in (typed, linked))
+    assert torch.equal(found, expected)
+
+    raw_peft(model, server.models / "loras" / "unknown.safetensors")
+    linked["student"]["inputs"]["file"] = "unknown.safetensors"
+    with pytest.raises(PromptError, match="says nothing about its timesteps: choose released_as"):
+        server.latents(linked, ["samples", 0])
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_text_encoders_are_patched_where_the_file_has_them(server: Server, model: Model, layout: str) -> None:
     layers = {f"text_model.encoder.layers.{i}.self_attn.q_proj": (8, 8) for i in range(3)}
