@@ -114,12 +114,12 @@ class MemoryConfig:
     """What a run may cost in memory. None of it changes what is learned, beyond the rounding of a smaller base."""
 
     # How the frozen base is stored. auto: bf16 on a GPU, fp32 on a CPU. fp8: layerwise casting (with
-    # gradient_checkpointing, or the backward pass keeps what was cast), int8: torchao's weight-only, nf4: bitsandbytes
-    # (GPU only). Convolutions stay as they are in fp8 and int8.
+    # gradient_checkpointing, or the backward pass keeps what was cast), int8: torchao's weight-only, nf4: bitsandbytes.
+    # Convolutions stay as they are in all three.
     base: Storage = "auto"
     gradient_checkpointing: bool = False  # recompute instead of storing activations: less memory, about 30 % slower
     offload: bool = False  # keep the base in main memory and bring groups of its layers to the GPU as they are called
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: bitsandbytes (GPU only)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit: moments in 8 bits (torchao)
     shard: bool = False  # several processes: each holds its part of the base (FSDP2), not the whole
 
 

@@ -32,8 +32,6 @@ def storage_on(memory: MemoryConfig, device: torch.device) -> Storage:
         raise TDMError("memory.offload is for a GPU; on a CPU the base is in main memory anyway: set it to false")
     if memory.base == "auto":
         return "bf16" if gpu else "fp32"
-    if memory.base == "nf4" and not gpu:
-        raise TDMError("memory.base=nf4 needs a GPU; on a CPU the smallest are int8 and fp8")
     needed = {"nf4": "bitsandbytes", "int8": "torchao"}.get(memory.base)
     if needed is not None and importlib.util.find_spec(needed) is None:
         raise TDMError(f"memory.base={memory.base} needs {needed}, which is not installed: pip install {needed}")
@@ -61,20 +59,11 @@ def load_denoiser(
         merge_loras: changes the weights before they are made smaller.
 
     Raises:
-        TDMError: the storage cannot be had on the device or with LoRAs, or the network cannot be offloaded.
+        TDMError: the storage cannot be had here, or the network cannot be offloaded.
     """
     storage = storage_on(memory, device)
     dtype = compute_dtype(storage, device)
-    options: dict[str, Any] = {}
-    if storage == "nf4":
-        if merge_loras is not None:
-            raise TDMError("task.loras cannot be merged into weights that are read as nf4; use memory.base=int8 or fp8")
-        from diffusers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
-    network = network_class.from_pretrained(folder, subfolder=subfolder, dtype=dtype, **options)
+    network = network_class.from_pretrained(folder, subfolder=subfolder, dtype=dtype)
     network.eval().requires_grad_(False)
     if merge_loras is not None:
         merge_loras(network)
@@ -82,14 +71,36 @@ def load_denoiser(
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(network, Int8WeightOnlyConfig(), device=device)
+    elif storage == "nf4":
+        _to_nf4(network, device, dtype)
     elif storage == "fp8":
         # A convolution keeps its own weight for the backward pass and would find it in 8 bits; linear layers do not.
         network.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_classes=_CONVOLUTIONS)
     if memory.offload:
         _offload(network, device)
-    elif storage != "nf4":  # which bitsandbytes has put there
+    else:
         network.to(device)
     return network, dtype
+
+
+def _to_nf4(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Linear layers in 4 bits (QLoRA's NF4, blocks of 64), one at a time on the device. Not diffusers' own way, which
+    reads a file into 4 bits: there LoRAs could not be merged first, and a CPU is refused that bitsandbytes serves.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    whole = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())  # by diffusers: what asks weights for a dtype
+    for place, module in list(network.named_modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is not nn.Linear or any(part in f"{place}.{name}".split(".") for part in whole):
+                continue
+            small = Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
+            small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
+            small.bias = layer.bias
+            small.support_avx512bf16_for_cpu = False  # its repacking is for inference, and not of every shape
+            setattr(module, name, small.to(device))
 
 
 def can_offload(network: nn.Module) -> bool:
