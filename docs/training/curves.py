@@ -1,6 +1,6 @@
 """The pictures of good and bad curves: chosen measures of runs, one row a run.
 
-python training/docs/curves.py FOLDER:TITLE... --measures student_loss gap_0 --out curves.png
+python docs/training/curves.py FOLDER:TITLE... --measures student_loss gap_0 --out curves.png
 """
 
 from __future__ import annotations
