@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import TDMError
 from .config import DistillConfig
 
 
@@ -69,5 +70,14 @@ def micro_batch_size(config: DistillConfig, processes: int = 1) -> int:
 
 
 def micro_batches(config: DistillConfig, processes: int = 1) -> int:
-    """Micro batches of one device in an update."""
-    return -(-max(1, config.batch_size // processes) // micro_batch_size(config, processes))
+    """Micro batches of one device in an update.
+
+    Raises:
+        TDMError: the batch cannot be split evenly.
+    """
+    if config.batch_size % processes:
+        raise TDMError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} processes")
+    share, micro = config.batch_size // processes, micro_batch_size(config, processes)
+    if share % micro:
+        raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each process has")
+    return share // micro

@@ -15,7 +15,7 @@ from ..errors import TDMError
 from .batch import Batch, draw_batch
 from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig
-from .cost import micro_batch_size
+from .cost import micro_batches
 from .log import Log, print_line
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import Precision, best_precision
@@ -123,12 +123,7 @@ def _portions(config: DistillConfig, processes: Processes) -> int:
         raise TDMError("memory.shard needs several processes: start them with torchrun, or set it to false")
     if config.memory.shard and config.full_weights:
         raise TDMError("memory.shard is for a frozen base with adapters; set full_weights or memory.shard to false")
-    if config.batch_size % processes.size:
-        raise TDMError(f"batch_size {config.batch_size} cannot be shared evenly by {processes.size} processes")
-    share, micro = config.batch_size // processes.size, micro_batch_size(config, processes.size)
-    if share % micro:
-        raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each process has")
-    return config.batch_size // micro
+    return processes.size * micro_batches(config, processes.size)
 
 
 def _best_precision(task: Task, config: DistillConfig) -> Precision:

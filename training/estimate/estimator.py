@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...errors import TDMError
 from ..config import DistillConfig, MemoryConfig, Storage, load_config
-from ..cost import Passes, micro_batch_size, passes
+from ..cost import Passes, micro_batch_size, micro_batches, passes
 from ..presets import MEMORY
 from .rehearsal import Course, Outline, Rehearsal
 
@@ -121,13 +120,9 @@ class Estimator:
         Raises:
             TDMError: the task is no pipeline, or what it would refuse about base, size or grid.
         """
-        if config.batch_size % processes:
-            raise TDMError(f"batch_size {config.batch_size} cannot be shared evenly by {processes} devices")
-        share, micro = config.batch_size // processes, micro_batch_size(config, processes)
-        if share % micro:
-            raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each device has")
+        micro, parts = micro_batch_size(config, processes), micro_batches(config, processes)
         key, rehearsal = self._rehearsal(config)
-        course = self._course(key, rehearsal, micro, share // micro)
+        course = self._course(key, rehearsal, micro, parts)
         trained = sum(rehearsal.trained.values())
         memory = {
             "base": _base_bytes(rehearsal, config.memory, processes),
