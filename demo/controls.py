@@ -13,7 +13,10 @@ import gradio as gr
 from ..errors import TDMError
 from ..pipelines.student import StudentRecipe
 
-MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # of every event that draws: there is one model
+MODEL: dict[str, Any] = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+}  # of every event that draws: there is one model
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}  # what the page does is no endpoint; demo/api.py has those
 BUNDLED_PROMPTS = (
     "two red stars above a blue ball at night",

@@ -29,6 +29,7 @@ def _panel(name: str, lines: Sequence[dict[str, float]]) -> str:
         f"{HEIGHT - 4 - (value - low) / ((high - low) or 1) * (HEIGHT - 8):.1f}"
         for step, value in points
     )
+    path = path if len(points) > 1 else f"{path} {path}"  # its round ends are a dot
     said = f"{name}: {values[-1]:.3g} at update {last:.0f}, between {low:.3g} and {high:.3g}"
     return (
         f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(said)}" '

@@ -50,7 +50,7 @@ class DistilTab:
             with gr.Column(scale=3, min_width=320):
                 self._live = gr.HTML(elem_id="live", min_height=240, label="Run")
         self._timer = gr.Timer(EVERY, active=False)
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+        quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
         asked = [name, config, updates, seed, more]
         start.click(explained(self.start), asked, [self._run, self._live], **quick)
         stop.click(explained(self.stop), self._run, self._live, **quick)
@@ -113,9 +113,7 @@ def html(name: str, state: State) -> str:
     else:
         said = f"{name} stopped at update {state.step} of {state.updates}"
     parts = [f'<p class="said" role="status">{escape(said)}</p>']
-    parts.append(
-        f'<progress class="far" max="{state.updates}" value="{state.step}" aria-label="Updates done"></progress>'
-    )
+    parts.append(f'<progress max="{state.updates}" value="{state.step}" aria-label="Updates done"></progress>')
     parts.append(f'<p class="line">{escape(state.said[:300])}</p>')
     if state.lines:
         health = "".join(f"<li>{escape(alarm)}</li>" for alarm in state.alarms)

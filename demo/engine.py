@@ -162,8 +162,11 @@ class Engine:
         version = self._version(student)
         if version == self._loaded:
             return
-        with _explained():
-            self._pipe.load_student(version[0])
+        try:
+            with _explained():
+                self._pipe.load_student(version[0])
+        except TDMError as error:  # where the file lies is nobody's business
+            raise TDMError(str(error).replace(version[0], student or self.catalogue.first)) from None
         self._loaded = version
         self._recipes[version] = self._pipe.recipe
 

@@ -71,10 +71,10 @@ class GenerateTab:
         self._opening: Comparison | None = None  # what every visitor sees first is drawn once
         prompts = BUNDLED_PROMPTS if engine.base == "bundled" else OTHER_PROMPTS
         self.first = engine.settings({"prompt": prompts[0]})
-        with gr.Row(elem_classes="work"):
-            with gr.Column(scale=2, min_width=320):
-                self.controls, batch, race, go, stop, dropped = self._inputs(prompts)
-            with gr.Column(scale=3, min_width=320):
+        with gr.Row(elem_classes="first"):
+            with gr.Column(elem_classes="ask"):
+                prompt, go, stop = self._ask(prompts)
+            with gr.Column(elem_classes="shown"):
                 self._stage = gr.HTML(elem_id="stage", label="Pictures", min_height=320)
                 self._slider = gr.ImageSlider(
                     label="Student | teacher: drag to compare",
@@ -98,11 +98,13 @@ class GenerateTab:
                     interactive=False,
                     buttons=[],
                 )
+            with gr.Column(elem_classes="more"):
+                self.controls, batch, race, dropped = self._settings(prompt)
         self._history = gr.State([], time_to_live=24 * 3600)
         self.outputs = [self._stage, self._slider, self._download, self._gallery, self._history]
         asked = [*self.controls.all(), batch, race, self._history]
-        drawing = go.click(explained(self.draw), asked, self.outputs, **MODEL, **PRIVATE, trigger_mode="always_last")
         go.click(None, self.controls.all(), js=SHARE, **PRIVATE)
+        drawing = go.click(explained(self.draw), asked, self.outputs, **MODEL, **PRIVATE, trigger_mode="always_last")
         self._gallery.select(explained(self.back), self._history, self.controls.all(), **PRIVATE)
         dropped.upload(explained(self.from_file), dropped, self.controls.all(), **PRIVATE)
         self.controls.student.input(
@@ -110,15 +112,9 @@ class GenerateTab:
         )
         self._asked, self._drawing, self._stop = asked, drawing, stop
 
-    def _inputs(self, prompts: tuple[str, ...]) -> tuple[Controls, Any, Any, Any, Any, Any]:
-        first, recipe = self.first, self.engine.recipe()
+    def _ask(self, prompts: tuple[str, ...]) -> tuple[gr.Textbox, gr.Button, gr.Button]:
         prompt = gr.Textbox(
-            first.prompt,
-            label="Prompt",
-            lines=2,
-            max_lines=6,
-            elem_id="prompt",
-            info="Ctrl+Enter",
+            self.first.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt", info="Ctrl+Enter draws"
         )
         with gr.Row(elem_classes="chips"):
             for text in prompts:
@@ -127,6 +123,10 @@ class GenerateTab:
         with gr.Row():
             go = gr.Button("Generate", variant="primary", elem_id="go", elem_classes="go", scale=3)
             stop = gr.Button("Stop", variant="secondary", elem_id="stop", scale=1, min_width=80)
+        return prompt, go, stop
+
+    def _settings(self, prompt: gr.Textbox) -> tuple[Controls, gr.Slider, gr.Checkbox, gr.File]:
+        first, recipe = self.first, self.engine.recipe()
         race = gr.Checkbox(
             True, label="Beside its teacher", info="50 guided steps, 100 network calls, from the same noise"
         )
@@ -159,7 +159,7 @@ class GenerateTab:
             dropped = gr.File(
                 label="Drop a PNG made here to get its settings back", file_types=[".png"], type="filepath", height=120
             )
-        return Controls(prompt, steps, seed, size, student), batch, race, go, stop, dropped
+        return Controls(prompt, steps, seed, size, student), batch, race, dropped
 
     def wanted(self, prompt: Any, steps: Any, seed: Any, size: Any, student: Any, batch: Any = 1) -> list[Settings]:
         """Checked settings of each picture; seeds count up.

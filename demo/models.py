@@ -54,12 +54,14 @@ class ModelsTab:
 
     def say(self, student: str | None) -> str:
         """What `tdm info` says about a student; of a wrong file, what is wrong."""
+        path = ""
         try:
-            source = self.engine.catalogue.source(student)
-            path = str(student_file(source, {})) if source == BUNDLED else source
-            return about(path).replace(path, student or source)  # where it is on the disk is nobody's business
+            path = self.engine.catalogue.source(student)
+            path = str(student_file(path, {})) if path == BUNDLED else path
+            text = about(path)
         except TDMError as error:
-            return f"not usable: {error}"
+            text = f"not usable: {error}"
+        return text.replace(path, student or path) if path else text  # where it lies is nobody's business
 
     def listed(self) -> list[Any]:
         """Look into the folders again."""

@@ -91,7 +91,10 @@ class Runs:
         if config not in self.configs:
             raise TDMError(f"there is no configuration {str(config)[:40]!r}; choose {', '.join(self.configs)}")
         for setting in settings:
-            if re.split(r"[.=]", setting)[0] not in OPEN:
+            key, equals, _ = setting.partition("=")
+            if not equals:  # `tdm distill` takes it for the file of a configuration
+                raise TDMError(f"a setting is key=value, such as student.lr=1e-4, not {setting[:60]!r}")
+            if key.split(".")[0] not in OPEN:
                 raise TDMError(f"{setting[:60]!r} cannot be set here; only {', '.join(OPEN)} and what is below them")
         arguments = [self.configs[config], *settings]
         updates = read_settings(arguments).updates
@@ -137,7 +140,8 @@ class Runs:
         lines, monitor = _lines(folder / "metrics.jsonl"), Monitor()
         alarms = [alarm.message for line in lines for alarm in monitor.watch(line)]
         previews = sorted((folder / "previews").glob("*.png"))
-        printed = (folder / OUTPUT).read_text(errors="replace").split("\n") if (folder / OUTPUT).is_file() else []
+        text = (folder / OUTPUT).read_text(errors="replace") if (folder / OUTPUT).is_file() else ""
+        printed = text.replace(str(folder), name).split("\n")  # where it lies is nobody's business
         return State(
             running=running,
             step=int(lines[-1]["step"]) if lines else 0,
