@@ -54,7 +54,7 @@ def about(source: str, *, base: str | None = None) -> str:
     if os.path.isdir(path):
         from ..pipelines.locate import student_file
 
-        path = student_file(path, {})
+        path = str(student_file(path, {}))
     return describe(path, base=base)
 
 

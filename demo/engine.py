@@ -150,7 +150,7 @@ class Engine:
 
     def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Network calls for one picture: guidance puts two samples into one call, or makes two."""
-        samples = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        samples: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         self._calls += len(samples)
 
     def _version(self, student: str | None) -> tuple[str, int]:

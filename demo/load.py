@@ -30,7 +30,7 @@ import psutil
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from .runs import APP
+from . import APP
 
 PROMPT = "two red stars above a blue ball at night"
 PATIENCE = 600.0  # seconds until a request counts as lost
@@ -47,10 +47,8 @@ class Figures:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-def visit(url: str, number: int, pictures: int, figures: Figures, gate: threading.Barrier) -> None:
+def visit(client: Client, number: int, pictures: int, figures: Figures) -> None:
     """One client: asks for pictures one after another; every fifth takes its first request back."""
-    client = Client(url, verbose=False)
-    gate.wait()
     for i in range(pictures):
         begun, places = time.monotonic(), set()
         job: Any = client.submit(PROMPT, number * 1_000 + i, api_name="/generate")
@@ -73,7 +71,6 @@ def visit(url: str, number: int, pictures: int, figures: Figures, gate: threadin
             if places:
                 figures.told += 1
                 figures.places.append(max(places))
-    client.close()
 
 
 def _end(job: Any) -> str:
@@ -87,15 +84,18 @@ def _end(job: Any) -> str:
 
 def crowd(url: str, clients: int, pictures: int) -> Figures:
     """All clients at once; returns when the last is done."""
-    figures, gate = Figures(), threading.Barrier(clients)
+    figures = Figures()
+    visitors = [Client(url, verbose=False, httpx_kwargs={"timeout": PATIENCE}) for _ in range(clients)]
     threads = [
-        threading.Thread(target=visit, args=(url, number, pictures, figures, gate), daemon=True)
-        for number in range(clients)
+        threading.Thread(target=visit, args=(client, number, pictures, figures), daemon=True)
+        for number, client in enumerate(visitors)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    for client in visitors:
+        client.close()
     return figures
 
 

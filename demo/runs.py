@@ -20,8 +20,8 @@ from ..errors import TDMError
 from ..pipelines.student import STUDENT_FILE
 from ..training.export import export_student, read_run
 from ..training.health import Monitor
+from . import APP
 
-APP = Path(__file__).parents[1] / "app.py"  # runs any command of this very copy, installed or not
 NOTE = "demo.json"  # in the run's folder: how it was started, and its process
 OUTPUT = "output.txt"  # what it prints
 # What a visitor may set. Not what is distilled, nor where anything lies: those are paths.
