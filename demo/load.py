@@ -63,7 +63,7 @@ def visit(client: Client, number: int, pictures: int, figures: Figures) -> None:
             if job.done():
                 end = _end(job)
                 break
-            time.sleep(0.02)
+            time.sleep(0.1)
         with figures.lock:
             figures.ends["cancelled" if cancelled and end != "lost" else end] += 1
             if end == "served":

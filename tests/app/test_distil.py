@@ -92,5 +92,5 @@ def test_the_page_starts_watches_and_draws_with_a_run(app: App, open_page: Calla
     expect(page.locator("#go")).to_be_visible()
     page.click("#go")
     page.wait_for_url("**student=runs%2Ftiny%2Fstudent.safetensors**")
-    page.wait_for_selector("#stage .said:not(:empty)")
+    expect(page.locator("#gallery img")).to_have_count(2)
     assert {file.name for file in (app.out / "runs" / "tiny").iterdir()} >= {"student.safetensors", "curves.png"}
