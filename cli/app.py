@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import tempfile
 import threading
 from pathlib import Path
@@ -103,6 +104,11 @@ def launch(
     """
     from ..demo.page import css, head, theme
 
+    try:  # before Gradio does, whose server reports it from a thread of its own
+        with socket.create_server((address, 0)):
+            pass
+    except OSError as error:
+        raise TDMError(f"cannot serve on {address}: {error.strerror}") from None
     page.queue(max_size=WAITING)
     options: dict[str, Any] = {"theme": theme(), "css": css(), "head": head(), "footer_links": ["api", "settings"]}
     # Whatever Gradio's own environment variables say, nothing is opened but what was asked for.

@@ -50,6 +50,12 @@ def test_a_seed_gives_the_picture_of_tdm_generate(client: Client, tmp_path: Path
     assert settings.items() >= written.items()
 
 
+def test_every_step_is_streamed(client: Client) -> None:
+    job = client.submit(PROMPT, 1, 8, api_name="/generate")
+    job.result()
+    assert [made["step"] for picture, made in job.outputs() if picture is None] == list(range(1, 9))
+
+
 def test_compare_has_the_student_before_the_teacher_begins(client: Client) -> None:
     job = client.submit(PROMPT, 3, api_name="/compare")
     student, teacher, made = job.result()
