@@ -26,4 +26,4 @@ def mend_mcp() -> None:
         result = await anyio.to_thread.run_sync(job.result)
         return list(result) if isinstance(result, tuple) else [result]
 
-    GradioMCPServer._execute_tool_without_progress = outputs  # type: ignore[method-assign]
+    GradioMCPServer._execute_tool_without_progress = outputs  # type: ignore
