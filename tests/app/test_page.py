@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 import pytest
+from gradio_client import Client
 from PIL import Image
 from playwright.sync_api import Page, expect
 from tdm.tests.app.accessibility import violations
@@ -218,3 +219,14 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     expect(page.locator("#gallery img")).to_have_count(2)
     newest = max((app.out / "pictures").glob("two-red-stars*"), key=lambda file: file.stat().st_mtime)
     assert json.loads(Image.open(newest).info["tdm"])["student"] == "students/mine.safetensors"
+
+
+def test_a_page_that_is_closed_gives_its_turn_back(app: App, open_page: Open) -> None:
+    page = open_page()
+    page.fill("#prompt textarea", "one red heart under two green boxes in the snow")
+    page.click("#go")
+    page.wait_for_selector("#stage figcaption:has-text('of 100')")
+    page.close()
+    drawn, made = Client(app.url, verbose=False).predict("a green heart on the beach", 2, api_name="/generate")
+    assert made["calls"] == 4
+    assert Path(drawn).is_file()
