@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
+import httpx
 import psutil
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -80,6 +81,8 @@ def _end(job: Any) -> str:
         return "cancelled"
     except AppError:
         return "refused"
+    except httpx.HTTPError:  # no answer in the client's own time
+        return "lost"
 
 
 def crowd(url: str, clients: int, pictures: int) -> Figures:
