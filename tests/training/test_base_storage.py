@@ -16,7 +16,7 @@ from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from torch import Tensor, nn
 
 # Relative error of a prediction that storing the base smaller may make, of tiny networks with random weights.
-NEAR = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.002, "fp8": 0.1, "int8": 0.02, "nf4": 0.3}
+NEAR = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.002, "fp8": 0.1, "int8": 0.02, "llm_int8": 0.02, "nf4": 0.3}
 SMALL = ["updates=2", "batch_size=2", "student.rank=2", "critic.rank=2", "student.lr=0.01", "critic.lr=0.01"]
 QUIET = ["objective.guidance_scale=2", "output.preview_every=0"]
 
@@ -82,7 +82,7 @@ def test_adapters_train_on_a_base_of_any_storage(
 
 
 @pytest.mark.parametrize(
-    ("storage", "share"), [("bf16", 0.5), ("fp16", 0.5), ("fp8", 0.5), ("int8", 0.5), ("nf4", 0.45)]
+    ("storage", "share"), [("bf16", 0.5), ("fp16", 0.5), ("fp8", 0.5), ("int8", 0.5), ("llm_int8", 0.5), ("nf4", 0.45)]
 )
 def test_a_smaller_storage_is_smaller(storage: str, share: float, bases: Callable[[str], Path], prompts: str) -> None:
     """Layers that are kept in full (norms, embeddings) are large in a tiny network."""
@@ -93,7 +93,7 @@ def test_a_smaller_storage_is_smaller(storage: str, share: float, bases: Callabl
     assert sizes[0] <= share * sizes[1]
 
 
-@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
+@pytest.mark.parametrize("storage", ["fp8", "int8", "llm_int8", "nf4"])
 def test_checkpointing_gives_the_same_gradients_on_a_small_base(
     storage: str, bases: Callable[[str], Path], prompts: str
 ) -> None:
