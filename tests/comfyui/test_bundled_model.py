@@ -103,7 +103,6 @@ def test_a_network_is_whole_where_memory_is_short_and_after_it_was_unloaded(serv
     graph = student()
     graph["little"] = node("TestLittleMemory", model=["student", 0])
     graph["sigmas"]["inputs"]["model"] = ["little", 0]
-    server.latents(teacher(timesteps=[1000]), ["samples", 0])  # its weights are the ones in memory
     assert torch.equal(server.latents(graph, ["samples", 0])[0], expected)
     server.post("free", {"unload_models": True})
     assert torch.equal(server.latents(student(), ["samples", 0])[0], expected)

@@ -118,6 +118,7 @@ class TestLittleMemory(io.ComfyNode):
 
     @classmethod
     def execute(cls, model):
+        model.detach()
         model.partially_load(model.load_device, model.model_size() // 2)
         return io.NodeOutput(model)
 
