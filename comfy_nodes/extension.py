@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import TDMCompare
+from .generate import TDMGenerate
 from .loader import TDMLoadStudent
 from .mends import CogVideoXSampling, PixArtAlphaLatents
 from .sampler import TDMSampler
@@ -15,4 +17,4 @@ class TDMExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of the menu."""
-        return [TDMLoadStudent, TDMSigmas, TDMSampler, CogVideoXSampling, PixArtAlphaLatents]
+        return [TDMLoadStudent, TDMSigmas, TDMSampler, TDMGenerate, TDMCompare, CogVideoXSampling, PixArtAlphaLatents]

@@ -31,7 +31,7 @@ def recipe_of(name: str) -> StudentRecipe:
         file = LoraFile(path, "safetensors", metadata=read_header(path)) if safetensors else LoraFile(path, "pickle")
         fields, _ = known_of(file)
     if not fields:
-        raise TDMError(f"{name} says nothing about its timesteps; type them in, or choose the student by its name")
+        raise TDMError(f"{name} says nothing about its timesteps: choose which released student it is, or type them in")
     return _of_tdm(StudentRecipe.from_fields(fields), name)
 
 

@@ -15,7 +15,15 @@ from tdm.errors import TDMError
 from . import install
 from .server import Server
 
-NODES = ("TDMLoadStudent", "TDMSigmas", "TDMSampler", "TDMCogVideoXSampling", "TDMPixArtAlphaLatents")
+NODES = (
+    "TDMLoadStudent",
+    "TDMSigmas",
+    "TDMSampler",
+    "TDMGenerate",
+    "TDMCompare",
+    "TDMCogVideoXSampling",
+    "TDMPixArtAlphaLatents",
+)
 
 
 def test_the_server_has_the_nodes_and_each_explains_itself(server: Server) -> None:
