@@ -9,9 +9,10 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..errors import TDMError
+from .load_diffusers import pipelines
 from .loader import BY_ITSELF, TDMLoadStudent
 from .sigmas import TYPED
-from .students import RELEASED, recipe_of
+from .students import BUNDLED, RELEASED, recipe_of
 
 
 class TDMGenerate(io.ComfyNode):
@@ -31,13 +32,14 @@ class TDMGenerate(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=folder_paths.get_filename_list("checkpoints"),
-                    tooltip="The student's base, or a fine-tune of it, in models/checkpoints; with its CLIP and VAE.",
+                    options=[BUNDLED, *folder_paths.get_filename_list("checkpoints"), *pipelines()],
+                    tooltip="The student's base, or a fine-tune of it: a file in models/checkpoints with its CLIP and "
+                    f"VAE, or a pipeline in models/diffusers; '{BUNDLED}' is the small model that comes with TDM.",
                 ),
                 io.Combo.Input(
                     "student",
-                    options=folder_paths.get_filename_list("loras"),
-                    tooltip="The student's file, in models/loras.",
+                    options=[BUNDLED, *folder_paths.get_filename_list("loras")],
+                    tooltip=f"The file, in models/loras; '{BUNDLED}' is the student that comes with TDM.",
                 ),
                 io.Combo.Input(
                     "released_as",
@@ -101,7 +103,10 @@ class TDMGenerate(io.ComfyNode):
         if recipe.num_frames:
             raise TDMError(f"{student} makes videos; TDM Generate draws pictures: use its example workflow")
         graph = GraphBuilder()
-        base = graph.node("CheckpointLoaderSimple", ckpt_name=checkpoint)
+        if checkpoint in (BUNDLED, *pipelines()):
+            base = graph.node("TDMLoadDiffusers", pipeline=checkpoint)
+        else:
+            base = graph.node("CheckpointLoaderSimple", ckpt_name=checkpoint)
         loaded = graph.node(
             "TDMLoadStudent",
             model=base.out(0),

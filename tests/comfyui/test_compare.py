@@ -52,6 +52,18 @@ def test_both_pictures_are_those_of_the_two_workflows(server: Server, checkpoint
     assert re.fullmatch(lines, report(server, graph))
 
 
+def test_the_bundled_student_is_compared_with_its_teacher(server: Server) -> None:
+    graph = long(node("TDMLoadDiffusers", pipeline="bundled"), "bundled", 64, 64, seed=SEED)
+    graph["nothing"] = node("CLIPTextEncode", clip=["base", 1], text="")
+    graph = compared(graph, ["base", 0], ["prompt", 0], ["nothing", 0], scheduler="simple", steps=50)
+    teacher, student, drawn = server.pictures(graph, ["both", 0], ["both", 1], ["drawn", 0])
+    assert torch.equal(student, drawn)
+    assert teacher.shape == student.shape == (1, 64, 64, 3)
+    assert (teacher.double() - student.double()).abs().mean() < 64  # both draw the prompt
+    lines = r"teacher: 100 network calls, \d+\.\d\d s\nstudent: 4 network calls, \d+\.\d\d s"
+    assert re.fullmatch(lines, report(server, graph))
+
+
 @pytest.mark.parametrize(
     ("options", "calls"),
     [

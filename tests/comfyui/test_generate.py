@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from . import install
 from .conftest import Checkpoint
 from .graphs import node
 from .server import Graph, PromptError, Server
@@ -72,6 +73,27 @@ def test_it_gives_the_picture_of_the_long_workflow(server: Server, checkpoint: C
     (sized,) = server.pictures(short(checkpoint.file, student, width=64, height=128), ["drawn", 0])
     (expected,) = server.pictures(long(from_file(checkpoint), student, 64, 128), ["drawn", 0])
     assert torch.equal(sized, expected)
+
+
+def test_without_any_file_it_draws_with_the_bundled_model(server: Server) -> None:
+    (found,) = server.pictures(short("bundled", "bundled", batch_size=2), ["drawn", 0])
+    graph = long(node("TDMLoadDiffusers", pipeline="bundled"), "bundled", 64, 64, batch_size=2)
+    (expected,) = server.pictures(graph, ["drawn", 0])
+    assert torch.equal(found, expected)
+    assert found.shape == (2, 64, 64, 3)
+
+
+def test_a_pipeline_of_diffusers_is_a_checkpoint_too(server: Server) -> None:
+    folder = server.models / "diffusers" / "mine" / "small"
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(install.REPOSITORY / "bundled" / "teacher", target_is_directory=True)
+    for name in ("mine/small", "bundled"):
+        assert (
+            name
+            in server.get("object_info/TDMGenerate")["TDMGenerate"]["input"]["required"]["checkpoint"][1]["options"]
+        )
+    pictures = [server.pictures(short(name, "bundled"), ["drawn", 0])[0] for name in ("mine/small", "bundled")]
+    assert torch.equal(*pictures)
 
 
 def test_a_student_that_wants_guidance_gets_it(server: Server, checkpoint: Checkpoint) -> None:
