@@ -1,0 +1,161 @@
+"""What the node pack says of itself, from a real server: run `python -m tdm.docs.nodes` when a node has changed.
+
+It writes the English of `locales` from the nodes' schemas, and the pictures of the help pages from the real front end.
+The Chinese of `locales`, and the pages, are written by hand.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Page
+
+from ..tests.browser import chromium
+from ..tests.comfyui.graphs import node
+from ..tests.comfyui.server import Graph, Server
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
+PAGES = ROOT / "web" / "docs"
+
+FILES = ("checkpoints/dreamshaper_7", "loras/tdm_dreamshaper", "loras/tdm_cogvideox_2b", "loras/my_pixart_student")
+MODELS = ("diffusion_models/cogvideox_2b", "diffusion_models/pixart_alpha_512")
+
+WORKFLOW: Graph = {
+    "checkpoint": node("CheckpointLoaderSimple", ckpt_name="dreamshaper_7.safetensors"),
+    "student": node(
+        "TDMLoadStudent",
+        model=["checkpoint", 0],
+        clip=["checkpoint", 1],
+        file="tdm_dreamshaper.safetensors",
+        released_as="Luo-Yihong/TDM_dreamshaper_LoRA",
+        strength=1.0,
+    ),
+    "sigmas": node(
+        "TDMSigmas",
+        model=["student", 0],
+        recipe=["student", 2],
+        student="timesteps below",
+        timesteps="999, 749, 499, 249",
+        steps=0,
+        denoise=1.0,
+    ),
+    "sampler": node("TDMSampler", order=["sigmas", 2]),
+    "guider": node("BasicGuider", model=["sigmas", 0]),
+    "samples": node("SamplerCustomAdvanced", guider=["guider", 0], sampler=["sampler", 0], sigmas=["sigmas", 1]),
+    "cogvideox": node("UNETLoader", unet_name="cogvideox_2b.safetensors", weight_dtype="default"),
+    "cogvideox student": node(
+        "TDMLoadStudent",
+        model=["cogvideox", 0],
+        file="tdm_cogvideox_2b.safetensors",
+        released_as="Luo-Yihong/TDM_CogVideoX-2B_LoRA",
+        strength=1.0,
+    ),
+    "cogvideox sampling": node("TDMCogVideoXSampling", model=["cogvideox student", 0], snr_shift_scale=3.0),
+    "pixart": node("UNETLoader", unet_name="pixart_alpha_512.safetensors", weight_dtype="default"),
+    "pixart latents": node("TDMPixArtAlphaLatents", model=["pixart", 0]),
+    "pixart student": node(
+        "TDMLoadStudent",
+        model=["pixart latents", 0],
+        file="my_pixart_student.safetensors",
+        released_as="by its header or name",
+        strength=1.0,
+    ),
+}
+PICTURES = {  # help page -> the part of the workflow that it shows
+    "TDMLoadStudent": ("checkpoint", "student", "sigmas"),
+    "TDMSigmas": ("student", "sigmas", "guider", "sampler"),
+    "TDMSampler": ("sigmas", "sampler", "samples"),
+    "TDMCogVideoXSampling": ("cogvideox", "cogvideox student", "cogvideox sampling"),
+    "TDMPixArtAlphaLatents": ("pixart", "pixart latents", "pixart student"),
+}
+
+_SHOW = """async ([graph, left, top]) => {
+    await app.loadApiJson(graph, "example");
+    for (const node of app.graph.nodes) node.setSize([Math.max(node.size[0], 310), node.size[1]]);
+    app.graph.arrange(40);
+    const canvas = app.canvas, boxes = app.graph.nodes.map((node) => { node.updateArea(); return node.boundingRect; });
+    const x = Math.min(...boxes.map((b) => b[0])), y = Math.min(...boxes.map((b) => b[1]));
+    canvas.deselectAll();
+    canvas.ds.scale = 1;
+    canvas.ds.offset = [left - x, top - y];
+    canvas.draw(true, true);
+    return [Math.max(...boxes.map((b) => b[0] + b[2])) - x, Math.max(...boxes.map((b) => b[1] + b[3])) - y];
+}"""
+
+
+def english(server: Server) -> dict[str, Any]:
+    """The texts of the pack's nodes as `locales/en/nodeDefs.json` has them."""
+    nodes = server.get("object_info").items()
+    return {name: _texts(shown) for name, shown in nodes if shown["python_module"].endswith("tdm_pack")}
+
+
+def _texts(shown: dict[str, Any]) -> dict[str, Any]:
+    inputs = {key: options for group in ("required", "optional") for key, options in shown["input"].get(group, {}).items()}
+    return {
+        "display_name": shown["display_name"],
+        "description": shown["description"],
+        "inputs": {
+            key: {"name": options.get("display_name") or key, "tooltip": options["tooltip"]}
+            for key, (_, options) in inputs.items()
+        },
+        "outputs": {
+            str(i): {"name": name, "tooltip": tooltip}
+            for i, (name, tooltip) in enumerate(zip(shown["output_name"], shown["output_tooltips"], strict=True))
+        },
+    }
+
+
+def open_front_end(page: Page, server: Server, locale: str = "en") -> None:
+    """Load the front end, past its greetings, and wait until it knows our nodes."""
+    settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": locale, "Comfy.NodeBadge.NodeSourceBadgeMode": "None"}
+    server.post("settings", settings)
+    page.goto(f"http://{server.address}/")
+    page.wait_for_function("!!window.LiteGraph?.registered_node_types?.TDMSigmas && !!window.app?.canvas", timeout=120_000)
+    page.wait_for_function("!document.querySelector('#splash-loader')")
+
+
+def picture(page: Page, graph: Graph) -> Image.Image:
+    """A workflow in the front end, in 128 colours, which is what its nodes need."""
+    margin, left, top = 12, 200, 200
+    width, height = page.evaluate(_SHOW, [graph, left, top])
+    page.wait_for_timeout(500)
+    clip = {"x": left - margin, "y": top - margin, "width": width + 2 * margin, "height": height + 2 * margin}
+    return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB").quantize(128, dither=Image.Dither.NONE)  # type: ignore[arg-type]
+
+
+def part(names: tuple[str, ...]) -> Graph:
+    """These nodes of the workflow, and the links between them."""
+    return {
+        name: node(
+            WORKFLOW[name]["class_type"],
+            **{k: v for k, v in WORKFLOW[name]["inputs"].items() if not isinstance(v, list) or v[0] in names},
+        )
+        for name in names
+    }
+
+
+def main() -> None:
+    """Write all of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder) / "server")
+        for name in FILES + MODELS:
+            file = server.models / f"{name}.safetensors"
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+        ENGLISH.write_text(json.dumps(english(server), indent=2) + "\n")
+        with chromium() as browser:
+            page = browser.new_page(viewport={"width": 2400, "height": 1400})
+            open_front_end(page, server)
+            for name, names in PICTURES.items():
+                picture(page, part(names)).save(PAGES / f"{name}.png", optimize=True)
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
