@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import folder_paths
 
 from ..errors import TDMError
@@ -9,12 +11,27 @@ from ..pipelines.loras.file import LoraFile
 from ..pipelines.presets import PRESETS, known_of
 from ..pipelines.student import HEADER_KEY, StudentRecipe, read_header
 
+BUNDLED = "bundled"  # the model that comes with this pack, and its student
 RELEASED = tuple(name for name, preset in PRESETS.items() if "sampler" not in preset.recipe)
 
 
 def student_names() -> list[str]:
     """The released TDM students, then all files in `models/loras`, whether they are students or not."""
     return [*RELEASED, *folder_paths.get_filename_list("loras")]
+
+
+def lora_path(name: str) -> Path:
+    """The file of a name in `models/loras`, or of the bundled student.
+
+    Raises:
+        TDMError: this installation has no bundled student.
+        FileNotFoundError: there is no such file.
+    """
+    if name == BUNDLED:
+        from ..pipelines.locate import student_file
+
+        return student_file(BUNDLED, {})
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
 def recipe_of(name: str) -> StudentRecipe:
