@@ -1,0 +1,114 @@
+"""ComfyUI's own front end in a real browser."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser
+
+from .server import Graph, PromptError
+
+_SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # or it begins with the template browser
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
+    "Comfy.NodeBadge.NodeIdBadgeMode": "None",
+}
+_READY = "window.app?.graph && window.app.extensionManager && !window.app.extensionManager.spinner"
+
+_BOUNDS = """() => {
+  const boxes = [...app.graph._groups, ...app.graph._nodes].map(each => each.boundingRect)
+  const [left, top] = [0, 1].map(i => Math.min(...boxes.map(box => box[i])) - 20)
+  const [right, bottom] = [0, 1].map(i => Math.max(...boxes.map(box => box[i] + box[i + 2])) + 20)
+  return [left, top, right - left, bottom - top]
+}"""
+_LISTEN = """() => {
+  const failures = ['execution_error', 'execution_interrupted', 'promptQueueingError']
+  window.tdmRun = new Promise(done => {
+    app.api.addEventListener('execution_success', () => done(null), { once: true })
+    failures.forEach(name => app.api.addEventListener(name, event => done(event.detail ?? name), { once: true }))
+  })
+}"""
+_SHOW = """([x, y, scale]) => {
+  app.canvas.ds.scale = scale
+  app.canvas.ds.offset = [-x, -y]
+  app.canvas.setDirty(true, true)
+}"""
+
+
+class FrontEnd:
+    """The front end of a server, open in a page.
+
+    Attributes:
+        page: the page.
+        errors: what it has written to the console as an error, and what it has thrown.
+    """
+
+    def __init__(self, browser: Browser, address: str, width: int = 1600, height: int = 900) -> None:
+        self.errors: list[str] = []
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        for setting, value in _SETTINGS.items():
+            self.page.request.post(f"http://{address}/api/settings/{setting}", data=json.dumps(value))
+        self.page.goto(f"http://{address}/")
+        self.page.wait_for_function(_READY)
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def from_prompt(self, graph: Graph) -> dict[str, Any]:
+        """What it makes of a prompt, as it would save it."""
+        self.page.evaluate("graph => app.loadApiJson(graph, 'made')", graph)
+        return self.saved()
+
+    def open(self, workflow: dict[str, Any]) -> None:
+        """Open a saved workflow, as if its file were dropped on the canvas."""
+        self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+
+    def open_template(self, name: str) -> str:
+        """Open one of the pack's workflows as a user does, in the template browser; what it then complains about."""
+        self.command("Comfy.BrowseTemplates")
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.get_by_test_id("topbar-workflow-tabs").get_by_text(name).wait_for()
+        self.page.wait_for_timeout(1000)  # it looks for models when all else is there
+        overlay = self.page.get_by_test_id("error-overlay")
+        return overlay.inner_text() if overlay.count() else ""
+
+    def run(self) -> None:
+        """Press Run, and wait for the end.
+
+        Raises:
+            PromptError: the prompt was refused, or a node failed.
+        """
+        self.page.evaluate(_LISTEN)
+        self.page.get_by_test_id("queue-button").click()
+        error = self.page.evaluate("window.tdmRun")
+        if error:
+            raise PromptError(json.dumps(error))
+
+    def saved(self) -> dict[str, Any]:
+        """What it would save."""
+        return json.loads(self.page.evaluate("JSON.stringify(app.graph.serialize())"))
+
+    def prompt(self) -> Graph:
+        """What Run would send to the server."""
+        found = json.loads(self.page.evaluate("app.graphToPrompt().then(prompt => JSON.stringify(prompt.output))"))
+        return {number: {key: each[key] for key in ("class_type", "inputs")} for number, each in found.items()}
+
+    def picture(self, path: Path, width: int = 1600) -> None:
+        """A JPEG of the whole graph, and nothing of the window around it."""
+        x, y, w, h = self.page.evaluate(_BOUNDS)
+        before, scale = self.page.viewport_size, width / w
+        self.page.set_viewport_size({"width": width, "height": round(h * scale)})
+        self.command("Workspace.ToggleFocusMode")
+        self.page.evaluate(_SHOW, [x, y, scale])
+        self.page.wait_for_timeout(500)  # it draws at its own pace
+        self.page.screenshot(path=path, type="jpeg", quality=80, style=".no-drag { display: none }")
+        self.command("Workspace.ToggleFocusMode")
+        self.page.set_viewport_size(before)
+
+    def command(self, name: str) -> None:
+        """One of its own commands, as its menus and keys run them."""
+        self.page.evaluate("name => app.extensionManager.command.execute(name)", name)
