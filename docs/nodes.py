@@ -6,16 +6,13 @@ The Chinese of `locales`, and the pages, are written by hand.
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from playwright.sync_api import Page
-
 from ..tests.browser import chromium
+from ..tests.comfyui.front_end import FrontEnd
 from ..tests.comfyui.graphs import node
 from ..tests.comfyui.server import Graph, Server
 
@@ -48,6 +45,15 @@ WORKFLOW: Graph = {
     "sampler": node("TDMSampler", order=["sigmas", 2]),
     "guider": node("BasicGuider", model=["sigmas", 0]),
     "samples": node("SamplerCustomAdvanced", guider=["guider", 0], sampler=["sampler", 0], sigmas=["sigmas", 1]),
+    "bundled": node("TDMLoadDiffusers", pipeline="bundled"),
+    "bundled student": node(
+        "TDMLoadStudent",
+        model=["bundled", 0],
+        clip=["bundled", 1],
+        file="bundled",
+        released_as="by its header or name",
+        strength=1.0,
+    ),
     "cogvideox": node("UNETLoader", unet_name="cogvideox_2b.safetensors", weight_dtype="default"),
     "cogvideox student": node(
         "TDMLoadStudent",
@@ -69,23 +75,21 @@ WORKFLOW: Graph = {
 }
 PICTURES = {  # help page -> the part of the workflow that it shows
     "TDMLoadStudent": ("checkpoint", "student", "sigmas"),
+    "TDMLoadDiffusers": ("bundled", "bundled student"),
     "TDMSigmas": ("student", "sigmas", "guider", "sampler"),
     "TDMSampler": ("sigmas", "sampler", "samples"),
     "TDMCogVideoXSampling": ("cogvideox", "cogvideox student", "cogvideox sampling"),
     "TDMPixArtAlphaLatents": ("pixart", "pixart latents", "pixart student"),
 }
 
-_SHOW = """async ([graph, left, top]) => {
-    await app.loadApiJson(graph, "example");
-    for (const node of app.graph.nodes) node.setSize([Math.max(node.size[0], 310), node.size[1]]);
-    app.graph.arrange(40);
-    const canvas = app.canvas, boxes = app.graph.nodes.map((node) => { node.updateArea(); return node.boundingRect; });
-    const x = Math.min(...boxes.map((b) => b[0])), y = Math.min(...boxes.map((b) => b[1]));
-    canvas.deselectAll();
-    canvas.ds.scale = 1;
-    canvas.ds.offset = [left - x, top - y];
-    canvas.draw(true, true);
-    return [Math.max(...boxes.map((b) => b[0] + b[2])) - x, Math.max(...boxes.map((b) => b[1] + b[3])) - y];
+_STACK = """() => {
+    let y = 0;
+    for (const node of app.graph._nodes_in_order) {
+        node.setSize([320, node.size[1]]);
+        node.pos = [0, y];
+        node.updateArea();
+        y += node.size[1] + 60;
+    }
 }"""
 
 
@@ -111,24 +115,6 @@ def _texts(shown: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def open_front_end(page: Page, server: Server, locale: str = "en") -> None:
-    """Load the front end, past its greetings, and wait until it knows our nodes."""
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": locale, "Comfy.NodeBadge.NodeSourceBadgeMode": "None"}
-    server.post("settings", settings)
-    page.goto(f"http://{server.address}/")
-    page.wait_for_function("!!window.LiteGraph?.registered_node_types?.TDMSigmas && !!window.app?.canvas", timeout=120_000)
-    page.wait_for_function("!document.querySelector('#splash-loader')")
-
-
-def picture(page: Page, graph: Graph) -> Image.Image:
-    """A workflow in the front end, in 128 colours, which is what its nodes need."""
-    margin, left, top = 12, 200, 200
-    width, height = page.evaluate(_SHOW, [graph, left, top])
-    page.wait_for_timeout(500)
-    clip = {"x": left - margin, "y": top - margin, "width": width + 2 * margin, "height": height + 2 * margin}
-    return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB").quantize(128, dither=Image.Dither.NONE)  # type: ignore[arg-type]
-
-
 def part(names: tuple[str, ...]) -> Graph:
     """These nodes of the workflow, and the links between them."""
     return {
@@ -150,10 +136,11 @@ def main() -> None:
             file.touch()
         ENGLISH.write_text(json.dumps(english(server), indent=2) + "\n")
         with chromium() as browser:
-            page = browser.new_page(viewport={"width": 2400, "height": 1400})
-            open_front_end(page, server)
+            front_end = FrontEnd(browser, server.address)
             for name, names in PICTURES.items():
-                picture(page, part(names)).save(PAGES / f"{name}.png", optimize=True)
+                front_end.from_prompt(part(names))
+                front_end.page.evaluate(_STACK)
+                front_end.picture(PAGES / f"{name}.jpg", width=400)
         server.stop()
 
 
