@@ -54,6 +54,31 @@ WORKFLOW: Graph = {
         released_as="by its header or name",
         strength=1.0,
     ),
+    "generate": node(
+        "TDMGenerate",
+        checkpoint="bundled",
+        student="bundled",
+        released_as="by its header or name",
+        prompt="two red stars above a blue moon at night",
+        seed=0,
+        width=0,
+        height=0,
+        batch_size=1,
+    ),
+    "save": node("SaveImage", images=["generate", 0], filename_prefix="TDM"),
+    "compare": node(
+        "TDMCompare",
+        student=["sigmas", 0],
+        student_sampler=["sampler", 0],
+        student_sigmas=["sigmas", 1],
+        seed=0,
+        steps=50,
+        cfg=7.5,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+        student_cfg=1.0,
+    ),
     "cogvideox": node("UNETLoader", unet_name="cogvideox_2b.safetensors", weight_dtype="default"),
     "cogvideox student": node(
         "TDMLoadStudent",
@@ -78,6 +103,8 @@ PICTURES = {  # help page -> the part of the workflow that it shows
     "TDMLoadDiffusers": ("bundled", "bundled student"),
     "TDMSigmas": ("student", "sigmas", "guider", "sampler"),
     "TDMSampler": ("sigmas", "sampler", "samples"),
+    "TDMGenerate": ("generate", "save"),
+    "TDMCompare": ("sigmas", "sampler", "compare"),
     "TDMCogVideoXSampling": ("cogvideox", "cogvideox student", "cogvideox sampling"),
     "TDMPixArtAlphaLatents": ("pixart", "pixart latents", "pixart student"),
 }
@@ -85,6 +112,7 @@ PICTURES = {  # help page -> the part of the workflow that it shows
 _STACK = """() => {
     let y = 0;
     for (const node of app.graph._nodes_in_order) {
+        for (const each of node.widgets ?? []) if (each.name === "control_after_generate") each.value = "fixed";
         node.setSize([320, node.size[1]]);
         node.pos = [0, y];
         node.updateArea();
@@ -140,6 +168,10 @@ def main() -> None:
             for name, names in PICTURES.items():
                 front_end.from_prompt(part(names))
                 front_end.page.evaluate(_STACK)
+                if "save" in names:  # its picture is a part of it
+                    front_end.run()
+                    front_end.page.wait_for_timeout(2000)
+                    front_end.page.evaluate(_STACK)
                 front_end.picture(PAGES / f"{name}.jpg", width=400)
         server.stop()
 
