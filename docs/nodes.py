@@ -168,10 +168,6 @@ def main() -> None:
             for name, names in PICTURES.items():
                 front_end.from_prompt(part(names))
                 front_end.page.evaluate(_STACK)
-                if "save" in names:  # its picture is a part of it
-                    front_end.run()
-                    front_end.page.wait_for_timeout(2000)
-                    front_end.page.evaluate(_STACK)
                 front_end.picture(PAGES / f"{name}.jpg", width=400)
         server.stop()
 
