@@ -35,7 +35,7 @@ def lora_path(name: str) -> Path:
 
 
 def recipe_of(name: str) -> StudentRecipe:
-    """The recipe of one of `student_names`: the one in its header, or else that of the released student of this name.
+    """The recipe of one of `student_names` or of the bundled student: that of its header or of the released student.
 
     Raises:
         TDMError: it has none, or one that another sampler than TDM's runs.
@@ -43,12 +43,12 @@ def recipe_of(name: str) -> StudentRecipe:
     if name in RELEASED:
         fields = PRESETS[name].fields
     else:
-        path = folder_paths.get_full_path_or_raise("loras", name)
-        safetensors = name.endswith((".safetensors", ".sft"))
+        path = lora_path(name)
+        safetensors = path.suffix in (".safetensors", ".sft")
         file = LoraFile(path, "safetensors", metadata=read_header(path)) if safetensors else LoraFile(path, "pickle")
         fields, _ = known_of(file)
     if not fields:
-        raise TDMError(f"{name} says nothing about its timesteps; type them in, or choose the student by its name")
+        raise TDMError(f"{name} says nothing about its timesteps: choose which released student it is, or type them in")
     return _of_tdm(StudentRecipe.from_fields(fields), name)
 
 

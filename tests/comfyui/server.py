@@ -11,12 +11,15 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import websocket
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -145,14 +148,26 @@ class Server:
 
     def latents(self, graph: Graph, *samples: list[Any]) -> list[Tensor]:
         """The latents that a graph makes, as SaveLatent writes them; `samples` are links [node id, output index]."""
+        return self._saved(graph, "SaveLatent", "samples", samples, lambda files: load_file(files[0])["latent_tensor"])
+
+    def pictures(self, graph: Graph, *images: list[Any]) -> list[Tensor]:
+        """The pictures that a graph makes, (B, height, width, 3) of 0 to 255 each; `images` are links."""
+
+        def read(files: list[Path]) -> Tensor:
+            return torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
+
+        return self._saved(graph, "SaveImage", "images", images, read)
+
+    def _saved(
+        self, graph: Graph, saver: str, name: str, links: Sequence[list[Any]], read: Callable[[list[Path]], Tensor]
+    ) -> list[Tensor]:
         folder = uuid.uuid4().hex
-        saved = {
-            f"save {i}": {"class_type": "SaveLatent", "inputs": {"samples": link, "filename_prefix": f"{folder}/{i}"}}
-            for i, link in enumerate(samples)
+        nodes = {
+            f"save {i}": {"class_type": saver, "inputs": {name: link, "filename_prefix": f"{folder}/{i}"}}
+            for i, link in enumerate(links)
         }
-        self.run({**graph, **saved})
+        self.run({**graph, **nodes})
         try:
-            files = [next((self.output / folder).glob(f"{i}_*")) for i in range(len(samples))]
-            return [load_file(file)["latent_tensor"] for file in files]
+            return [read(sorted((self.output / folder).glob(f"{i}_*"))) for i in range(len(links))]
         finally:
             shutil.rmtree(self.output / folder)

@@ -20,6 +20,8 @@ NODES = (
     "TDMLoadDiffusers",
     "TDMSigmas",
     "TDMSampler",
+    "TDMGenerate",
+    "TDMCompare",
     "TDMCogVideoXSampling",
     "TDMPixArtAlphaLatents",
 )
