@@ -86,9 +86,13 @@ class FrontEnd:
         """
         self.page.evaluate(_LISTEN)
         self.page.get_by_test_id("queue-button").click()
-        error = self.page.evaluate("window.tdmRun")
+        error = self.page.evaluate("() => window.tdmRun")
         if error:
             raise PromptError(json.dumps(error))
+
+    def forget(self) -> None:
+        """Have the server run all nodes again, also those that would run as before."""
+        self.page.evaluate("app.api.freeMemory({ freeExecutionCache: true })")
 
     def saved(self) -> dict[str, Any]:
         """What it would save."""
@@ -106,8 +110,9 @@ class FrontEnd:
         self.page.set_viewport_size({"width": round(width * scale), "height": round(height * scale)})
         self.command("Workspace.ToggleFocusMode")
         self.page.evaluate(_SHOW, [x, y, scale])
+        self.page.mouse.move(5, 5)  # away from what has a tooltip
         self.page.wait_for_timeout(500)  # it draws at its own pace
-        self.page.screenshot(path=path, type="jpeg", quality=75, style=".no-drag { display: none }")
+        self.page.screenshot(path=path, type="jpeg", quality=65, style=".no-drag { display: none }")
         self.command("Workspace.ToggleFocusMode")
         self.page.set_viewport_size(before)
 

@@ -11,10 +11,19 @@ Node = dict[str, Any]  # as the front end saves it
 
 # In the units of the canvas. A node's title lies above its position, and a box's heading above its nodes. What a node
 # shows when it has run needs room from the start.
-_WIDTH = {"TDMLoadStudent": 420, "CLIPTextEncode": 360, "SaveImage": 460, "PreviewImage": 460, "SaveVideo": 460}
+_WIDTH = {
+    "TDMGenerate": 440,
+    "TDMLoadStudent": 440,
+    "CLIPTextEncode": 360,
+    "SaveImage": 460,
+    "PreviewImage": 460,
+    "SaveVideo": 460,
+}
 _HEIGHT = {
     "TDMLoadDiffusers": 150,
     "TDMLoadStudent": 250,
+    "TDMGenerate": 560,
+    "TDMCompare": 640,
     "CLIPTextEncode": 140,
     "SamplerCustomAdvanced": 320,
     "SaveImage": 540,

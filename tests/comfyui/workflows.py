@@ -62,8 +62,8 @@ def _student(model: Link, file: str, released_as: str = "by its header or name",
     return {"student": node("TDMLoadStudent", model=model, file=file, released_as=released_as, strength=1.0, **more)}
 
 
-def _prompt(text: str, clip: Link) -> dict[str, Any]:
-    return node("CLIPTextEncode", clip=clip, text=text)
+def _prompt(text: str, clip: Link, title: str = "Prompt") -> dict[str, Any]:
+    return {**node("CLIPTextEncode", clip=clip, text=text), "_meta": {"title": title}}
 
 
 def _empty(kind: str, side: int, batch_size: int = 1) -> dict[str, Any]:
@@ -99,12 +99,12 @@ def _saved(images: Link, file: str) -> dict[str, Graph]:
 
 
 def _released(
-    models: Graph, student: Graph, prompt: Link, latent: dict[str, Any], vae: Link, file: str
+    models: Graph, student: Graph, prompt: Link, latent: dict[str, Any], vae: Link, file: str, heading: str = "Base"
 ) -> list[dict[str, Graph]]:
     """From its base to a file."""
     name = student["student"]["inputs"]["released_as"]
     return [
-        {"Base": models, "Student": student},
+        {heading: models, "Student": student},
         {"Prompt and size": {"prompt": _prompt(_FOX, prompt), "latent": latent}},
         {"Noise and the student's steps": _steps(student=name)},
         {"Sampling: 4 network calls": _samples(vae)},
@@ -147,7 +147,7 @@ def _lora_stack() -> Workflow:
         "The student is one more LoRA on the model: put yours before or behind `Load TDM Student`, as many as you "
         "like, with any loader. Its own strength stays at 1; if colours burn out, lower yours first. `add_detail` "
         "stands for any LoRA of Stable Diffusion 1.5.",
-        _released(models, student, ["student", 1], latent, ["base", 2], "lora-stack"),
+        _released(models, student, ["student", 1], latent, ["base", 2], "lora-stack", "Base and your LoRA"),
         {**_DREAMSHAPER, f"loras/{file}": f"{HUB}OedoSoldier/detail-tweaker-lora"},
     )
 
@@ -219,6 +219,26 @@ def _z_image() -> Workflow:
     )
 
 
+def _cogvideox() -> Workflow:
+    base, file = "CogVideoX-2b", "tdm_cogvideox_2b_lora.safetensors"
+    models = {"base": node("TDMLoadDiffusers", pipeline=base)}
+    student = _student(["base", 0], file, "Luo-Yihong/TDM_CogVideoX-2B_LoRA")
+    latent = node("EmptyHunyuanLatentVideo", width=720, height=480, length=49, batch_size=1)
+    prompt, steps, samples, _ = _released(models, student, ["base", 1], latent, ["base", 2], "")[1:]
+    video = {
+        "video": node("CreateVideo", images=["pixels", 0], fps=8.0, bit_depth=8),
+        "file": node("SaveVideo", video=["video", 0], filename_prefix="TDM/cogvideox-2b", format="auto", codec="auto"),
+    }
+    return Workflow(
+        "CogVideoX-2B in 4 steps",
+        "49 frames of 720 x 480 at 8 a second: 6 seconds. The base is the whole repository in diffusers' layout. For a "
+        "base from ComfyUI's own loaders put `TDM CogVideoX Sampling` behind it. `released_as` tells the student's "
+        "timesteps, so that its file may have any name: rename the one `.safetensors` of its repository.",
+        [{"Base": models, "Student": student}, prompt, steps, samples, {"Video": video}],
+        {f"diffusers/{base}/": f"{HUB}THUDM/CogVideoX-2b", f"loras/{file}": f"{STUDENTS}TDM_CogVideoX-2B_LoRA"},
+    )
+
+
 # ---------------------------------------------------------------------- the bundled model, which everybody has
 
 
@@ -282,22 +302,95 @@ def _image_to_image() -> Workflow:
     )
 
 
+def _compare() -> Workflow:
+    _, sigmas, sampler = _steps().items()
+    parts = {part: [name, 0] for part, name in (("teacher", "base"), ("student", "sigmas"), ("positive", "prompt"))}
+    return Workflow(
+        "Teacher and student",
+        "The base with 50 guided steps on the left, its student with 4 steps on the right, from the same noise, with "
+        "the network calls and seconds that each of them took.",
+        [
+            {"Base and student": _BUNDLED},
+            {
+                "Prompts and size": {
+                    "prompt": _prompt(_STARS, ["base", 1]),
+                    "negative": _prompt("", ["base", 1], "Negative prompt, for the teacher"),
+                    "latent": _empty("EmptySD3LatentImage", 64),
+                },
+            },
+            {"The student's steps": dict([sigmas, sampler])},
+            {
+                "Both": {
+                    "both": node(
+                        "TDMCompare",
+                        **parts,
+                        negative=["negative", 0],
+                        vae=["base", 2],
+                        latent_image=["latent", 0],
+                        student_sampler=["sampler", 0],
+                        student_sigmas=["sigmas", 1],
+                        seed=7,
+                        steps=50,
+                        cfg=3.0,
+                        sampler_name="euler",
+                        scheduler="normal",
+                        denoise=1.0,
+                        student_cfg=1.0,
+                    ),
+                    "larger": _larger(["both", 2]),
+                },
+            },
+            _saved(["larger", 0], "compare"),
+        ],
+    )
+
+
+def _first_picture() -> Workflow:
+    return Workflow(
+        "Your first picture",
+        "Write what you want to see, and press Run. `TDM Generate` has all it takes, set as the student says: "
+        "timesteps, sampler, guidance and size.\n\nThe small model that comes with TDM draws stickers, without any "
+        "file. For your own choose a `checkpoint` and its `student`, and take `Upscale Image By` away.",
+        [
+            {
+                "One node": {
+                    "generate": node(
+                        "TDMGenerate",
+                        checkpoint="bundled",
+                        student="bundled",
+                        released_as="by its header or name",
+                        prompt=_STARS,
+                        seed=7,
+                        width=0,
+                        height=0,
+                        batch_size=1,
+                    ),
+                    "larger": _larger(["generate", 0]),
+                },
+            },
+            _saved(["larger", 0], "first-picture"),
+        ],
+    )
+
+
 # Under the names of their files, which are their titles in the template browser.
 WORKFLOWS: dict[str, Workflow] = {
+    "tdm-first-picture": _first_picture(),
     "tdm-bundled": _bundled(),
     "tdm-image-to-image": _image_to_image(),
+    "tdm-compare": _compare(),
     "tdm-dreamshaper-7": _dreamshaper(),
     "tdm-lora-stack": _lora_stack(),
     "tdm-sd3": _sd3(),
     "tdm-sd3.5-medium": _sd35(),
+    "tdm-cogvideox-2b": _cogvideox(),
     "tdm-z-image-turbo": _z_image(),
 }
 
 
-def stand_ins(models: Path) -> list[Path]:
+def stand_ins(models: Path) -> None:
     """Empty files in the place of those that the workflows name: the front end asks which there are."""
-    files = {models / file for workflow in WORKFLOWS.values() for file in workflow.files}
-    for file in files:
+    for named in {named for workflow in WORKFLOWS.values() for named in workflow.files}:
+        file = models / (f"{named}model_index.json" if named.endswith("/") else named)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    return sorted(files)
