@@ -15,6 +15,7 @@ _SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasMenu": False,
     "Comfy.Graph.CanvasInfo": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
     "Comfy.NodeBadge.NodeIdBadgeMode": "None",
 }
@@ -51,6 +52,7 @@ class FrontEnd:
     def __init__(self, browser: Browser, address: str, width: int = 1600, height: int = 900) -> None:
         self.errors: list[str] = []
         self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.set_default_timeout(120_000)  # of a machine that does other work too
         for setting, value in _SETTINGS.items():
             self.page.request.post(f"http://{address}/api/settings/{setting}", data=json.dumps(value))
         self.page.goto(f"http://{address}/")
@@ -84,9 +86,13 @@ class FrontEnd:
         """
         self.page.evaluate(_LISTEN)
         self.page.get_by_test_id("queue-button").click()
-        error = self.page.evaluate("window.tdmRun")
+        error = self.page.evaluate("() => window.tdmRun")
         if error:
             raise PromptError(json.dumps(error))
+
+    def forget(self) -> None:
+        """Have the server run all nodes again, also those that would run as before."""
+        self.page.evaluate("app.api.freeMemory({ freeExecutionCache: true })")
 
     def saved(self) -> dict[str, Any]:
         """What it would save."""
@@ -97,15 +103,16 @@ class FrontEnd:
         found = json.loads(self.page.evaluate("app.graphToPrompt().then(prompt => JSON.stringify(prompt.output))"))
         return {number: {key: each[key] for key in ("class_type", "inputs")} for number, each in found.items()}
 
-    def picture(self, path: Path, width: int = 1600) -> None:
+    def picture(self, path: Path, scale: float = 0.75) -> None:
         """A JPEG of the whole graph, and nothing of the window around it."""
-        x, y, w, h = self.page.evaluate(_BOUNDS)
-        before, scale = self.page.viewport_size, width / w
-        self.page.set_viewport_size({"width": width, "height": round(h * scale)})
+        x, y, width, height = self.page.evaluate(_BOUNDS)
+        before = self.page.viewport_size
+        self.page.set_viewport_size({"width": round(width * scale), "height": round(height * scale)})
         self.command("Workspace.ToggleFocusMode")
         self.page.evaluate(_SHOW, [x, y, scale])
+        self.page.mouse.move(5, 5)  # away from what has a tooltip
         self.page.wait_for_timeout(500)  # it draws at its own pace
-        self.page.screenshot(path=path, type="jpeg", quality=80, style=".no-drag { display: none }")
+        self.page.screenshot(path=path, type="jpeg", quality=65, style=".no-drag { display: none }")
         self.command("Workspace.ToggleFocusMode")
         self.page.set_viewport_size(before)
 

@@ -9,11 +9,29 @@ from .workflows import Workflow
 
 Node = dict[str, Any]  # as the front end saves it
 
-# In the units of the canvas. A node's title lies above its position, and a box's heading above its nodes.
-_WIDTH = {"TDMLoadStudent": 420, "CLIPTextEncode": 360, "SaveImage": 480, "SaveVideo": 480}
-_HEIGHT = {"TDMLoadStudent": 250, "CLIPTextEncode": 160, "SaveImage": 560, "SaveVideo": 560}
+# In the units of the canvas. A node's title lies above its position, and a box's heading above its nodes. What a node
+# shows when it has run needs room from the start.
+_WIDTH = {
+    "TDMGenerate": 440,
+    "TDMLoadStudent": 440,
+    "CLIPTextEncode": 360,
+    "SaveImage": 460,
+    "PreviewImage": 460,
+    "SaveVideo": 460,
+}
+_HEIGHT = {
+    "TDMLoadDiffusers": 150,
+    "TDMLoadStudent": 250,
+    "TDMGenerate": 560,
+    "TDMCompare": 640,
+    "CLIPTextEncode": 140,
+    "SamplerCustomAdvanced": 320,
+    "SaveImage": 540,
+    "PreviewImage": 420,
+    "SaveVideo": 540,
+}
 _NOTE, _LINE, _LETTERS = 440, 14, 85
-_TITLE, _HEADING, _GAP, _MARGIN, _TALLEST = 30, 50, 25, 20, 850
+_TITLE, _HEADING, _GAP, _MARGIN = 30, 50, 25, 20
 
 
 @dataclass(frozen=True)
@@ -47,27 +65,16 @@ def laid_out(workflow: Workflow, saved: dict[str, Any]) -> dict[str, Any]:
     """What the front end has made of a workflow's prompt, in order, with the workflow's note at its upper left."""
     nodes = {str(node["id"]): node for node in saved["nodes"]}
     number = iter(workflow.graph)
-    boxes = [_Box(heading, [nodes[next(number)] for _ in part]) for heading, part in workflow.columns.items()]
     note = _note(workflow.note, len(nodes) + 1)
-    below_note = note["size"][1] + _MARGIN
-
-    columns: list[list[_Box]] = [[]]
-    y = below_note
-    for box in boxes:
-        if y + box.height > _TALLEST:
-            columns.append([])
-            y = -_TITLE
-        columns[-1].append(box)
-        y += box.height + _MARGIN
-
-    groups = []
-    x, y = 0, below_note
-    for i, column in enumerate(columns):
-        width = max([_NOTE if i == 0 else 0, *(box.width for box in column)])
-        for box in column:
+    groups: list[dict[str, Any]] = []
+    x, y, width = 0, note["size"][1] + _MARGIN, _NOTE
+    for column in workflow.columns:
+        boxes = [_Box(heading, [nodes[next(number)] for _ in part]) for heading, part in column.items()]
+        width = max([width, *(box.width for box in boxes)])
+        for box in boxes:
             groups.append({"id": len(groups) + 1, **box.at(x, y, width)})
             y += box.height + _MARGIN
-        x, y = x + width + 3 * _MARGIN, -_TITLE
+        x, y, width = x + width + 3 * _MARGIN, -_TITLE, 0
     return {**saved, "nodes": [*saved["nodes"], note], "groups": groups, "last_node_id": note["id"]}
 
 

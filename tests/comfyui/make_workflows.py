@@ -38,6 +38,7 @@ def write(front_end: FrontEnd, name: str, workflow: Workflow) -> None:
     del saved["extra"]["ds"]  # where this window stands on the canvas: each finds its own place
     (FOLDER / f"{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
     if not workflow.files:
+        front_end.forget()
         front_end.run()
     front_end.picture(FOLDER / f"{name}.jpg")
 
