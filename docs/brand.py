@@ -54,7 +54,9 @@ def banner(steps: list[Image.Image], pictures: list[Image.Image]) -> Image.Image
     result = Image.new("RGB", BANNER, NIGHT)
     draw = ImageDraw.Draw(result)
     draw.text((60, 70), "TDM", WHITE, _font(120, "bold"))
-    draw.text((64, 215), "Few-step students,\nrun in ComfyUI exactly\nas they were trained", WHITE, _font(28), spacing=10)
+    draw.text(
+        (64, 215), "Few-step students,\nrun in ComfyUI exactly\nas they were trained", WHITE, _font(28), spacing=10
+    )
     for i, step in enumerate(steps):
         _put(result, step, 96, (64 + 108 * i, 370))
     draw.text((64, 478), "4 network calls, no guidance", GREY, _font(20))

@@ -128,7 +128,9 @@ def english(server: Server) -> dict[str, Any]:
 
 
 def _texts(shown: dict[str, Any]) -> dict[str, Any]:
-    inputs = {key: options for group in ("required", "optional") for key, options in shown["input"].get(group, {}).items()}
+    inputs = {
+        key: options for group in ("required", "optional") for key, options in shown["input"].get(group, {}).items()
+    }
     return {
         "display_name": shown["display_name"],
         "description": shown["description"],
