@@ -1,4 +1,4 @@
-"""The icon and the banner for ComfyUI's registry, of pictures that the bundled student draws: `python docs/brand.py`."""
+"""Icon and banner for ComfyUI's registry, of pictures that the bundled student draws: `python docs/brand.py`."""
 
 from __future__ import annotations
 

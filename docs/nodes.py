@@ -20,16 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
 PAGES = ROOT / "web" / "docs"
 
-FILES = ("checkpoints/dreamshaper_7", "loras/tdm_dreamshaper", "loras/tdm_cogvideox_2b", "loras/my_pixart_student")
-MODELS = ("diffusion_models/cogvideox_2b", "diffusion_models/pixart_alpha_512")
+FILES = (
+    "checkpoints/DreamShaper_7_pruned.safetensors",
+    "loras/tdm_dreamshaper.pt",
+    "loras/tdm_cogvideox_2b_lora.safetensors",
+    "loras/my_pixart_student.safetensors",
+    "diffusion_models/cogvideox_2b.safetensors",
+    "diffusion_models/pixart_alpha_512.safetensors",
+)
 
 WORKFLOW: Graph = {
-    "checkpoint": node("CheckpointLoaderSimple", ckpt_name="dreamshaper_7.safetensors"),
+    "checkpoint": node("CheckpointLoaderSimple", ckpt_name="DreamShaper_7_pruned.safetensors"),
     "student": node(
         "TDMLoadStudent",
         model=["checkpoint", 0],
         clip=["checkpoint", 1],
-        file="tdm_dreamshaper.safetensors",
+        file="tdm_dreamshaper.pt",
         released_as="Luo-Yihong/TDM_dreamshaper_LoRA",
         strength=1.0,
     ),
@@ -83,7 +89,7 @@ WORKFLOW: Graph = {
     "cogvideox student": node(
         "TDMLoadStudent",
         model=["cogvideox", 0],
-        file="tdm_cogvideox_2b.safetensors",
+        file="tdm_cogvideox_2b_lora.safetensors",
         released_as="Luo-Yihong/TDM_CogVideoX-2B_LoRA",
         strength=1.0,
     ),
@@ -160,8 +166,8 @@ def main() -> None:
     """Write all of it."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder) / "server")
-        for name in FILES + MODELS:
-            file = server.models / f"{name}.safetensors"
+        for name in FILES:
+            file = server.models / name
             file.parent.mkdir(exist_ok=True)
             file.touch()
         ENGLISH.write_text(json.dumps(english(server), indent=2) + "\n")

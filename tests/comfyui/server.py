@@ -50,7 +50,7 @@ class Run:
 
 
 class Server:
-    """ComfyUI on a free port, with this repository in its `custom_nodes` and its own folders for models and pictures."""
+    """ComfyUI on a free port, this repository in its `custom_nodes`, with its own folders for models and pictures."""
 
     def __init__(self, folder: Path, packs: Mapping[str, Path] = PACKS) -> None:
         """Start it, and wait until it answers.
