@@ -34,6 +34,7 @@ _LISTEN = """() => {
     failures.forEach(name => app.api.addEventListener(name, event => done(event.detail ?? name), { once: true }))
   })
 }"""
+_NO_OVERLAYS = ".no-drag, body > :not(#vue-app) { display: none }"
 _SHOW = """([x, y, scale]) => {
   app.canvas.ds.scale = scale
   app.canvas.ds.offset = [-x, -y]
@@ -71,12 +72,17 @@ class FrontEnd:
 
     def open_template(self, name: str) -> str:
         """Open one of the pack's workflows as a user does, in the template browser; what it then complains about."""
-        self.command("Comfy.BrowseTemplates")
+        self.browse_templates()
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.page.get_by_test_id("topbar-workflow-tabs").get_by_text(name).wait_for()
         self.page.wait_for_timeout(1000)  # it looks for models when all else is there
         overlay = self.page.get_by_test_id("error-overlay")
         return overlay.inner_text() if overlay.count() else ""
+
+    def browse_templates(self) -> None:
+        """Open the template browser."""
+        self.command("Comfy.BrowseTemplates")
+        self.page.get_by_test_id("template-workflows-content").wait_for()
 
     def run(self) -> None:
         """Press Run, and wait for the end.
@@ -93,6 +99,7 @@ class FrontEnd:
     def forget(self) -> None:
         """Have the server run all nodes again, also those that would run as before."""
         self.page.evaluate("app.api.freeMemory({ freeExecutionCache: true })")
+        self.page.wait_for_timeout(2000)  # the server does it when it finds the time, and does not say when it has
 
     def saved(self) -> dict[str, Any]:
         """What it would save."""
@@ -110,9 +117,8 @@ class FrontEnd:
         self.page.set_viewport_size({"width": round(width * scale), "height": round(height * scale)})
         self.command("Workspace.ToggleFocusMode")
         self.page.evaluate(_SHOW, [x, y, scale])
-        self.page.mouse.move(5, 5)  # away from what has a tooltip
         self.page.wait_for_timeout(500)  # it draws at its own pace
-        self.page.screenshot(path=path, type="jpeg", quality=65, style=".no-drag { display: none }")
+        self.page.screenshot(path=path, type="jpeg", quality=65, style=_NO_OVERLAYS)
         self.command("Workspace.ToggleFocusMode")
         self.page.set_viewport_size(before)
 
