@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
-from tdm.docs.nodes import PAGES, ROOT, english
 from tdm.tests.browser import chromium
 
 from .front_end import FrontEnd
+from .make_help import PAGES, ROOT, english
 from .server import Server
 
 PAGE = {"en": "{}.md", "zh": "{}/zh.md"}
@@ -37,7 +37,7 @@ def leaves(tree: Any, path: str = "") -> dict[str, str]:
 
 
 def test_english_is_what_the_nodes_say(schemas: Texts) -> None:
-    assert texts("en") == schemas, "run `python -m tdm.docs.nodes`, and translate what is new"
+    assert texts("en") == schemas, "run `python -m tdm.tests.comfyui.make_help`, and translate what is new"
 
 
 def test_chinese_says_all_that_english_says() -> None:

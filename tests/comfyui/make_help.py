@@ -1,4 +1,4 @@
-"""What the node pack says of itself, from a real server: run `python -m tdm.docs.nodes` when a node has changed.
+"""What the node pack says of itself, from a real server: run `python -m tdm.tests.comfyui.make_help` when a node has changed.
 
 It writes the English of `locales` from the nodes' schemas, and the pictures of the help pages from the real front end.
 The Chinese of `locales`, and the pages, are written by hand.
@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..tests.browser import chromium
-from ..tests.comfyui.front_end import FrontEnd
-from ..tests.comfyui.graphs import node
-from ..tests.comfyui.server import Graph, Server
+from ..browser import chromium
+from .front_end import FrontEnd
+from .graphs import node
+from .server import Graph, Server
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
 PAGES = ROOT / "web" / "docs"
 
@@ -176,7 +176,7 @@ def main() -> None:
             for name, names in PICTURES.items():
                 front_end.from_prompt(part(names))
                 front_end.page.evaluate(_STACK)
-                front_end.picture(PAGES / f"{name}.jpg", width=400)
+                front_end.picture(PAGES / f"{name}.jpg", scale=1.1)
         server.stop()
 
 
