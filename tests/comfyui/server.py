@@ -142,9 +142,10 @@ class Server:
         while True:
             message = self.socket.recv()
             if isinstance(message, bytes):
-                run.previews += 1
-                if on_preview is not None:
-                    on_preview(_picture(message))
+                picture = _preview(message)
+                run.previews += picture is not None
+                if picture is not None and on_preview is not None:
+                    on_preview(picture)
                 continue
             event = json.loads(message)
             if event["data"].get("prompt_id") != prompt:
@@ -187,7 +188,7 @@ class Server:
             shutil.rmtree(self.output / folder)
 
 
-def _picture(message: bytes) -> bytes:
-    """The picture of a preview: event 1 has its format before it, event 4 its metadata."""
+def _preview(message: bytes) -> bytes | None:
+    """The picture of a preview: event 1 has its format before it, event 4 its metadata. Others are a node's text."""
     event, size = struct.unpack(">II", message[:8])
-    return message[8 + size :] if event == 4 else message[8:]
+    return {1: message[8:], 4: message[8 + size :]}.get(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +131,19 @@ def test_guidance_is_that_of_diffusers(server: Server, folder: Folder, name: str
     folder(name)
     (found,) = server.latents(guided(loaded(name), 3.0), ["samples", 0])
     assert error(found, stock(name, guidance=3.0, output_type="latent")) <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "shift"), [("sd3", 3.0), ("flux", math.exp(1.15))])
+def test_cores_schedules_have_the_shift_of_the_model(server: Server, folder: Folder, name: str, shift: float) -> None:
+    """One that depends on the size of the picture is that of the largest, as ComfyUI has it for Flux."""
+    folder(name)
+    graph = {
+        "load": node("TDMLoadDiffusers", pipeline=name),
+        "core": node("BasicScheduler", model=["load", 0], scheduler="simple", steps=4, denoise=1.0),
+        "show": node("TestSigmas", sigmas=["core", 0]),
+    }
+    expected = [shift * s / (1 + (shift - 1) * s) for s in (1, 0.75, 0.5, 0.25, 0)]
+    assert server.run(graph).outputs["show"]["sigmas"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_flux_guidance_is_what_the_network_is_told(server: Server, folder: Folder) -> None:

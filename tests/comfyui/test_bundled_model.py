@@ -98,6 +98,16 @@ def test_a_student_leaves_nothing_in_the_teacher(server: Server) -> None:
     assert error(*first) > 0.01
 
 
+def test_a_network_is_whole_where_memory_is_short_and_after_it_was_unloaded(server: Server) -> None:
+    (expected,) = server.latents(student(), ["samples", 0])
+    graph = student()
+    graph["little"] = node("TestLittleMemory", model=["student", 0])
+    graph["sigmas"]["inputs"]["model"] = ["little", 0]
+    assert torch.equal(server.latents(graph, ["samples", 0])[0], expected)
+    server.post("free", {"unload_models": True})
+    assert torch.equal(server.latents(student(), ["samples", 0])[0], expected)
+
+
 @pytest.mark.parametrize("denoise", [0.75, 0.4])
 def test_image_to_image_is_that_of_the_pipeline(server: Server, pipe: Any, denoise: float) -> None:
     picture = pipe("a green heart on the beach", generator=torch.Generator().manual_seed(1)).images[0]
