@@ -306,7 +306,8 @@ class DiffusersVAE(comfy.sd.VAE):
         factor, frames = spatial_factor(family, pipe), frame_factor(family, pipe)
         self.first_stage_model = Autoencoder(family, pipe)
         self.latent_channels = family.latent_channels(pipe)
-        self.downscale_ratio = self.upscale_ratio = factor
+        self.downscale_ratio: Any = factor
+        self.upscale_ratio: Any = factor
         if family.video:
             self.latent_dim = 3
             self.downscale_ratio = (lambda n: (n + frames - 1) // frames, factor, factor)
@@ -326,9 +327,9 @@ def rgb_factors(vae: DiffusersVAE, channels: int) -> tuple[list[list[float]], li
     Least squares on what the VAE makes of random latents without detail.
     """
     generator = torch.Generator().manual_seed(0)
-    z = interpolate(torch.randn(4, channels, 4, 4, generator=generator), scale_factor=2)
+    z = interpolate(torch.randn(8, channels, 4, 4, generator=generator), scale_factor=2)
     images = vae.decode(z.unsqueeze(2) if vae.latent_dim == 3 else z).float().cpu()
-    rgb = interpolate(images.reshape(4, *images.shape[-3:]).movedim(-1, 1), size=z.shape[-2:], mode="area")
+    rgb = interpolate(images.reshape(8, *images.shape[-3:]).movedim(-1, 1), size=z.shape[-2:], mode="area")
     inputs = torch.cat([z, torch.ones_like(z[:, :1])], 1).movedim(1, -1).flatten(0, -2)
     *factors, bias = torch.linalg.lstsq(inputs, 2 * rgb.movedim(1, -1).flatten(0, -2) - 1).solution.tolist()
     return factors, bias

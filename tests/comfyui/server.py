@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import time
 import urllib.error
@@ -119,8 +120,18 @@ class Server:
             raise PromptError(error.read().decode()) from None
         return json.loads(text) if text else None
 
-    def run(self, graph: Graph, on_event: Callable[[dict[str, Any]], None] | None = None) -> Run:
+    def run(
+        self,
+        graph: Graph,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        on_preview: Callable[[bytes], None] | None = None,
+    ) -> Run:
         """Queue a prompt and wait until it has run.
+
+        Args:
+            graph: the prompt.
+            on_event: called with each message about it.
+            on_preview: called with each preview, the bytes of a picture.
 
         Raises:
             PromptError: the prompt was refused, a node failed, or it was interrupted.
@@ -130,7 +141,10 @@ class Server:
         while True:
             message = self.socket.recv()
             if isinstance(message, bytes):
-                run.previews += 1
+                picture = _preview(message)
+                run.previews += picture is not None
+                if picture is not None and on_preview is not None:
+                    on_preview(picture)
                 continue
             event = json.loads(message)
             if event["data"].get("prompt_id") != prompt:
@@ -171,3 +185,9 @@ class Server:
             return [read(sorted((self.output / folder).glob(f"{i}_*"))) for i in range(len(links))]
         finally:
             shutil.rmtree(self.output / folder)
+
+
+def _preview(message: bytes) -> bytes | None:
+    """The picture of a preview: event 1 has its format before it, event 4 its metadata. Others are a node's text."""
+    event, size = struct.unpack(">II", message[:8])
+    return {1: message[8:], 4: message[8 + size :]}.get(event)
