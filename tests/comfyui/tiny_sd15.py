@@ -30,6 +30,12 @@ _BLOCKS = {
     "up_blocks.0.attentions.1": "output_blocks.1.1",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    # of a ControlNet
+    "controlnet_cond_embedding.conv_in": "input_hint_block.0",
+    **{f"controlnet_cond_embedding.blocks.{i}": f"input_hint_block.{2 + 2 * i}" for i in range(6)},
+    "controlnet_cond_embedding.conv_out": "input_hint_block.14",
+    **{f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(2)},
+    "controlnet_mid_block": "middle_block_out.0",
 }
 _IN_A_RESNET = {
     "norm1": "in_layers.0",
