@@ -53,7 +53,7 @@ Open = Callable[[str], Opened]
 
 @pytest.fixture(scope="module")
 def models(server: Server, checkpoint: Checkpoint) -> Path:
-    """The server's, with small weights under the names that the workflows have, or empty files where none can be small."""
+    """The server's, with small weights under the names that the workflows use; empty files where they cannot be."""
     stand_ins(server.models)
     small = server.models / "checkpoints" / checkpoint.file
     (server.models / "checkpoints" / "DreamShaper_7_pruned.safetensors").unlink()
@@ -72,11 +72,7 @@ def models(server: Server, checkpoint: Checkpoint) -> Path:
 @pytest.fixture(scope="module")
 def front_end(server: Server, models: Path) -> Iterator[FrontEnd]:  # noqa: ARG001
     with chromium() as browser:
-        front_end = FrontEnd(browser, server.address)
-        front_end.browse_templates()  # the first time it asks for core's own, which this server lacks
-        front_end.page.wait_for_timeout(2000)
-        front_end.page.keyboard.press("Escape")
-        yield front_end
+        yield FrontEnd(browser, server.address)
 
 
 @pytest.fixture(scope="module")
