@@ -1,7 +1,7 @@
-"""What the node pack says of itself, from a real server: run `python -m tdm.tests.comfyui.make_help` when a node has changed.
+"""Writes what the node pack says of itself: `python -m tdm.tests.comfyui.make_help`, when a node has changed.
 
-It writes the English of `locales` from the nodes' schemas, and the pictures of the help pages from the real front end.
-The Chinese of `locales`, and the pages, are written by hand.
+The English of `locales` is that of the nodes' schemas on a real server, and the pictures of the help pages are the real
+front end's. The Chinese of `locales`, and the pages, are written by hand.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 from ..browser import chromium
 from .front_end import FrontEnd
 from .graphs import node
+from .install import REPOSITORY
 from .server import Graph, Server
 
-ROOT = Path(__file__).resolve().parents[2]
-ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
-PAGES = ROOT / "web" / "docs"
+LOCALES = REPOSITORY / "locales"
+ENGLISH = LOCALES / "en" / "nodeDefs.json"
+PAGES = REPOSITORY / "web" / "docs"
 
 FILES = (
     "checkpoints/DreamShaper_7_pruned.safetensors",

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 from tdm.tests.browser import chromium
 
 from .front_end import FrontEnd
-from .make_help import PAGES, ROOT, english
+from .make_help import LOCALES, PAGES, english
 from .server import Server
 
 PAGE = {"en": "{}.md", "zh": "{}/zh.md"}
@@ -27,7 +27,7 @@ def schemas(server: Server) -> Texts:
 
 
 def texts(language: str) -> Texts:
-    return json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text())
+    return json.loads((LOCALES / language / "nodeDefs.json").read_text())
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, str]:
