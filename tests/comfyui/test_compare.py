@@ -59,7 +59,6 @@ def test_the_bundled_student_is_compared_with_its_teacher(server: Server) -> Non
     teacher, student, drawn = server.pictures(graph, ["both", 0], ["both", 1], ["drawn", 0])
     assert torch.equal(student, drawn)
     assert teacher.shape == student.shape == (1, 64, 64, 3)
-    assert (teacher.double() - student.double()).abs().mean() < 64  # both draw the prompt
     lines = r"teacher: 100 network calls, \d+\.\d\d s\nstudent: 4 network calls, \d+\.\d\d s"
     assert re.fullmatch(lines, report(server, graph))
 
