@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Route
+from playwright.sync_api import Browser, ConsoleMessage, Route
 
 from .server import Graph, PromptError
 
@@ -63,8 +63,12 @@ class FrontEnd:
             self.page.route(f"http://{address}/templates/{name}.json", none)
         self.page.goto(f"http://{address}/")
         self.page.wait_for_function(_READY)
-        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("console", self._said)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _said(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(f"{message.text} ({message.location['url']})")
 
     def from_prompt(self, graph: Graph) -> dict[str, Any]:
         """What it makes of a prompt, as it would save it."""
@@ -90,13 +94,13 @@ class FrontEnd:
         self.page.get_by_test_id("template-workflows-content").wait_for()
 
     def run(self) -> None:
-        """Press Run, and wait for the end.
+        """What its Run does, to the end.
 
         Raises:
             PromptError: the prompt was refused, or a node failed.
         """
         self.page.evaluate(_LISTEN)
-        self.page.get_by_test_id("queue-button").click()
+        self.command("Comfy.QueuePrompt")
         error = self.page.evaluate("() => window.tdmRun")
         if error:
             raise PromptError(json.dumps(error))
