@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,19 @@ class Run:
 class Server:
     """ComfyUI on a free port, this repository in its `custom_nodes`, with its own folders for models and pictures."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packs: Mapping[str, Path] = PACKS) -> None:
         """Start it, and wait until it answers.
 
         Args:
             folder: where its models, outputs and log go; it is made.
+            packs: what its `custom_nodes` has.
 
         Raises:
             RuntimeError: the server ended or did not answer within five minutes; the message has its log.
         """
         self.folder, self.log = folder, folder / "server.log"
         (folder / "custom_nodes").mkdir(parents=True)
-        for name, pack in PACKS.items():
+        for name, pack in packs.items():
             (folder / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
         for kind in ("models", "input", "output", "temp", "user"):
             (folder / kind).mkdir()
