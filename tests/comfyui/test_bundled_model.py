@@ -78,12 +78,13 @@ def test_the_guided_teacher_gives_the_same_latents(server: Server, pipe: Any, or
 
 
 def test_cores_own_sampler_gives_the_same_on_the_grid_of_the_student(server: Server) -> None:
-    """Euler on the schedule "simple", whose four levels are the student's."""
+    """Euler on the schedule "simple", whose four levels are the student's at its shift."""
     graph = student()
     prompts = {"positive": ["prompt", 0], "negative": ["prompt", 0]}
     kept: dict[str, Any] = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "steps": 4}
-    graph["core"] = node("KSampler", model=["student", 0], seed=SEED, latent_image=["fresh", 0], **prompts, **kept)
-    graph["aura"] = node("ModelSamplingAuraFlow", model=["student", 0], shift=1.0)  # another clock, the same levels
+    graph["sd3"] = node("ModelSamplingSD3", model=["student", 0], shift=2.0)
+    graph["core"] = node("KSampler", model=["sd3", 0], seed=SEED, latent_image=["fresh", 0], **prompts, **kept)
+    graph["aura"] = node("ModelSamplingAuraFlow", model=["student", 0], shift=2.0)  # another clock, the same levels
     graph["other"] = node("KSampler", **{**graph["core"]["inputs"], "model": ["aura", 0]})
     ours, core, other = server.latents(graph, ["samples", 0], ["core", 0], ["other", 0])
     assert error(core, ours) <= 1e-5

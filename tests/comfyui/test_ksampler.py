@@ -12,9 +12,10 @@ from .server import Graph, Server
 from .test_sampling import GRIDS, SCALE, diffused, error, noise, scheduler
 
 # The kind of model, its shift, a student's grid and order, and what to choose in KSampler. The grid of the released
-# TDM-R1 for Z-Image is the second, that of the bundled student the first.
+# TDM-R1 for Z-Image is the third, that of the bundled student the second.
 EXACT = [
     ("flow_prediction", 1.0, [1000, 750, 500, 250], 1, "euler"),
+    ("flow_prediction", 2.0, [1000, 6000 / 7, 2000 / 3, 400], 1, "euler"),
     ("flow_prediction", 3.0, [1000, 900, 750, 500], 1, "euler"),
     *((kind, 1.0, GRIDS[0], 1, "euler") for kind in ("epsilon", "v_prediction")),
     *((kind, 1.0, GRIDS[0], 2, "dpmpp_2m") for kind in ("epsilon", "v_prediction")),

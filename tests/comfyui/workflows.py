@@ -72,7 +72,7 @@ def _empty(kind: str, side: int, batch_size: int = 1) -> dict[str, Any]:
 
 def _steps(name: str = "", seed: int = 7, denoise: float = 1.0, student: str = "timesteps below") -> Graph:
     """Noise, and timesteps and order of the recipe of node "student"; their names begin with `name`."""
-    own = {"student": student, "timesteps": "1000, 750, 500, 250", "recipe": ["student", 2]}
+    own = {"student": student, "timesteps": "1000, 857.143, 666.667, 400", "recipe": ["student", 2]}
     return {
         f"{name}noise": node("RandomNoise", noise_seed=seed),
         f"{name}sigmas": node("TDMSigmas", model=["student", 0], steps=0, denoise=denoise, **own),
