@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdm.pipelines.locate import bundled_path
+from tdm.pipelines.presets import PRESETS
+from tdm.pipelines.student import read_student
+
 from .graphs import node
 from .install import REPOSITORY
 from .server import Graph
@@ -72,12 +76,21 @@ def _empty(kind: str, side: int, batch_size: int = 1) -> dict[str, Any]:
 
 def _steps(name: str = "", seed: int = 7, denoise: float = 1.0, student: str = "timesteps below") -> Graph:
     """Noise, and timesteps and order of the recipe of node "student"; their names begin with `name`."""
-    own = {"student": student, "timesteps": "1000, 857.143, 666.667, 400", "recipe": ["student", 2]}
+    own = {"student": student, "timesteps": _grid(student), "recipe": ["student", 2]}
     return {
         f"{name}noise": node("RandomNoise", noise_seed=seed),
         f"{name}sigmas": node("TDMSigmas", model=["student", 0], steps=0, denoise=denoise, **own),
         f"{name}sampler": node("TDMSampler", order=[f"{name}sigmas", 2]),
     }
+
+
+def _grid(student: str) -> str:
+    """What its recipe says, for people: the link decides."""
+    if student in PRESETS:
+        (grid,) = PRESETS[student].fields["trained_timesteps"].values()
+    else:
+        grid = read_student(bundled_path() / "student.safetensors")[0].trained_timesteps[4]
+    return ", ".join(f"{timestep:g}" for timestep in grid)
 
 
 def _samples(vae: Link, name: str = "") -> Graph:
