@@ -1,4 +1,4 @@
-"""The command line: ``tdm generate | distill | estimate | export | eval | bench | info | convert``."""
+"""The command line: ``tdm app | generate | distill | estimate | export | eval | bench | info | convert``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
 
   tdm generate "two red stars above a blue moon at night"     a picture from the bundled student
   tdm generate --compare "a green heart on the beach"         beside its 50-step teacher
+  tdm app                                                     the demo, in the browser
   tdm distill                                                 distil your own student of the bundled teacher
   tdm estimate sdxl 24gb                                      what a distillation will take, before it starts
   tdm export RUN                                              a run's student as a file, kohya-named or merged
@@ -42,13 +43,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import bench, convert, distill, estimate, evaluate, export, generate, info
+    from . import app, bench, convert, distill, estimate, evaluate, export, generate, info
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = {
+        "app": app,
         "generate": generate,
         "distill": distill,
         "estimate": estimate,

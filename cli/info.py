@@ -36,19 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``tdm info``."""
-    if not os.path.exists(args.file) and (preset := preset_of_id(args.file)) is not None:
-        print(describe_preset(preset))
-        return
-    path = args.file
+    print(about(args.file, base=args.base))
+
+
+def about(source: str, *, base: str | None = None) -> str:
+    """What a file, a student's folder or the id of a released student is, as lines of text.
+
+    Raises:
+        TDMError: there is nothing of this name, or as `describe`.
+    """
+    if not os.path.exists(source) and (preset := preset_of_id(source)) is not None:
+        return describe_preset(preset)
+    path = source
     if os.path.isfile(merged := os.path.join(path, MERGED_FILE)):
         fields = fields_of({HEADER_KEY: Path(merged).read_text()})
-        print(_lines({"folder": path, "layout": "a pipeline with the student in its weights", **_recipe_rows(fields)}))
-        return
+        return _lines({"folder": path, "layout": "a pipeline with the student in its weights", **_recipe_rows(fields)})
     if os.path.isdir(path):
         from ..pipelines.locate import student_file
 
-        path = student_file(path, {})
-    print(describe(path, base=args.base))
+        path = str(student_file(path, {}))
+    return describe(path, base=base)
 
 
 def describe_preset(preset: Preset) -> str:

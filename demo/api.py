@@ -1,0 +1,187 @@
+"""Named endpoints, for gradio_client, HTTP and MCP: their docstrings are what a caller and a language model read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import gradio as gr
+from gradio import FileData
+
+from ..errors import TDMError
+from .compare import Comparison
+from .controls import MODEL, explained
+from .engine import Engine
+from .explore import draw_grid, grid, save_grid, save_strip
+from .pictures import Pictures
+from .settings import MOST_STEPS, whole
+
+Result = tuple[FileData | None, dict[str, Any]]
+
+
+def endpoints(engine: Engine, pictures: Pictures) -> None:
+    """Add them to the `gr.Blocks` around."""
+
+    def generate(
+        prompt: str,
+        seed: int = 0,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        student: str | None = None,
+    ) -> Iterator[Result]:
+        """Draw a picture from a prompt with a few-step TDM student. The same seed gives the same picture.
+
+        Args:
+            prompt: what to draw, at most 2,000 characters
+            seed: of the noise, 0 or more
+            steps: network calls, 1 to 50; leave it out for what the student was trained for
+            width: pixels, a multiple of 8; leave it out for the student's own
+            height: pixels, a multiple of 8; leave it out for the student's own
+            student: one of the names that info lists; leave it out for the first
+
+        Returns:
+            the picture, a PNG with its settings inside
+            settings, network calls and seconds; before the end, how far it is, without a picture
+        """
+        settings = engine.settings(_given(prompt, seed, steps, width, height, student))
+        for frame in engine.student(settings):
+            if not frame.final:
+                yield None, {"step": frame.step, "steps": frame.steps, "calls": frame.calls, "seconds": frame.seconds}
+        made = {**settings.to_dict(), "calls": frame.calls, "seconds": frame.seconds}
+        yield _file(pictures.save(frame.picture, settings)), made
+
+    def compare(
+        prompt: str,
+        seed: int = 0,
+        steps: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        student: str | None = None,
+    ) -> Iterator[tuple[FileData | None, FileData | None, dict[str, Any]]]:
+        """Draw the same prompt from the same noise twice: the few-step student, then its teacher in 50 guided steps.
+
+        Args:
+            prompt: what to draw, at most 2,000 characters
+            seed: of the noise, 0 or more
+            steps: network calls of the student, 1 to 50; leave it out for what it was trained for
+            width: pixels, a multiple of 8; leave it out for the student's own
+            height: pixels, a multiple of 8; leave it out for the student's own
+            student: one of the names that info lists; leave it out for the first
+
+        Returns:
+            the student's picture, which is there before the teacher begins
+            the teacher's picture
+            settings, and network calls and seconds of both
+        """
+        settings = engine.settings(_given(prompt, seed, steps, width, height, student))
+        comparison = Comparison(engine, [settings], race=True)
+        drawn: FileData | None = None
+        made: dict[str, Any] = settings.to_dict()
+        for _ in comparison.run():
+            for name, frame in (("student", comparison.students[0]), ("teacher", comparison.teacher)):
+                if frame is not None:
+                    made |= {f"{name}_calls": frame.calls, f"{name}_seconds": frame.seconds}
+            if drawn is None and comparison.students[0].final:
+                drawn = _file(pictures.save(comparison.students[0].picture, settings))
+            if not comparison.finished:
+                yield drawn, None, made
+        assert comparison.teacher is not None
+        sheet = pictures.save_sheet(comparison.teacher.picture, f"teacher {settings.prompt}")
+        yield drawn, _file(sheet), made
+
+    def explore(
+        prompts: list[str],
+        steps: list[int] | None = None,
+        seeds: int = 4,
+        seed: int = 0,
+        student: str | None = None,
+    ) -> Iterator[Result]:
+        """Draw a table of pictures: seeds as columns; as rows several prompts, or of one prompt several step counts.
+
+        Args:
+            prompts: one, or several with one step count
+            steps: network calls of each row, such as [1, 2, 4, 8]; leave it out for what the student was trained for
+            seeds: how many columns, 1 to 8
+            seed: of the first column
+            student: one of the names that info lists; leave it out for the first
+
+        Returns:
+            one PNG with the table and its labels
+            prompts, steps and seeds; before the end, how many pictures are drawn
+        """
+        texts = prompts if isinstance(prompts, list) else [prompts]
+        checked = [engine.settings(_given(text, seed, None, None, None, student)) for text in texts]
+        if not checked:
+            raise TDMError("a table needs a prompt at least")
+        counts = [whole("steps", k, 1, MOST_STEPS) for k in (steps or [checked[0].steps])]
+        wanted = grid(checked[0], [s.prompt for s in checked], counts, whole("seeds", seeds, 1, 8))
+        for done, drawn in enumerate(draw_grid(engine, wanted), 1):  # noqa: B007 (the last is saved)
+            if done < len(wanted):
+                yield None, {"done": done, "of": len(wanted)}
+        said = {"prompts": [s.prompt for s in checked], "steps": counts, "seeds": [s.seed for s in wanted.rows[0]]}
+        yield _file(save_grid(pictures, wanted, drawn)), said
+
+    def trajectory(
+        prompt: str, seed: int = 0, steps: int | None = None, student: str | None = None
+    ) -> Iterator[Result]:
+        """Show how one picture comes about: the clean picture that the student predicts at each of its steps.
+
+        Args:
+            prompt: what to draw, at most 2,000 characters
+            seed: of the noise, 0 or more
+            steps: network calls, 1 to 50; leave it out for what the student was trained for
+            student: one of the names that info lists; leave it out for the first
+
+        Returns:
+            one PNG with the strip
+            settings, and the timestep of each step
+        """
+        settings = engine.settings(_given(prompt, seed, steps, None, None, student))
+        frames = []
+        for frame in engine.student(settings):
+            frames.append(frame)
+            if not frame.final:
+                yield None, {"step": frame.step, "steps": frame.steps}
+        made = {**settings.to_dict(), "timesteps": [frame.timestep for frame in frames[:-1]]}
+        yield _file(save_strip(pictures, frames, settings)), made
+
+    def info() -> dict[str, Any]:
+        """Say which base this is, which students there are, and the first student's trained steps, size and guidance.
+
+        Returns:
+            base, family, students by name, trained timesteps by step count, default steps, width, height, guidance
+        """
+        recipe = engine.recipe()
+        return {
+            "base": engine.base,
+            "family": recipe.family,
+            "students": engine.catalogue.names(),
+            "trained_timesteps": {str(k): grid for k, grid in recipe.trained_timesteps.items()},
+            "default_steps": recipe.default_steps,
+            "width": recipe.width,
+            "height": recipe.height,
+            "guidance_scale": recipe.guidance_scale,
+        }
+
+    for function in (generate, compare, explore, trajectory):
+        gr.api(explained(_declared(function)), api_name=function.__name__, **MODEL)
+    gr.api(_declared(info), api_name="info")
+
+
+def _given(prompt: Any, seed: Any, steps: Any, width: Any, height: Any, student: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "seed": seed, "steps": steps, "width": width, "height": height, "student": student}
+
+
+def _file(path: Path) -> FileData:
+    return FileData(path=str(path), orig_name=path.name, mime_type="image/png")
+
+
+def _declared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its types as Gradio reads them: no texts, and of an iterator what it yields."""
+    hints = get_type_hints(function)
+    if hints["return"].__origin__ is not tuple and issubclass(hints["return"].__origin__, Iterator):
+        (hints["return"],) = get_args(hints["return"])
+    function.__annotations__ = hints
+    return function

@@ -1,0 +1,184 @@
+"""The one pipeline in memory, and its turns."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..errors import TDMError
+from ..pipelines.student import StudentRecipe
+from ..training.evaluate import TEACHER_GUIDANCE, TEACHER_STEPS
+from .catalogue import Catalogue
+from .settings import Settings, check
+
+BETWEEN_FRAMES = 0.1  # seconds, at least, of a teacher: to decode every step would take longer than to draw
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A moment of a run.
+
+    Attributes:
+        picture: the clean picture predicted so far (of the teacher: with the noise that is left in it).
+        step, steps: which of how many.
+        timestep: that the network was called at last.
+        calls: network calls so far; guidance makes two a step.
+        total: calls at the end.
+        seconds: spent on drawing so far.
+        final: whether this is the picture itself.
+    """
+
+    picture: Image.Image
+    step: int
+    steps: int
+    timestep: float
+    calls: int
+    total: int
+    seconds: float
+    final: bool
+
+
+class Engine:
+    """Draws for everyone, one run at a time.
+
+    Args:
+        pipe: a loaded pipeline, whose student is the catalogue's first.
+        catalogue: the students that it may be given.
+
+    Raises:
+        TDMError: the pipeline makes videos.
+    """
+
+    def __init__(self, pipe: Any, catalogue: Catalogue) -> None:
+        if pipe._family.video:
+            raise TDMError(f"the demo shows pictures, and {pipe.recipe.family} makes videos; use TDMPipeline in Python")
+        self.catalogue = catalogue
+        self._pipe = pipe
+        self._turn = threading.Lock()  # no RLock: Gradio resumes a generator from whatever thread is free
+        self._loaded = self._version(catalogue.first)
+        self._recipes: dict[tuple[str, int], StudentRecipe] = {self._loaded: pipe.recipe}
+        self._calls = 0
+        denoiser = getattr(pipe, pipe._family.denoiser)
+        denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def warm_up(self) -> None:
+        """A call that nobody waits for or sees the time of: a process's first is slow."""
+        for _ in self.student(self.settings({"prompt": "a", "steps": 1})):
+            pass
+
+    @property
+    def base(self) -> str:
+        """The name of the base."""
+        return self._pipe.recipe.base_model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the base."""
+        return self._pipe.tokenizer
+
+    def recipe(self, student: str | None = None) -> StudentRecipe:
+        """How a student is run.
+
+        Raises:
+            TDMError: there is none of this name, or it does not fit the base.
+        """
+        version = self._version(student)
+        if version not in self._recipes:
+            with self._turn:
+                self._put_in(student)
+        return self._recipes[version]
+
+    def settings(self, given: Mapping[str, Any]) -> Settings:
+        """Checked settings (see `settings.check`) for a student by its name, the first if none is given.
+
+        Raises:
+            TDMError: as `check` and `recipe`.
+        """
+        student = given.get("student") or self.catalogue.first
+        return check(given, self.recipe(student), student)
+
+    def student(self, settings: Settings) -> Generator[Frame, None, None]:
+        """The student's run, every step and then the picture.
+
+        Raises:
+            TDMError: the settings do not fit the model, or another student cannot be loaded.
+        """
+        return self._frames(settings, {"num_inference_steps": settings.steps}, teacher=False)
+
+    def teacher(self, settings: Settings) -> Generator[Frame, None, None]:
+        """The teacher's run from the same noise, in 50 guided steps; not every step is shown.
+
+        Raises:
+            TDMError: as `student`, or the base's own weights are gone (a merged student).
+        """
+        call = {"num_inference_steps": TEACHER_STEPS, "guidance_scale": TEACHER_GUIDANCE}
+        return self._frames(settings, call, teacher=True)
+
+    def _frames(self, settings: Settings, call: dict[str, Any], *, teacher: bool) -> Generator[Frame, None, None]:
+        with self._turn:
+            self._put_in(settings.student)
+            pipe = self._pipe
+            self._calls = 0
+            generator = torch.Generator().manual_seed(settings.seed)
+            size = {"width": settings.width, "height": settings.height}
+            run = pipe.stream(settings.prompt, generator=generator, **size, **call)  # which begins when it is asked
+            with _explained(), pipe.teacher() if teacher else nullcontext(), closing(run):
+                yield from self._timed(run, BETWEEN_FRAMES if teacher else 0)
+
+    def _timed(self, run: Iterator[Any], pause: float) -> Generator[Frame, None, None]:
+        seconds, shown = 0.0, -pause
+        while True:
+            begun = time.perf_counter()
+            step = next(run)
+            seconds += time.perf_counter() - begun
+            final = step.output is not None
+            if final or time.perf_counter() - shown >= pause:
+                shown = time.perf_counter()
+                picture = step.output.images[0] if final else step.preview[0]
+                total = round(self._calls / step.index) * step.total
+                yield Frame(picture, step.index, step.total, step.timestep, self._calls, total, seconds, final)
+            if final:
+                return
+
+    def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Network calls for one picture: guidance puts two samples into one call, or makes two."""
+        samples: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        self._calls += len(samples)
+
+    def _version(self, student: str | None) -> tuple[str, int]:
+        """A student's source, and when its file was written: a run that goes on replaces it."""
+        source = self.catalogue.source(student)
+        return source, os.stat(source).st_mtime_ns if os.path.isfile(source) else 0
+
+    def _put_in(self, student: str | None) -> None:
+        version = self._version(student)
+        if version == self._loaded:
+            return
+        try:
+            with _explained():
+                self._pipe.load_student(version[0])
+        except TDMError as error:  # where the file lies is nobody's business
+            raise TDMError(str(error).replace(version[0], student or self.catalogue.first)) from None
+        self._loaded = version
+        self._recipes[version] = self._pipe.recipe
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the pipeline refuses, such as a size that its network cannot be given, in one line."""
+    try:
+        yield
+    except TDMError:
+        raise
+    except ValueError as error:
+        raise TDMError(str(error).splitlines()[0]) from error
+    except torch.OutOfMemoryError:
+        raise TDMError("out of memory on the device; ask for a smaller picture") from None

@@ -1,0 +1,182 @@
+"""Tables of pictures, steps or prompts against seeds, and one sample's way from noise to picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ..errors import TDMError
+from ..pipelines.sheet import contact_sheet
+from .cards import picture, plural, table
+from .controls import MODEL, PRIVATE, explained, steps_choices
+from .engine import Engine, Frame
+from .pictures import Pictures
+from .settings import Settings, whole
+
+MOST_CELLS = 64
+STEPS, PROMPTS = "Steps", "Prompts"
+EMPTY = '<div class="cell"></div>'
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings by row and column.
+
+    Attributes:
+        rows: of as many settings each.
+        side: a label for each row.
+        head: a label for each column.
+    """
+
+    rows: list[list[Settings]]
+    side: list[str]
+    head: list[str]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+
+def grid(first: Settings, prompts: list[str], steps: list[int], seeds: int) -> Grid:
+    """Seeds, counted up from the first's, as columns; as rows the prompts, or of one prompt the step counts.
+
+    Raises:
+        TDMError: several of both, or more cells than 64.
+    """
+    if len(prompts) > 1 and len(steps) > 1:
+        raise TDMError("a table has several prompts or several step counts, not both")
+    if not prompts or not steps:
+        raise TDMError("a table needs a prompt and a step count at least")
+    if (cells := len(prompts) * len(steps) * seeds) > MOST_CELLS:
+        raise TDMError(f"{cells} pictures are too many for a table; at most {MOST_CELLS}")
+    columns = range(first.seed, first.seed + seeds)
+    rows = [[replace(first, prompt=p, steps=k, seed=seed) for seed in columns] for p in prompts for k in steps]
+    side = prompts if len(prompts) > 1 else [plural(k, "step") for k in steps]
+    return Grid(rows, side, [f"seed {seed}" for seed in columns])
+
+
+def draw_grid(engine: Engine, wanted: Grid) -> Iterator[list[list[Image.Image | None]]]:
+    """The pictures so far, after each one."""
+    drawn: list[list[Image.Image | None]] = [[None] * len(row) for row in wanted.rows]
+    for y, row in enumerate(wanted.rows):
+        for x, settings in enumerate(row):
+            for frame in engine.student(settings):
+                drawn[y][x] = frame.picture
+            yield drawn
+
+
+def save_grid(pictures: Pictures, wanted: Grid, drawn: list[list[Image.Image | None]]) -> Path:
+    """One sheet of them all."""
+    rows = [[image for image in row if image is not None] for row in drawn]
+    labels = ["\n".join(text[i : i + 24] for i in range(0, len(text), 24)) for text in wanted.side]
+    sheet = contact_sheet(rows, labels, wanted.head, side=128)
+    return pictures.save_sheet(sheet, f"table {wanted.rows[0][0].prompt}")
+
+
+def save_strip(pictures: Pictures, frames: list[Frame], settings: Settings) -> Path:
+    """The way of a sample as one sheet."""
+    sheet = contact_sheet([[f.picture for f in frames]], ["predicted"], [_label(f) for f in frames], side=128)
+    return pictures.save_sheet(sheet, f"way {settings.prompt}")
+
+
+def _label(frame: Frame) -> str:
+    return "picture" if frame.final else f"step {frame.step}, t = {frame.timestep:.0f}"
+
+
+class ExploreTab:
+    """Build it inside a `gr.Blocks`.
+
+    Args:
+        student: the component with the student's name.
+    """
+
+    def __init__(self, engine: Engine, pictures: Pictures, student: gr.Dropdown) -> None:
+        self.engine, self.pictures = engine, pictures
+        recipe = engine.recipe()
+        with gr.Row(elem_classes="work"):
+            with gr.Column(scale=2, min_width=320):
+                prompts = gr.Textbox(
+                    "two red stars above a blue ball at night" if engine.base == "bundled" else "a red fox in the snow",
+                    label="Prompts, one a line",
+                    lines=4,
+                    max_lines=12,
+                    elem_id="prompts",
+                )
+                rows = gr.Radio([STEPS, PROMPTS], value=STEPS, label="Rows of the table", elem_id="rows")
+                steps = gr.CheckboxGroup(
+                    steps_choices(recipe), value=[1, 2, 4, 8], label="Steps", elem_id="table-steps"
+                )
+                with gr.Row():
+                    seed = gr.Number(0, label="First seed", minimum=0, step=1, min_width=120)
+                    seeds = gr.Slider(1, 8, value=4, step=1, label="Seeds", min_width=120)
+                with gr.Row():
+                    go = gr.Button("Draw the table", variant="primary", elem_classes="go", elem_id="table")
+                    stop = gr.Button("Stop", scale=0, min_width=90)
+                way = gr.Button("Show one sample's way, step by step", elem_id="way")
+            with gr.Column(scale=3, min_width=320):
+                self._shown = gr.HTML(elem_id="explored", min_height=200, label="Table")
+                self._file = gr.DownloadButton("Download as one picture", visible=False, size="sm")
+        asked, outputs = [prompts, rows, steps, seed, seeds, student], [self._shown, self._file]
+        drawing = go.click(explained(self.table), asked, outputs, **MODEL, **PRIVATE)
+        walking = way.click(explained(self.way), asked, outputs, **MODEL, **PRIVATE)
+        stop.click(None, cancels=[drawing, walking], queue=False, **PRIVATE)
+
+    def _first(self, prompts: Any, steps: Any, seed: Any, student: Any) -> tuple[Settings, list[str]]:
+        lines = [line for line in str(prompts or "").splitlines() if line.strip()] or [""]
+        checked = [
+            self.engine.settings({"prompt": line, "steps": steps, "seed": seed, "student": student}) for line in lines
+        ]
+        return checked[0], [settings.prompt for settings in checked]
+
+    def table(
+        self, prompts: Any, rows: Any, steps: Any, seed: Any, seeds: Any, student: Any
+    ) -> Iterator[dict[Any, Any]]:
+        """Draw cell by cell, with the time that is left; then the sheet."""
+        first, lines = self._first(prompts, None, seed, student)
+        count = whole("the number of seeds", seeds, 1, 8)
+        if rows == STEPS:
+            wanted = grid(first, lines[:1], sorted(whole("steps", k, 1, 50) for k in steps or []), count)
+        else:
+            wanted = grid(first, lines, [first.steps], count)
+        begun = time.monotonic()
+        yield {self._shown: self._html(wanted, [], "begun"), self._file: gr.update(visible=False)}
+        for done, drawn in enumerate(draw_grid(self.engine, wanted), 1):
+            spent = time.monotonic() - begun
+            left = spent / done * (len(wanted) - done)
+            said = f"{done} of {len(wanted)} pictures, {left:.0f} s left"
+            if done == len(wanted):
+                said = f"{plural(done, 'picture')} in {spent:.1f} s."
+            yield {self._shown: self._html(wanted, drawn, said)}
+        yield {self._file: gr.update(value=save_grid(self.pictures, wanted, drawn), visible=True)}
+
+    def way(
+        self, prompts: Any, _rows: Any, steps: Any, seed: Any, _seeds: Any, student: Any
+    ) -> Iterator[dict[Any, Any]]:
+        """The clean picture that is predicted at each step, of the first prompt, in the most steps that are ticked."""
+        most = max((whole("steps", k, 1, 50) for k in steps or []), default=None)
+        settings, _ = self._first(prompts, most, seed, student)
+        frames: list[Frame] = []
+        for frame in self.engine.student(settings):
+            frames.append(frame)
+            cells = [picture(f.picture, f"{settings.prompt}: {_label(f)}") for f in frames]
+            said = f"{plural(frame.step, 'step')} of {frame.steps}."
+            label = "The predicted picture, step by step"
+            yield {self._shown: table([cells], [_label(f) for f in frames], [f"seed {settings.seed}"], said, label)}
+        yield {self._file: gr.update(value=save_strip(self.pictures, frames, settings), visible=True)}
+
+    def _html(self, wanted: Grid, drawn: list[list[Image.Image | None]], said: str) -> str:
+        cells = []
+        for y, row in enumerate(wanted.rows):
+            images = drawn[y] if drawn else [None] * len(row)
+            cells.append(
+                [
+                    picture(image, f"{s.prompt}, {plural(s.steps, 'step')}, seed {s.seed}") if image else EMPTY
+                    for image, s in zip(images, row, strict=True)
+                ]
+            )
+        return table(cells, wanted.head, wanted.side, said, "Pictures by row and seed")

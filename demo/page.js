@@ -1,0 +1,19 @@
+// What the page does without the server: Ctrl+Enter, and the settings in its address.
+const tdm = {
+  names: ["prompt", "steps", "seed", "size", "student"],
+  share(settings) {
+    const url = new URL(location);
+    settings.forEach((value, i) => {
+      if (tdm.names[i] !== "size") return url.searchParams.set(tdm.names[i], value);
+      const [width, height] = String(value).split(/\s*[x×*]\s*/);
+      url.searchParams.set("width", width);
+      url.searchParams.set("height", height);
+    });
+    history.replaceState(null, "", url);
+  },
+};
+document.addEventListener("keydown", (event) => {
+  if (!(event.ctrlKey || event.metaKey) || event.key !== "Enter") return;
+  const go = [...document.querySelectorAll("button.go")].find((button) => button.offsetParent !== null);
+  if (go) { event.preventDefault(); event.target.blur(); go.click(); event.target.focus(); }
+}, true);

@@ -1,0 +1,81 @@
+"""The page: theme, head and tabs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gradio as gr
+
+from ..training.evaluate import TEACHER_STEPS
+from .api import endpoints
+from .distil import DistilTab
+from .engine import Engine
+from .explore import ExploreTab
+from .generate import GenerateTab
+from .models import ModelsTab
+from .pictures import Pictures
+from .runs import Runs
+
+HERE = Path(__file__).parent
+WELCOME = """
+<h1>A picture in {calls} network calls, not {teacher}</h1>
+<p>A few-step <b>student</b>, distilled by Trajectory Distribution Matching, beside the <b>teacher</b> that it learned
+from. Both begin with the same noise.</p>
+"""
+
+
+def theme() -> gr.themes.Base:
+    """Calm, and with the system's own fonts: nothing is loaded from elsewhere."""
+    return gr.themes.Default(
+        primary_hue=gr.themes.colors.indigo,
+        secondary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"),
+        font_mono=("ui-monospace", "SFMono-Regular", "Consolas", "monospace"),
+    ).set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_600",
+        block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+    )
+
+
+def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
+    """The page over an engine; without `runs` it has no tab to distil."""
+    with gr.Blocks(title="TDM: 4 network calls", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        recipe = engine.recipe()
+        calls = recipe.default_steps * (1 if recipe.guidance_scale == 1 else 2)
+        gr.HTML(WELCOME.format(calls=calls, teacher=2 * TEACHER_STEPS), elem_id="welcome")
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Generate", id="generate"):
+                generate = GenerateTab(engine, pictures)
+            with gr.Tab("Explore", id="explore"):
+                ExploreTab(engine, pictures, generate.controls.student)
+            with gr.Tab("Models", id="models"):
+                ModelsTab(engine, generate, tabs)
+            if runs is not None:
+                with gr.Tab("Distil", id="distil"):
+                    DistilTab(runs, generate, tabs)
+        endpoints(engine, pictures)
+        generate.opened(page)
+    return page
+
+
+def head() -> str:
+    """What goes into the page's head: its script."""
+    return f"<script>{(HERE / 'page.js').read_text()}</script>"
+
+
+def css() -> str:
+    """The page's own style."""
+    return (HERE / "page.css").read_text()

@@ -1,0 +1,20 @@
+"""The accessibility linter, in the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import axe_core_python
+from playwright.sync_api import Page
+
+SCRIPT = Path(axe_core_python.__file__).with_name("axe.min.js")
+
+
+def violations(page: Page) -> list[str]:
+    """What axe finds of serious or critical impact, one line each."""
+    if not page.evaluate("Boolean(window.axe)"):
+        page.add_script_tag(path=SCRIPT)
+    page.wait_for_timeout(600)  # what fades in has its colours
+    found = page.evaluate("axe.run()")["violations"]
+    grave = [violation for violation in found if violation["impact"] in ("serious", "critical")]
+    return [f"{v['id']}: {node['html'][:200]}" for v in grave for node in v["nodes"]]

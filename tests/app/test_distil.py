@@ -1,0 +1,96 @@
+"""A distillation from the page: its own process, which pages and even the demo itself do not take down."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from playwright.sync_api import Page, expect
+from tdm.demo.runs import Runs
+from tdm.errors import TDMError
+from tdm.tests.app.accessibility import violations
+from tdm.tests.app.conftest import App
+
+TINY = [
+    "batch_size=4",
+    "student.rank=4",
+    "critic.rank=4",
+    "output.log_every=1",
+    "output.preview_every=2",
+    "output.evaluate_every=0",
+    "output.teacher_steps=2",
+    "output.checkpoint_every=1",
+]
+
+
+def config(tmp_path: Path) -> Path:
+    """The bundled teacher with few prompts to encode, which a visitor cannot ask for."""
+    file = tmp_path / "tiny.yaml"
+    task = f"{{name: pipeline, model: bundled, prompts: stickers, prompt_count: 8, cache: {tmp_path / 'prompts'}}}"
+    file.write_text(f"task: {task}\ntrajectory: {{steps: 4}}\nobjective: {{guidance_scale: 5.0}}\n")
+    return file
+
+
+def wait(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 240
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_run_is_stopped_resumed_and_outlives_what_started_it(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs", [str(config(tmp_path))])
+    runs.start("long", "tiny", [*TINY, "updates=100000"])
+    try:
+        with pytest.raises(TDMError, match="one at a time"):
+            runs.start("other", "tiny", TINY)
+        wait(lambda: runs.state("long").step >= 2)
+        process = runs._process(runs._note(tmp_path / "runs" / "long"))
+        assert process is not None
+        assert process.pid != psutil.Process().pid
+        assert os.getsid(process.pid) == process.pid  # no terminal's Ctrl-C reaches it
+        later = Runs(tmp_path / "runs", [str(config(tmp_path))])  # as after the demo was started anew
+        assert later.names() == ["long"]
+        assert later.state("long").running
+        later.stop("long")
+        wait(lambda: not runs.state("long").running)
+        state = runs.state("long")
+        assert state.resumable
+        assert "--resume goes on" in state.said
+        later.resume("long")
+        wait(lambda: runs.state("long").step >= state.step + 2)
+        assert runs.student("long") == "long/student.safetensors"  # of a run that goes on: its last checkpoint
+    finally:
+        runs.stop("long")
+        wait(lambda: not runs.state("long").running)
+
+
+def test_the_page_starts_watches_and_draws_with_a_run(app: App, open_page: Callable[..., Page]) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Distil").click()
+    page.fill("#run-name input, #run-name textarea", "tiny")
+    page.fill("#updates input", "2")
+    page.fill("#more textarea", "task.prompts=/etc/passwd")
+    page.click("#start")
+    expect(page.get_by_text("cannot be set here")).to_be_visible()
+    page.fill("#more textarea", "\n".join(TINY))
+    page.click("#start")
+    page.wait_for_selector("#live .said:has-text('tiny')")
+    page.close()  # which does not end the run
+    page = open_page()
+    page.get_by_role("tab", name="Distil").click()
+    page.wait_for_selector("#live .said:has-text('tiny is done: 2 updates')", timeout=400_000)
+    expect(page.locator("#live .curves svg")).not_to_have_count(0)
+    expect(page.locator("#live")).to_contain_text("No alarms")
+    expect(page.locator("#live img")).to_have_count(1)
+    assert violations(page) == []
+    page.click("#use-run")
+    expect(page.locator("#go")).to_be_visible()
+    page.click("#go")
+    page.wait_for_url("**student=runs%2Ftiny%2Fstudent.safetensors**")
+    expect(page.locator("#gallery img")).to_have_count(2)
+    assert {file.name for file in (app.out / "runs" / "tiny").iterdir()} >= {"student.safetensors", "curves.png"}

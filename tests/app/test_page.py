@@ -1,0 +1,219 @@
+"""What people do on the page, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+from tdm.tests.app.accessibility import violations
+from tdm.tests.app.conftest import App
+
+Open = Callable[..., Page]
+PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
+DONE = "#stage .said:not(:empty)"
+# Notes what the cards say whenever they change.
+WATCH = """() => {
+  window.seen = [];
+  const note = () => window.seen.push([...document.querySelectorAll("#stage figcaption")].map((c) => c.innerText));
+  new MutationObserver(note).observe(document.querySelector("#stage"), {childList: true, subtree: true});
+}"""
+
+
+def ask(page: Page, prompt: str, seed: int) -> None:
+    page.fill("#prompt textarea", prompt)
+    page.fill("#seed input", str(seed))
+    page.press("#seed input", "Tab")
+
+
+def wait_for_the_picture(page: Page, prompt: str) -> None:
+    page.wait_for_selector(f'#stage img[alt="{prompt}"]')
+    page.wait_for_selector(DONE)
+
+
+def query(page: Page) -> dict[str, str]:
+    return {name: values[0] for name, values in parse_qs(urlparse(page.url).query).items()}
+
+
+def test_the_first_screen_sells_it(open_page: Open) -> None:
+    page = open_page()
+    expect(page.locator("h1")).to_contain_text("4 network calls")
+    expect(page.locator("#stage figcaption").nth(0)).to_contain_text("4 calls")
+    expect(page.locator("#stage figcaption").nth(1)).to_contain_text("100 calls")
+    expect(page.locator("#stage .said")).to_contain_text("4 network calls instead of 100")
+    for card in page.locator("#stage figure").all():  # all of it without scrolling
+        box = card.bounding_box()
+        assert box is not None
+        assert box["y"] + box["height"] < 900
+    go = page.locator("#go").bounding_box()
+    assert go is not None
+    assert go["y"] < 600
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_has_everything_in_one_column(open_page: Open, scheme: str) -> None:
+    page = open_page(color_scheme=scheme, **PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    expect(page.locator("#go")).to_be_visible()
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark is (scheme == "dark")
+    assert violations(page) == []
+    page.locator("#tabs .overflow-menu > button").click()
+    page.locator("#tabs .overflow-dropdown").get_by_text("Distil").click()
+    expect(page.locator("#start")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_tab_has_a_barrier(open_page: Open, scheme: str) -> None:
+    page = open_page(color_scheme=scheme)
+    page.wait_for_selector("#gallery img")
+    page.wait_for_selector("#slider img")
+    page.get_by_text("Student, and settings from a picture").click()
+    found = violations(page)
+    for name in ("Explore", "Models", "Distil"):
+        page.get_by_role("tab", name=name).click()
+        found += violations(page)
+    assert found == []
+
+
+def test_ctrl_enter_streams_the_picture_and_the_teacher_comes_after(open_page: Open) -> None:
+    page = open_page()
+    page.evaluate(WATCH)
+    ask(page, "three yellow rings at sea", 11)
+    page.locator("#prompt textarea").focus()
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector('#stage img[alt="three yellow rings at sea"]')
+    page.wait_for_selector(DONE)
+    seen = [[" ".join(text.split()) for text in cards] for cards in page.evaluate("window.seen")]
+    student = [cards[0] for cards in seen if cards]
+    steps = {match[1] for text in student if (match := re.search(r"(\d) calls? of 4", text))}
+    assert steps  # of four that take a fiftieth of a second each, the browser shows some
+    early = [cards[1] for cards in seen if len(cards) == 2 and re.search(r"4 calls \d", cards[0])]
+    teacher = [int(match[1]) for text in early if (match := re.search(r"(\d+) calls of 100", text))]
+    assert min(teacher) <= 6  # the picture was there when its teacher was at step 3
+    assert len(set(teacher)) >= 3
+    assert query(page) == {
+        "prompt": "three yellow rings at sea", "steps": "4", "seed": "11", "width": "64", "height": "64",
+        "student": "bundled",
+    }  # fmt: skip
+
+
+def test_a_link_brings_its_settings_and_a_broken_one_says_so(open_page: Open) -> None:
+    page = open_page("/?prompt=a+green+heart+on+the+beach&seed=5&steps=2&width=96&height=64")
+    expect(page.locator("#prompt textarea")).to_have_value("a green heart on the beach")
+    expect(page.locator("#seed input")).to_have_value("5")
+    expect(page.locator("#size input")).to_have_value("96 x 64")
+    expect(page.locator("#stage figcaption").nth(0)).to_contain_text("2 calls")
+    shown = page.locator("#stage img").nth(0)
+    assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [96, 64]
+    broken = open_page("/?seed=-3&steps=many")
+    expect(broken.get_by_text("the link's settings are left out")).to_be_visible()
+    expect(broken.locator("#seed input")).to_have_value("0")
+
+
+def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tmp_path: Path) -> None:
+    page = open_page()
+    page.get_by_label("Beside its teacher").uncheck()
+    page.locator("#steps label", has_text="2").click()
+    page.locator("#batch input[type=number]").fill("3")
+    page.locator("#batch input[type=number]").press("Tab")
+    ask(page, "an orange moon over the waves", 20)
+    page.click("#go")
+    page.wait_for_selector("#stage .said:has-text('3 pictures in 6 network calls')")
+    expect(page.locator("#stage figcaption")).to_have_count(3)
+    expect(page.locator("#stage figcaption").nth(2)).to_contain_text("Seed 22")
+    expect(page.locator("#gallery img")).to_have_count(4)  # with the first screen's
+
+    with page.expect_download() as download:
+        page.get_by_text("Download PNG").click()
+    file = tmp_path / "made.png"
+    download.value.save_as(file)
+    settings = json.loads(Image.open(file).info["tdm"])
+    assert (settings["prompt"], settings["seed"], settings["steps"]) == ("an orange moon over the waves", 22, 2)
+
+    page.get_by_role("button", name="a green heart on the beach").click()  # an example
+    expect(page.locator("#prompt textarea")).to_have_value("a green heart on the beach")
+    page.locator("#gallery button").nth(1).click()
+    expect(page.locator("#seed input")).to_have_value("21")
+    expect(page.locator("#prompt textarea")).to_have_value("an orange moon over the waves")
+
+    page.fill("#prompt textarea", "something else")
+    page.get_by_text("Student, and settings from a picture").click()
+    page.set_input_files("input[type=file]", file)
+    expect(page.locator("#seed input")).to_have_value("22")
+    expect(page.locator("#prompt textarea")).to_have_value("an orange moon over the waves")
+
+
+def test_dice_stop_and_a_wrong_wish(open_page: Open) -> None:
+    page = open_page()
+    page.click("#dice")
+    expect(page.locator("#seed input")).not_to_have_value("0")
+    page.click("#go")
+    page.wait_for_selector("#stage figcaption:has-text('of 100')")
+    page.click("#stop")
+    page.wait_for_timeout(1500)
+    assert "of 100" in page.locator("#stage figcaption").nth(1).inner_text()  # it was stopped, and stays so
+    page.fill("#prompt textarea", "a purple dragon at sea")
+    page.click("#go")
+    expect(page.get_by_text("does not know dragon")).to_be_visible()
+    wait_for_the_picture(page, "a purple dragon at sea")  # and the turn was given back
+    page.fill("#prompt textarea", " ")
+    page.click("#go")
+    expect(page.get_by_text("the prompt is empty; say what to draw")).to_be_visible()
+
+
+def test_explore_draws_a_table_and_a_way(open_page: Open) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Explore").click()
+    page.fill("#prompts textarea", "a green heart on the beach\nthree yellow rings at sea")
+    page.locator("#rows label", has_text="Prompts").click()
+    page.evaluate("""() => { window.said = []; new MutationObserver(() => window.said.push(
+        document.querySelector("#explored .said")?.innerText)).observe(document.querySelector("#explored"),
+        {childList: true, subtree: true}); }""")
+    page.click("#table")
+    page.wait_for_selector("#explored .said:has-text('8 pictures in')")
+    assert any(re.match(r"\d of 8 pictures, \d+ s left", said or "") for said in page.evaluate("window.said"))
+    expect(page.locator("#explored td img")).to_have_count(8)
+    expect(page.locator("#explored tbody th")).to_have_text(["a green heart on the beach", "three yellow rings at sea"])
+    assert violations(page) == []
+    page.click("#way")
+    page.wait_for_selector("#explored th:has-text('t = 125')")  # of 8 steps, the most that are ticked
+    expect(page.locator("#explored td img")).to_have_count(9)
+
+
+def test_models_explains_wrong_files_and_draws_with_right_ones(
+    app: App, open_page: Open, students: Path, tmp_path: Path
+) -> None:
+    right = Path(__file__).parents[2] / "bundled" / "student.safetensors"
+    (students / "mine.safetensors").write_bytes(right.read_bytes())
+    (students / "half.safetensors").write_bytes(right.read_bytes()[:100_000])
+    secret = tmp_path / "secret.safetensors"
+    secret.write_bytes(right.read_bytes())
+    (students / "link.safetensors").symlink_to(secret)
+    page = open_page()
+    page.get_by_role("tab", name="Models").click()
+    page.get_by_role("button", name="Look again").click()
+    page.click("#model input")
+    options = page.get_by_role("option")
+    expect(options.filter(has_text="mine")).to_be_visible()
+    assert options.filter(has_text="link").count() == 0
+    options.filter(has_text="half").click()
+    expect(page.locator("#info")).to_contain_text("not usable")
+    page.click("#use")
+    expect(page.locator("#verdict")).to_contain_text("It cannot draw here")
+    assert str(students) not in page.locator("body").inner_text()
+    page.click("#model input")
+    page.get_by_role("option").filter(has_text="mine").click()
+    expect(page.locator("#info")).to_contain_text("4 steps")
+    page.click("#use")
+    expect(page.locator("#go")).to_be_visible()
+    page.click("#go")
+    page.wait_for_url("**student=students%2Fmine.safetensors**")
+    expect(page.locator("#gallery img")).to_have_count(2)
+    newest = max((app.out / "pictures").glob("two-red-stars*"), key=lambda file: file.stat().st_mtime)
+    assert json.loads(Image.open(newest).info["tdm"])["student"] == "students/mine.safetensors"

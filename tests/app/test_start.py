@@ -1,0 +1,98 @@
+"""Starting the demo: what it takes, what it refuses, and who may reach it."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from gradio_client import Client
+from tdm.cli import app as command
+from tdm.tests.app.conftest import App, start
+from tdm.tests.commands import refused
+from tdm.tests.processes import finish
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prt", "7000"], "did you mean --port?"),
+        (["--port", "70000"], "--port must be 1 to 65535"),
+        (["--port", "x"], "invalid int value"),
+        (["--auth", "me"], "--auth is NAME:PASSWORD"),
+        (["--auth", ":secret"], "--auth is NAME:PASSWORD"),
+        (["--students-folder", "{tmp}/none"], "is no folder"),
+        (["--config", "{tmp}/none.yaml"], "no configuration file"),
+        (["--config", "sdlx"], "did you mean sdxl?"),
+        (["--student", "{tmp}/none.safetensors"], "no such file"),
+        (["--model", "{tmp}"], "neither a pipeline"),
+        (["--out", "{tmp}/file/out"], "cannot make the folder"),
+        (["--listen", "300.1.1.1", "--port", "7999"], "cannot serve on 300.1.1.1"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert said in refused(["app", *(a.replace("{tmp}", str(tmp_path)) for a in arguments)], capsys)
+
+
+def test_a_wrong_port_in_the_environment_and_one_that_is_taken_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "many")
+    assert "GRADIO_SERVER_PORT is 'many'" in refused(["app"], capsys)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("GRADIO_SERVER_PORT", str(port := taken.getsockname()[1]))
+        assert str(port) in refused(["app"], capsys)
+
+
+def test_without_gradio_it_says_what_to_install(tmp_path: Path) -> None:
+    assert finish(["app", "--out", str(tmp_path / "out")], tmp_path / "err", missing="gradio") == 2
+    assert "pip install 'gradio[mcp]>=6'" in (tmp_path / "err").read_text()
+
+
+def test_it_is_on_the_loopback_alone(app: App) -> None:
+    port = int(app.url.rpartition(":")[2])
+    listening = [
+        line.split()[1]
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        if line.split()[3] == "0A" and int(line.split()[1].rpartition(":")[2], 16) == port
+    ]
+    assert listening == [f"0100007F:{port:04X}"]
+
+
+def test_visitors_without_the_password_get_nothing(tmp_path: Path) -> None:
+    command = ["-m", "tdm.cli", "app", "--auth", "me:secret", "--listen", "0.0.0.0"]
+    running = start(command, tmp_path / "out")
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{running.url}/gradio_api/info")
+        with pytest.raises(ValueError, match="Could not login"):
+            Client(running.url, auth=("me", "wrong"), verbose=False)
+        client = Client(running.url, auth=("me", "secret"), verbose=False)
+        assert client.predict(api_name="/info")["base"] == "bundled"
+    finally:
+        running.stop()
+
+
+def test_who_may_distil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def tabs(*arguments: str) -> set[str]:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        page = command.build(parser.parse_args(list(arguments)))
+        return {block.label for block in page.blocks.values() if type(block).__name__ == "Tab"}
+
+    assert "Distil" in tabs()
+    assert "Distil" not in tabs("--listen")
+    assert "Distil" in tabs("--listen", "--auth", "me:secret")
