@@ -102,6 +102,7 @@ def launch(
     Raises:
         TDMError: the port or the address cannot be had.
     """
+    from ..demo.mend_mcp import mend_mcp
     from ..demo.page import css, head, theme
 
     try:  # before Gradio does, whose server reports it from a thread of its own
@@ -109,6 +110,8 @@ def launch(
             pass
     except OSError as error:
         raise TDMError(f"cannot serve on {address}: {error.strerror}") from None
+    if mcp:
+        mend_mcp()
     page.queue(max_size=WAITING)
     options: dict[str, Any] = {"theme": theme(), "css": css(), "head": head(), "footer_links": ["api", "settings"]}
     # Whatever Gradio's own environment variables say, nothing is opened but what was asked for.

@@ -87,7 +87,7 @@ class GenerateTab:
                 )
                 self._download = gr.DownloadButton("Download PNG, settings inside", visible=False, size="sm")
                 self._gallery = gr.Gallery(
-                    label="Your pictures: choose one to get its settings back",
+                    label="Your pictures: each gives its settings back",
                     columns=6,
                     fit_columns=False,
                     height="auto",

@@ -21,7 +21,8 @@ DONE = "#stage .said:not(:empty)"
 WATCH = """() => {
   window.seen = [];
   const note = () => window.seen.push([...document.querySelectorAll("#stage figcaption")].map((c) => c.innerText));
-  new MutationObserver(note).observe(document.querySelector("#stage"), {childList: true, subtree: true});
+  const all = {childList: true, subtree: true, characterData: true, attributes: true};
+  new MutationObserver(note).observe(document.querySelector("#stage"), all);
 }"""
 
 
@@ -174,7 +175,7 @@ def test_explore_draws_a_table_and_a_way(open_page: Open) -> None:
     page.locator("#rows label", has_text="Prompts").click()
     page.evaluate("""() => { window.said = []; new MutationObserver(() => window.said.push(
         document.querySelector("#explored .said")?.innerText)).observe(document.querySelector("#explored"),
-        {childList: true, subtree: true}); }""")
+        {childList: true, subtree: true, characterData: true}); }""")
     page.click("#table")
     page.wait_for_selector("#explored .said:has-text('8 pictures in')")
     assert any(re.match(r"\d of 8 pictures, \d+ s left", said or "") for said in page.evaluate("window.said"))
