@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["TDMPipeline", "TDMScheduler"]
+WEB_DIRECTORY = "./web"  # the nodes' help pages: ComfyUI looks here for this name
 
 _HOMES = {
     "TDMPipeline": ".pipelines.tdm_pipeline",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import TDMCompare
+from .generate import TDMGenerate
+from .load_diffusers import TDMLoadDiffusers
 from .loader import TDMLoadStudent
 from .mends import CogVideoXSampling, PixArtAlphaLatents
 from .sampler import TDMSampler
@@ -15,4 +18,13 @@ class TDMExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of the menu."""
-        return [TDMLoadStudent, TDMSigmas, TDMSampler, CogVideoXSampling, PixArtAlphaLatents]
+        return [
+            TDMLoadStudent,
+            TDMLoadDiffusers,
+            TDMSigmas,
+            TDMSampler,
+            TDMGenerate,
+            TDMCompare,
+            CogVideoXSampling,
+            PixArtAlphaLatents,
+        ]

@@ -63,6 +63,31 @@ def schedule_of(model_sampling: Any) -> NoiseSchedule:
     return NoiseSchedule("vp", len(s), alphas_cumprod)
 
 
+def sampling_on(schedule: NoiseSchedule, prediction_type: str, shift: float = 1.0) -> Any:
+    """The `model_sampling` of a noise schedule, for a network that predicts this.
+
+    Args:
+        schedule: of the network.
+        prediction_type: what it predicts, in our words.
+        shift: of the levels that core's schedulers choose on a flow model.
+
+    Raises:
+        TDMError: ComfyUI has none for it.
+    """
+    predictions = {"flow_prediction": core.CONST, **{name: kind for kind, name in _PREDICTIONS.items()}}
+    prediction = predictions[prediction_type]
+    if (schedule.kind == "flow") != (prediction is core.CONST):
+        raise TDMError(f"ComfyUI has no sampling for a {schedule.kind} model that predicts {prediction_type}")
+    clock: Any = core.ModelSamplingDiscreteFlow if schedule.kind == "flow" else core.ModelSamplingDiscrete
+    sampling = type("TDMModelSampling", (clock, prediction), {})()
+    steps = schedule.num_train_timesteps
+    if schedule.kind == "flow":
+        sampling.set_parameters(shift=shift, timesteps=steps, multiplier=steps)
+    else:
+        sampling.set_sigmas(levels_of(schedule, *schedule.alpha_sigma(torch.arange(steps))))
+    return sampling
+
+
 def levels_of(schedule: NoiseSchedule, alphas: Tensor, sigmas: Tensor) -> Tensor:
     """The levels s of pairs, in the shape of the pairs: float32 on the CPU."""
     s = sigmas if schedule.kind == "flow" else (sigmas / alphas).clamp(max=PURE_NOISE)

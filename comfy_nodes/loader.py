@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -18,7 +17,8 @@ from ..pipelines.loras.file import LoraFile, read_lora_file
 from ..pipelines.loras.pairs import state_dict_of
 from ..pipelines.presets import PRESETS, Preset, known_of
 from ..pipelines.student import HEADER_KEY, StudentRecipe
-from .students import RELEASED
+from .bridge import DiffusersModel, TextEncoders
+from .students import BUNDLED, RELEASED, lora_path
 
 BY_ITSELF = "by its header or name"
 
@@ -50,7 +50,9 @@ class TDMLoadStudent(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The student's base, or a fine-tune of it; from any loader."),
                 io.Combo.Input(
-                    "file", options=folder_paths.get_filename_list("loras"), tooltip="The file, in models/loras."
+                    "file",
+                    options=[BUNDLED, *folder_paths.get_filename_list("loras")],
+                    tooltip=f"The file, in models/loras; '{BUNDLED}' is the student that comes with TDM.",
                 ),
                 io.Combo.Input(
                     "released_as",
@@ -80,7 +82,7 @@ class TDMLoadStudent(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
         """When the file was written: a student that was trained further is loaded again."""
-        return Path(folder_paths.get_full_path_or_raise("loras", file)).stat().st_mtime
+        return lora_path(file).stat().st_mtime
 
     @classmethod
     def execute(cls, model: Any, file: str, released_as: str, strength: float, clip: Any = None) -> io.NodeOutput:
@@ -93,21 +95,20 @@ class TDMLoadStudent(io.ComfyNode):
         """
         try:
             from ..pipelines.loras.native import place_native  # imports diffusers: not for the start of a server
+            from ..pipelines.loras.places import place
         except ImportError as error:
             raise TDMError(f"Load TDM Student needs diffusers and peft (pip install diffusers peft): {error}") from None
-        lora = read_lora_file(folder_paths.get_full_path_or_raise("loras", file))
+        lora = read_lora_file(lora_path(file))
         recipe, preset = _recipe_of(lora, released_as)
         family = family_of(model)
         if recipe is not None and recipe.family != family.name:
             raise TDMError(f"{file} is a student of {recipe.base_model} ({recipe.family}); this MODEL is {family.name}")
-        encoders = _encoders_of(clip)
-        networks = {family.denoiser: model.model.diffusion_model, **{name: e for name, (_, e) in encoders.items()}}
-        placed = place_native(lora, family, networks, **(preset.placing if preset else {}))
-        fronts = {family.denoiser: "diffusion_model"} | {
-            name: f"text_encoders.{there}.transformer" for name, (there, _) in encoders.items()
-        }
+        parts = {family.denoiser: _denoiser_of(model), **_encoders_of(clip)}
+        networks = {component: network for component, (_, network) in parts.items()}
+        put = place if isinstance(model.model, DiffusersModel) else place_native
+        placed = put(lora, family, networks, **(preset.placing if preset else {}))
         tensors = {
-            component: {f"{fronts[component]}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
+            component: {f"{parts[component][0]}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
             for component, layers in placed.items()
         }
         own = tensors.pop(family.denoiser, {})
@@ -128,6 +129,8 @@ def family_of(model: Any) -> Family:
     Raises:
         TDMError: there are no students of it.
     """
+    if isinstance(model.model, DiffusersModel):
+        return model.model.family
     config, kind = model.model.model_config.unet_config, type(model.model)
     if issubclass(kind, comfy.model_base.SD3):
         return family_of_name("sd3")
@@ -156,12 +159,26 @@ def _recipe_of(lora: LoraFile, released_as: str) -> tuple[StudentRecipe | None, 
     return (StudentRecipe.from_fields(fields) if fields else None), preset
 
 
+def _denoiser_of(model: Any) -> tuple[str, nn.Module]:
+    """(what its layers' names begin with in ComfyUI, network) of a MODEL."""
+    network = model.model.diffusion_model
+    if isinstance(model.model, DiffusersModel):
+        return "diffusion_model.network", network.network
+    return "diffusion_model", network
+
+
 def _encoders_of(clip: Any) -> dict[str, tuple[str, nn.Module]]:
-    """Component of diffusers -> (name in ComfyUI, network) of a CLIP's text encoders."""
+    """Component of diffusers -> (what its layers' names begin with in ComfyUI, network) of a CLIP's text encoders."""
+    if isinstance(getattr(clip, "cond_stage_model", None), TextEncoders):
+        return {name: (f"text_encoders.{name}", e) for name, e in clip.cond_stage_model.named_children()}
     there = [name for name in _ENCODERS if hasattr(getattr(clip, "cond_stage_model", None), name)]
     components = zip(("text_encoder", "text_encoder_2", "text_encoder_3"), there, strict=False)
     encoders = {component: (name, getattr(clip.cond_stage_model, name)) for component, name in components}
-    return {component: (name, e.transformer) for component, (name, e) in encoders.items() if e is not None}
+    return {
+        component: (f"text_encoders.{name}.transformer", e.transformer)
+        for component, (name, e) in encoders.items()
+        if e is not None
+    }
 
 
 def _patched(patcher: Any, keys: dict[str, Any], tensors: dict[str, Tensor], strength: float) -> Any:

@@ -6,13 +6,11 @@ from typing import Any
 
 import comfy.latent_formats
 import comfy.model_base
-import comfy.model_sampling as core
-import torch
 from comfy_api.latest import io
 
 from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule
-from .levels import levels_of
+from .levels import sampling_on
 
 
 class CogVideoXSampling(io.ComfyNode):
@@ -52,13 +50,6 @@ class CogVideoXSampling(io.ComfyNode):
         if not isinstance(model.model, comfy.model_base.CogVideoX):
             raise TDMError(f"this is a {type(model.model).__name__} model; TDM CogVideoX Sampling is for CogVideoX")
         patched = model.clone()
-        patched.add_object_patch("model_sampling", _CogVideoXModelSampling(snr_shift_scale))
-        return io.NodeOutput(patched)
-
-
-class _CogVideoXModelSampling(core.ModelSamplingDiscrete, core.V_PREDICTION):
-    def __init__(self, snr_shift_scale: float) -> None:
-        super().__init__()
         schedule = NoiseSchedule.vp(
             beta_start=0.00085,
             beta_end=0.012,
@@ -66,8 +57,8 @@ class _CogVideoXModelSampling(core.ModelSamplingDiscrete, core.V_PREDICTION):
             rescale_betas_zero_snr=True,
             snr_shift_scale=snr_shift_scale,
         )
-        timesteps = torch.arange(schedule.num_train_timesteps)
-        self.set_sigmas(levels_of(schedule, *schedule.alpha_sigma(timesteps)))
+        patched.add_object_patch("model_sampling", sampling_on(schedule, "v_prediction"))
+        return io.NodeOutput(patched)
 
 
 class PixArtAlphaLatents(io.ComfyNode):

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 from tqdm.auto import trange
 
+from ..errors import TDMError
 from ..pipelines.schedule import ddim_step, predict_x0_eps, second_order_weights
 from .levels import pairs_of
 
@@ -26,7 +27,7 @@ class TDMSampler(io.ComfyNode):
             display_name="TDM Sampler",
             category="sampling/TDM",
             description="The deterministic sampler of TDM students, for epsilon, v and flow models. Use it with TDM "
-            "Sigmas in SamplerCustomAdvanced or SamplerCustom.",
+            "Sigmas in SamplerCustomAdvanced or SamplerCustom; TDM Sigmas goes last, behind ModelSampling nodes.",
             search_aliases=["trajectory distribution matching", "few-step", "DDIM", "DPM-Solver++ 2M", "distilled"],
             inputs=[
                 io.Int.Input(
@@ -67,9 +68,20 @@ def sample_tdm(
         callback: called after each network call; `denoised` is the clean sample of this step.
         disable: no progress bar in the console.
         order: 1, or 2 for DPM-Solver++ 2M.
+
+    Raises:
+        TDMError: there is no picture to begin with, and noise of this level is not what the model has been cut at.
     """
-    alphas, levels = pairs_of(model.inner_model.model_patcher.get_model_object("model_sampling"), sigmas)
+    model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
+    alphas, levels = pairs_of(model_sampling, sigmas)
     a, s = alphas.tolist(), levels.tolist()
+    noisiest = float(model_sampling.sigma_max)
+    if float(sigmas[0]) < noisiest * (1 - 1e-5) and not model.latent_image.any():  # core has scaled the noise down
+        raise TDMError(
+            f"an empty latent is pure noise, but these sigmas begin at {float(sigmas[0]):.6g} and this MODEL at "
+            f"{noisiest:.6g}: sample the MODEL that TDM Sigmas gives, with no ModelSampling node behind it; for "
+            "denoise below 1 connect a picture's latent"
+        )
     if s[-1] > 0:  # a part of a schedule, and the weights are of a whole one
         alphas, levels = torch.cat([alphas, alphas.new_ones(1)]), torch.cat([levels, levels.new_zeros(1)])
     weights = second_order_weights(alphas, levels)

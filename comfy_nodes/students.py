@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import folder_paths
 
 from ..errors import TDMError
@@ -9,6 +11,7 @@ from ..pipelines.loras.file import LoraFile
 from ..pipelines.presets import PRESETS, known_of
 from ..pipelines.student import HEADER_KEY, StudentRecipe, read_header
 
+BUNDLED = "bundled"  # the model that comes with this pack, and its student
 RELEASED = tuple(name for name, preset in PRESETS.items() if "sampler" not in preset.recipe)
 
 
@@ -17,8 +20,22 @@ def student_names() -> list[str]:
     return [*RELEASED, *folder_paths.get_filename_list("loras")]
 
 
+def lora_path(name: str) -> Path:
+    """The file of a name in `models/loras`, or of the bundled student.
+
+    Raises:
+        TDMError: this installation has no bundled student.
+        FileNotFoundError: there is no such file.
+    """
+    if name == BUNDLED:
+        from ..pipelines.locate import student_file
+
+        return student_file(BUNDLED, {})
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
 def recipe_of(name: str) -> StudentRecipe:
-    """The recipe of one of `student_names`: the one in its header, or else that of the released student of this name.
+    """The recipe of one of `student_names` or of the bundled student: that of its header or of the released student.
 
     Raises:
         TDMError: it has none, or one that another sampler than TDM's runs.
@@ -26,12 +43,12 @@ def recipe_of(name: str) -> StudentRecipe:
     if name in RELEASED:
         fields = PRESETS[name].fields
     else:
-        path = folder_paths.get_full_path_or_raise("loras", name)
-        safetensors = name.endswith((".safetensors", ".sft"))
+        path = lora_path(name)
+        safetensors = path.suffix in (".safetensors", ".sft")
         file = LoraFile(path, "safetensors", metadata=read_header(path)) if safetensors else LoraFile(path, "pickle")
         fields, _ = known_of(file)
     if not fields:
-        raise TDMError(f"{name} says nothing about its timesteps; type them in, or choose the student by its name")
+        raise TDMError(f"{name} says nothing about its timesteps: choose which released student it is, or type them in")
     return _of_tdm(StudentRecipe.from_fields(fields), name)
 
 

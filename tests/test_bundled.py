@@ -46,7 +46,8 @@ def test_student_at_four_calls_draws_what_it_is_asked(pipe: TDMPipeline) -> None
 
 
 def test_undistilled_network_at_four_calls_is_worse(pipe: TDMPipeline) -> None:
-    assert accuracy(pipe, "teacher, 4 steps", 64) <= accuracy(pipe, "student, 4 steps", 64) - 0.15
+    """By 0.15 to 0.2; the standard error of the difference is 0.03 here."""
+    assert accuracy(pipe, "teacher, 4 steps", 192) <= accuracy(pipe, "student, 4 steps", 192) - 0.1
 
 
 def test_a_seed_is_one_picture_alone_or_in_a_batch(pipe: TDMPipeline) -> None:
@@ -64,7 +65,7 @@ def test_the_table_of_the_readme(pipe: TDMPipeline, tmp_path: Path) -> None:
     rows, sheet = evaluate(pipe, prompts=256)
     sheet.save(tmp_path / "grid.png")
     print(table(rows))
-    teacher, undistilled, *students = rows
+    teacher, undistilled, _, *students = rows
     four = next(r for r in students if r.calls == 4)
     assert teacher.accuracy >= 0.95
     assert undistilled.accuracy <= teacher.accuracy - 0.2

@@ -68,6 +68,7 @@ class RoleConfig:
 
     rank: int = 32  # LoRA rank; lower on out of memory
     alpha: float | None = None  # LoRA alpha; None: the rank (scale 1)
+    targets: tuple[str, ...] | None = None  # endings of layer names, or [all-linear]; None: the family's own
     lr: float = 1e-4
     betas: tuple[float, float] = (0.0, 0.99)  # the first is 0 because the other role moves the target all the time
     weight_decay: float = 0.0
@@ -106,7 +107,7 @@ class EmaConfig:
     warmup: bool = True  # start with a short memory: min(decay, (1 + n) / (10 + n)) at update n
 
 
-Storage = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "nf4"]
+Storage = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "llm_int8", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ class MemoryConfig:
     """What a run may cost in memory. None of it changes what is learned, beyond the rounding of a smaller base."""
 
     # How the frozen base is stored. auto: bf16 on a GPU, fp32 on a CPU. fp8: layerwise casting (with
-    # gradient_checkpointing, or the backward pass keeps what was cast), int8: torchao's weight-only, nf4: bitsandbytes.
-    # Convolutions stay as they are in all three.
+    # gradient_checkpointing, or the backward pass keeps what was cast), int8: torchao's weight-only, llm_int8 and nf4:
+    # bitsandbytes, the first with activations in 8 bits on a GPU. Convolutions stay as they are in all of these.
     base: Storage = "auto"
     gradient_checkpointing: bool = False  # recompute instead of storing activations: less memory, about 30 % slower
     offload: bool = False  # keep the base in main memory and bring groups of its layers to the GPU as they are called
@@ -304,6 +305,8 @@ def _validate(c: DistillConfig) -> None:
     for name, role in (("student", c.student), ("critic", c.critic)):
         need(role.rank > 0, f"{name}.rank must be positive, not {role.rank}")
         need(role.alpha is None or role.alpha > 0, f"{name}.alpha must be positive, not {role.alpha}")
+        need(role.targets != (), f"{name}.targets must name at least one layer")
+        need(role.targets is None or not c.full_weights, f"{name}.targets is for adapters; full_weights trains all")
         need(role.lr > 0, f"{name}.lr must be positive, not {role.lr}")
         need(role.clip > 0, f"{name}.clip must be positive, not {role.clip}")
         need(all(0 <= b < 1 for b in role.betas), f"{name}.betas must be in [0, 1), not {list(role.betas)}")

@@ -63,10 +63,13 @@ class Row:
 
 
 def samplers(student_steps: Sequence[int]) -> list[Sampler]:
-    """The rows of the table: the teacher as it is meant to be run, undistilled at 4 calls, and the student."""
+    """The rows of the table: the teacher as it is meant to be run, undistilled at 4 calls (with its own scheduler, and
+    with the student's sampler and grid), and the student.
+    """
     return [
         Sampler(f"teacher, {TEACHER_STEPS} steps, guided", TEACHER_STEPS, TEACHER_GUIDANCE, True, own_scheduler=True),
-        Sampler("teacher, 4 steps", 4, 1.0, True),
+        Sampler("teacher, 4 steps", 4, 1.0, True, own_scheduler=True),
+        Sampler("teacher, 4 steps of the student's", 4, 1.0, True),
         *(Sampler(f"student, {k} step{'s' * (k > 1)}", k, 1.0, False) for k in student_steps),
     ]
 

@@ -131,6 +131,23 @@ def _best_precision(task: Task, config: DistillConfig) -> Precision:
     return "fp32" if device == "cpu" and config.memory.gradient_checkpointing else best_precision(device)
 
 
+def _targets(task: Task, config: RoleConfig) -> Sequence[str] | str:
+    """The layers of a role's adapter, as peft takes them.
+
+    Raises:
+        TDMError: one that the configuration names is not in the base.
+    """
+    if config.targets is None:
+        return task.targets
+    if config.targets == ("all-linear",):
+        return config.targets[0]
+    names = [f".{name}" for name, _ in task.base.named_modules()]
+    for ending in config.targets:
+        if not any(name.endswith(f".{ending}") for name in names):
+            raise TDMError(f"targets: no layer of {type(task.base).__name__} has a name that ends in {ending}")
+    return config.targets
+
+
 def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> Roles:
     """The task's base with fresh adapters (or copies), or those of ``config.start_from``."""
     if config.memory.gradient_checkpointing:
@@ -155,7 +172,7 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         roles = AdapterRoles(
             task.base,
             task.call,
-            targets=task.targets,
+            targets={"student": _targets(task, config.student), "critic": _targets(task, config.critic)},
             rank={"student": config.student.rank, "critic": config.critic.rank},
             alpha={"student": config.student.alpha, "critic": config.critic.alpha},
             generator=generator,

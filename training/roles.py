@@ -135,13 +135,14 @@ class AdapterRoles(Roles):
     """Student and critic as LoRA adapters on the base, which is the teacher as it is.
 
     Args:
-        targets: names (endings) of the layers that get an adapter, or one regular expression, as in peft.
+        targets: per role, names (endings) of the layers that get an adapter, or one regular expression or "all-linear",
+            as in peft.
         rank, alpha: per role; alpha defaults to the rank, which is a scale of 1.
         generator: of the adapters' initial weights. Both start as the teacher: the second factor of a LoRA starts at 0.
         device: of the adapters; None is where their layers are, unless those wait in main memory (offload).
 
     Raises:
-        TDMError: no layer matches ``targets``.
+        TDMError: no layer matches the targets of a role.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class AdapterRoles(Roles):
         *,
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
-        targets: Sequence[str] | str,
+        targets: dict[Role, Sequence[str] | str],
         rank: dict[Role, int],
         alpha: dict[Role, float | None],
         generator: torch.Generator,
@@ -160,10 +161,11 @@ class AdapterRoles(Roles):
     ) -> None:
         for role in ROLES:
             scale = alpha[role] if alpha[role] is not None else rank[role]
+            layers = targets[role]
             lora = LoraConfig(
                 r=rank[role],
                 lora_alpha=scale,  # type: ignore[arg-type]  # peft annotates int, and divides
-                target_modules=targets if isinstance(targets, str) else list(targets),
+                target_modules=layers if isinstance(layers, str) else list(layers),
             )
             try:
                 with warnings.catch_warnings():

@@ -55,6 +55,7 @@ class Family(ABC):
         call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
         binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
         video: it makes videos.
+        frames_first: the latents of a video are [F, C, h, w], and not [C, F, h, w].
         pixel_multiple: what the stock pipeline itself asks heights and widths to be multiples of.
         float32_latents: its pipeline keeps latents in float32, whatever the weights are in.
         home: module that defines the class, if the stock one lacks or breaks something (it is then "TDM" + `pipeline`).
@@ -69,6 +70,7 @@ class Family(ABC):
     call_kwargs: ClassVar[Mapping[str, Any]] = {}
     binned_sample_sizes: ClassVar[frozenset[int] | None] = None
     video: ClassVar[bool] = False
+    frames_first: ClassVar[bool] = False
     pixel_multiple: ClassVar[int] = 8
     float32_latents: ClassVar[bool] = False
     home: ClassVar[str | None] = None
@@ -186,9 +188,13 @@ class Family(ABC):
 
     # ------------------------------------------------------------------ latents and pixels
 
-    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
         """Latents [B, *latent_shape] to pixels, uint8 on the CPU: [B, 3, H, W], of a video [B, F, 3, H, W]."""
-        return to_uint8(pipe.vae.decode(self.unscale(pipe.vae, for_vae(pipe.vae, latents)), return_dict=False)[0])
+        return to_uint8(self.pixels(pipe, latents, size))
+
+    def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+        """`decode` as the VAE gives it: about [-1, 1], in the VAE's dtype, where the VAE runs."""
+        return pipe.vae.decode(self.unscale(pipe.vae, for_vae(pipe.vae, latents)), return_dict=False)[0]
 
     def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
         """The latents of a video's first frame alone; pictures' as they are."""

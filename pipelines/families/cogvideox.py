@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, for_vae, to_uint8, zeros
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, for_vae, zeros
 
 
 class CogVideoX(Family):
@@ -15,6 +15,7 @@ class CogVideoX(Family):
     name = "cogvideox"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     video = True
+    frames_first = True
     home = "..mended.batches"
 
     def default_size(self, pipe: Any) -> Size:
@@ -55,10 +56,10 @@ class CogVideoX(Family):
             return_dict=False,
         )[0]
 
-    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+    def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
         padding = latents.shape[1] - self._frames(pipe, size)
         frames = pipe.decode_latents(for_vae(pipe.vae, latents[:, padding:]))
-        return to_uint8(frames.permute(0, 2, 1, 3, 4))
+        return frames.permute(0, 2, 1, 3, 4)
 
     def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
         padding = self._padding(pipe, size)

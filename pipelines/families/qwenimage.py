@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import JOINT_ATTENTION, Condition, Size, for_vae, longest_text, text_options, to_uint8, zeros
+from .base import JOINT_ATTENTION, Condition, Size, for_vae, longest_text, text_options, zeros
 from .patched import PatchedFamily, from_patches, patches
 
 
@@ -42,9 +42,9 @@ class QwenImage(PatchedFamily):
         )[0]
         return from_patches(output, height, width)
 
-    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+    def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
         frames = self.unscale(pipe.vae, for_vae(pipe.vae, latents).unsqueeze(2))
-        return to_uint8(pipe.vae.decode(frames, return_dict=False)[0][:, :, 0])
+        return pipe.vae.decode(frames, return_dict=False)[0][:, :, 0]
 
     def _vae_latents(self, vae: Any, pictures: Tensor) -> Tensor:
         return vae.encode(pictures.unsqueeze(2)).latent_dist.mode().squeeze(2)

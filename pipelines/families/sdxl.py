@@ -44,13 +44,13 @@ class SDXL(SD15):
         text = cond["text"]
         return network(x, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
-    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
+    def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
         """As the pipeline does, in float32 where the VAE would overflow in half precision; the way back is exact."""
         overflows = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
         if overflows:
             pipe.vae.to(dtype=torch.float32)
         try:
-            return super().decode(pipe, latents, size)
+            return super().pixels(pipe, latents, size)
         finally:
             if overflows:
                 pipe.vae.to(dtype=torch.float16)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, for_vae, longest_text, text_options, to_uint8, zeros
+from .base import ATTENTION, Condition, Family, Size, for_vae, longest_text, text_options, zeros
 
 
 class Wan(Family):
@@ -42,9 +42,9 @@ class Wan(Family):
         text = cond["text"]
         return network(hidden_states=x, timestep=timesteps, encoder_hidden_states=text, return_dict=False)[0]
 
-    def decode(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+    def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
         frames = pipe.vae.decode(self.unscale(pipe.vae, for_vae(pipe.vae, latents)), return_dict=False)[0]
-        return to_uint8(frames.permute(0, 2, 1, 3, 4))
+        return frames.permute(0, 2, 1, 3, 4)
 
     def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
         return latents[:, :, :1]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+from tdm.pipelines.loras.pairs import state_dict_of
+from tdm.pipelines.student import StudentRecipe, save_student
 
-from . import install
+from . import install, tiny_sd15
 from .server import Server
 
 
@@ -25,3 +31,40 @@ def server(comfyui_installed: None, tmp_path_factory: pytest.TempPathFactory) ->
     server = Server(tmp_path_factory.mktemp("comfyui") / "server")
     yield server
     server.stop()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A small SD1.5 among the server's checkpoints, and LoRAs of it.
+
+    Attributes:
+        file: its name in models/checkpoints.
+        style: the name of a LoRA in models/loras that is no student.
+    """
+
+    server: Server
+    unet: UNet2DConditionModel
+    file: str = "small_sd15.safetensors"
+    style: str = "small_style.safetensors"
+
+    def student(self, name: str = "small_student.safetensors", **changes: Any) -> str:
+        """The name in models/loras of a student, which is written there with these changes of its recipe."""
+        fields = {"base_model": "me/small", "family": "sd15", "prediction_type": "epsilon", "guidance_scale": 1.0}
+        grid = {"trained_timesteps": {4: [899.0, 674.0, 449.0, 224.0]}, "solver_order": 2, "height": 64, "width": 64}
+        recipe = StudentRecipe.from_fields({**fields, **grid, **changes})
+        layers = state_dict_of(tiny_sd15.lora(self.unet))
+        save_student(self.server.models / "loras" / name, layers, recipe, lora_alpha=None, force=True)
+        return name
+
+
+@pytest.fixture(scope="session")
+def checkpoint(server: Server) -> Checkpoint:
+    made = Checkpoint(server, tiny_sd15.build())
+    for folder in ("checkpoints", "loras"):
+        (server.models / folder).mkdir(exist_ok=True)
+    save_file(tiny_sd15.checkpoint(made.unet), server.models / "checkpoints" / made.file)
+    names = {f"{name}.weight": pair for name, pair in tiny_sd15.lora(made.unet, seed=2).items()}
+    style = {f"diffusion_model.{tiny_sd15.original_name(name)}": pair for name, pair in names.items()}
+    layers = {name.removesuffix(".weight"): pair for name, pair in style.items()}
+    save_file(state_dict_of(layers), server.models / "loras" / made.style)
+    return made

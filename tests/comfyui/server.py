@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import websocket
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,18 +52,19 @@ class Run:
 class Server:
     """ComfyUI on a free port, this repository in its `custom_nodes`, with its own folders for models and pictures."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packs: Mapping[str, Path] = PACKS) -> None:
         """Start it, and wait until it answers.
 
         Args:
             folder: where its models, outputs and log go; it is made.
+            packs: what its `custom_nodes` has.
 
         Raises:
             RuntimeError: the server ended or did not answer within five minutes; the message has its log.
         """
         self.folder, self.log = folder, folder / "server.log"
         (folder / "custom_nodes").mkdir(parents=True)
-        for name, pack in PACKS.items():
+        for name, pack in packs.items():
             (folder / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
         for kind in ("models", "input", "output", "temp", "user"):
             (folder / kind).mkdir()
@@ -116,8 +121,18 @@ class Server:
             raise PromptError(error.read().decode()) from None
         return json.loads(text) if text else None
 
-    def run(self, graph: Graph, on_event: Callable[[dict[str, Any]], None] | None = None) -> Run:
+    def run(
+        self,
+        graph: Graph,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+        on_preview: Callable[[bytes], None] | None = None,
+    ) -> Run:
         """Queue a prompt and wait until it has run.
+
+        Args:
+            graph: the prompt.
+            on_event: called with each message about it.
+            on_preview: called with each preview, the bytes of a picture.
 
         Raises:
             PromptError: the prompt was refused, a node failed, or it was interrupted.
@@ -127,7 +142,10 @@ class Server:
         while True:
             message = self.socket.recv()
             if isinstance(message, bytes):
-                run.previews += 1
+                picture = _preview(message)
+                run.previews += picture is not None
+                if picture is not None and on_preview is not None:
+                    on_preview(picture)
                 continue
             event = json.loads(message)
             if event["data"].get("prompt_id") != prompt:
@@ -145,14 +163,32 @@ class Server:
 
     def latents(self, graph: Graph, *samples: list[Any]) -> list[Tensor]:
         """The latents that a graph makes, as SaveLatent writes them; `samples` are links [node id, output index]."""
+        return self._saved(graph, "SaveLatent", "samples", samples, lambda files: load_file(files[0])["latent_tensor"])
+
+    def pictures(self, graph: Graph, *images: list[Any]) -> list[Tensor]:
+        """The pictures that a graph makes, (B, height, width, 3) of 0 to 255 each; `images` are links."""
+
+        def read(files: list[Path]) -> Tensor:
+            return torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
+
+        return self._saved(graph, "SaveImage", "images", images, read)
+
+    def _saved(
+        self, graph: Graph, saver: str, name: str, links: Sequence[list[Any]], read: Callable[[list[Path]], Tensor]
+    ) -> list[Tensor]:
         folder = uuid.uuid4().hex
-        saved = {
-            f"save {i}": {"class_type": "SaveLatent", "inputs": {"samples": link, "filename_prefix": f"{folder}/{i}"}}
-            for i, link in enumerate(samples)
+        nodes = {
+            f"save {i}": {"class_type": saver, "inputs": {name: link, "filename_prefix": f"{folder}/{i}"}}
+            for i, link in enumerate(links)
         }
-        self.run({**graph, **saved})
+        self.run({**graph, **nodes})
         try:
-            files = [next((self.output / folder).glob(f"{i}_*")) for i in range(len(samples))]
-            return [load_file(file)["latent_tensor"] for file in files]
+            return [read(sorted((self.output / folder).glob(f"{i}_*"))) for i in range(len(links))]
         finally:
             shutil.rmtree(self.output / folder)
+
+
+def _preview(message: bytes) -> bytes | None:
+    """The picture of a preview: event 1 has its format before it, event 4 its metadata. Others are a node's text."""
+    event, size = struct.unpack(">II", message[:8])
+    return {1: message[8:], 4: message[8 + size :]}.get(event)

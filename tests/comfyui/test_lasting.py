@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from .conftest import Checkpoint
 from .graphs import SEED, node, student_graph
 from .server import Graph, PromptError, Server
+from .test_generate import from_file, long
 
 GRID: list[float] = [899, 674, 449, 224]
 _nonces = itertools.count()
@@ -91,6 +94,23 @@ def test_an_interrupted_run_ends_at_once_and_the_next_one_is_whole(server: Serve
         server.run(slow, stop)
     assert 1 <= seen[-1] < 20
     assert torch.equal(sampled(server, student_graph("epsilon", timesteps=GRID)), expected)
+
+
+def test_out_of_memory_fails_one_prompt(server: Server, checkpoint: Checkpoint) -> None:
+    """Torch is refused the memory in the midst of a real network; ComfyUI reports it, and goes on."""
+    graph = long(from_file(checkpoint), checkpoint.student("memory.safetensors"), 64, 64)
+    expected = sampled(server, graph)
+    huge = {**graph, "latent": node("EmptyLatentImage", width=4096, height=4096, batch_size=1)}
+    pid, kind = server.process.pid, resource.RLIMIT_AS
+    before = resource.prlimit(pid, kind)
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, kind, (used + 200_000_000, before[1]))  # one feature map is 335 MB
+    try:
+        with pytest.raises(PromptError, match="can't allocate memory: you tried to allocate 335544320 bytes"):
+            sampled(server, huge)
+    finally:
+        resource.prlimit(pid, kind, before)
+    assert torch.equal(sampled(server, graph), expected)
 
 
 def test_two_hundred_prompts_take_no_more_memory(server: Server) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tdm.pipelines.loras.layer_names import layer_shapes
 from tdm.pipelines.loras.merge import merge
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
 from tdm.pipelines.student import HEADER_KEY, StudentRecipe, save_student
@@ -26,7 +25,6 @@ from .test_sampling import SCALE, error, noise, scheduler
 GRID = [999.0, 749.0, 499.0, 249.0]
 RECIPE = StudentRecipe("me/tiny", "sd15", "epsilon", {4: GRID}, guidance_scale=1.0, height=64, width=64)
 BASE = "tiny_sd15.safetensors"
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv_out", "linear_1")
 
 
 class Model(NamedTuple):
@@ -44,17 +42,8 @@ def model(server: Server) -> Model:
     for folder in ("diffusion_models", "loras"):
         (server.models / folder).mkdir(exist_ok=True)
     save_file(tiny_sd15.original_names(unet.state_dict()), server.models / "diffusion_models" / BASE)
-    generator = torch.Generator().manual_seed(1)
-    student = {
-        name: Lora(
-            torch.randn(4, inputs, *kernel, generator=generator) * 0.05,
-            torch.randn(outputs, 4, *[1] * len(kernel), generator=generator) * 0.05,
-        )
-        for name, (inputs, outputs, kernel) in layer_shapes(unet).items()
-        if f".{name}".endswith(tuple(f".{end}" for end in TARGETS))
-    }
-    names = {name: tiny_sd15.original_names({f"{name}.weight": torch.empty(0)}) for name in student}
-    native = {name: next(iter(found)).removesuffix(".weight") for name, found in names.items()}
+    student = tiny_sd15.lora(unet)
+    native = {name: tiny_sd15.original_name(f"{name}.weight").removesuffix(".weight") for name in student}
     return Model(unet, student, native)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -15,7 +14,16 @@ from tdm.errors import TDMError
 from . import install
 from .server import Server
 
-NODES = ("TDMLoadStudent", "TDMSigmas", "TDMSampler", "TDMCogVideoXSampling", "TDMPixArtAlphaLatents")
+NODES = (
+    "TDMLoadStudent",
+    "TDMLoadDiffusers",
+    "TDMSigmas",
+    "TDMSampler",
+    "TDMGenerate",
+    "TDMCompare",
+    "TDMCogVideoXSampling",
+    "TDMPixArtAlphaLatents",
+)
 
 
 def test_the_server_has_the_nodes_and_each_explains_itself(server: Server) -> None:
@@ -23,7 +31,7 @@ def test_the_server_has_the_nodes_and_each_explains_itself(server: Server) -> No
     assert {name for name, shown in known.items() if "tdm_pack" in shown["python_module"]} == set(NODES)
     for name in NODES:
         shown = known[name]
-        assert "TDM " in shown["display_name"]
+        assert shown["display_name"] != name
         assert shown["category"] == "sampling/TDM"
         assert shown["description"]
         assert shown["search_aliases"]
@@ -34,48 +42,51 @@ def test_the_server_has_the_nodes_and_each_explains_itself(server: Server) -> No
         assert all(shown["output_tooltips"])
 
 
-def test_the_pack_imports_in_less_than_a_second(server: Server) -> None:
-    """As ComfyUI measures it, beyond what it has imported itself."""
-    (seconds,) = re.findall(r"([\d.]+) seconds.*tdm_pack", server.log.read_text())
-    assert float(seconds) < 1
-
-
 def test_students_are_chosen_by_name_and_those_of_other_methods_are_not_offered(server: Server) -> None:
     shown = server.get("object_info/TDMSigmas")["TDMSigmas"]["input"]["required"]["student"]
     assert "Luo-Yihong/TDM_sd3_lora" in shown[1]["options"]
     assert not [name for name in shown[1]["options"] if "LCM" in name or "Hyper" in name]
 
 
-def test_the_nodes_need_no_diffusers(server: Server) -> None:
-    """A user whose ComfyUI has not got it, or a broken one, has these nodes; the loader says what it needs."""
+def test_the_nodes_are_there_at_once_and_without_what_only_the_loaders_need(server: Server) -> None:
+    """A user whose ComfyUI has not got it, or a broken one, has these nodes; the loaders say what they need.
+
+    That the pack imports nothing but ComfyUI's own is also what makes its import quick.
+    """
     code = f"""
 import asyncio, importlib.util, sys
 sys.argv = ["main.py", "--cpu"]
 sys.path[:1] = [{str(install.server_folder())!r}, {str(Path(__file__).parent)!r}]
 import torchvision_ops
-for name in ("diffusers", "peft", "accelerate"):
+for name in ("diffusers", "peft", "accelerate", "matplotlib"):
     sys.modules[name] = None
 import comfy.options
 comfy.options.enable_args_parsing()
+import comfy_api.latest, comfy_execution.graph_utils, comfy_extras.nodes_custom_sampler, nodes, server
+before = set(sys.modules)
 folder = {str(server.folder / "custom_nodes" / "tdm_pack")!r}
 spec = importlib.util.spec_from_file_location("pack", folder + "/__init__.py", submodule_search_locations=[folder])
 pack = sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 extension = asyncio.run(pack.comfy_entrypoint())
-nodes = asyncio.run(extension.get_node_list())
-print(*(node.define_schema().node_id for node in nodes))
-try:
-    nodes[0].execute(None, "student.safetensors", "", 1.0)
-except ValueError as error:
-    print(error)
+nodes = {{node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}}
+print(*nodes)
+print(*{{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names))
+for name, inputs in ("TDMLoadStudent", (None, "student.safetensors", "", 1.0)), ("TDMLoadDiffusers", ("bundled",)):
+    try:
+        nodes[name].execute(*inputs)
+    except ValueError as error:
+        print(error)
 """
     command = [install.python(), "-c", code]
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    nodes, loader = done.stdout.splitlines()
+    nodes, imported, student, pipeline = done.stdout.splitlines()
     assert tuple(nodes.split()) == NODES
-    assert loader.startswith("Load TDM Student needs diffusers and peft")
+    assert imported == "pack"
+    assert student.startswith("Load TDM Student needs diffusers and peft")
+    assert pipeline.startswith("Load Diffusers Pipeline needs diffusers")
 
 
 def test_outside_of_comfyui_the_entry_point_says_where_it_belongs() -> None:

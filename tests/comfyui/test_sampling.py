@@ -229,3 +229,22 @@ def test_an_epsilon_model_that_would_begin_in_pure_noise_is_refused(server: Serv
     graph["sigmas"]["inputs"]["model"] = ["zero", 0]
     with pytest.raises(PromptError, match="set zsnr only for v_prediction"):
         server.latents(graph, ["samples", 0])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
+def test_a_schedule_that_lost_its_cut_is_an_error(server: Server, kind: str) -> None:
+    """A sampling patch behind TDM Sigmas, or the MODEL from before it: the noise would begin too small."""
+    patch = {"epsilon": "ModelSamplingDiscrete", "flow_prediction": "ModelSamplingSD3"}[kind]
+    options = {"epsilon": {"sampling": "eps", "zsnr": False}, "flow_prediction": {"shift": 3.0}}[kind]
+    graph = student_graph(kind, timesteps=GRIDS[1])
+    graph["patch"] = node(patch, model=["sigmas", 0], **options)
+    for link in (["patch", 0], ["model", 0]):
+        graph["guider"]["inputs"]["model"] = link
+        with pytest.raises(PromptError, match="sample the MODEL that TDM Sigmas gives, with no ModelSampling"):
+            server.latents(graph, ["samples", 0])
+    graph["guider"]["inputs"]["model"] = ["sigmas", 0]
+    graph["sigmas"]["inputs"]["model"] = ["patch", 0]
+    graph["patch"]["inputs"]["model"] = ["model", 0]
+    (found,) = server.latents(graph, ["samples", 0])  # the right order
+    expected, _ = diffused(scheduler(kind, GRIDS[1]), noise())
+    assert error(found * SCALE, expected) <= 1e-5

@@ -66,7 +66,7 @@ def test_a_file_that_is_no_student_is_refused(server: Server, student: Callable[
     flow = student("flow.safetensors", prediction_type="flow_prediction", family="sd3")
     for name, message in {
         "broken.safetensors": "broken.safetensors",
-        "style.pt": "says nothing about its timesteps; type them in",
+        "style.pt": "says nothing about its timesteps: choose which released student it is",
         other: "is no TDM student: it is sampled with TCDScheduler",
         flow: "which predicts flow_prediction; this model predicts epsilon",
     }.items():

@@ -9,29 +9,17 @@ from typing import Any
 import pytest
 import torch
 from tdm.errors import TDMError
-from tdm.tests import tiny
 from tdm.training.config import MemoryConfig, load_config
 from tdm.training.loop import build_roles, distill
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
 from torch import Tensor, nn
 
+from .base_tasks import task_of
+
 # Relative error of a prediction that storing the base smaller may make, of tiny networks with random weights.
-NEAR = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.002, "fp8": 0.1, "int8": 0.02, "nf4": 0.3}
+NEAR = {"fp32": 0.0, "bf16": 0.02, "fp16": 0.002, "fp8": 0.1, "int8": 0.02, "llm_int8": 0.02, "nf4": 0.3}
 SMALL = ["updates=2", "batch_size=2", "student.rank=2", "critic.rank=2", "student.lr=0.01", "critic.lr=0.01"]
 QUIET = ["objective.guidance_scale=2", "output.preview_every=0"]
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.txt"
-    path.write_text("a red cube\na cat")
-    return str(path)
-
-
-def task_of(family: str, folder: Path, prompts: str, **memory: Any) -> PipelineTask:
-    call = tiny.call_kwargs(family)
-    size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
-    return PipelineTask(PipelineTaskConfig(model=str(folder), prompts=prompts, **size), MemoryConfig(**memory))
 
 
 def stored(network: nn.Module) -> dict[str, Tensor]:
@@ -57,7 +45,7 @@ def prediction(task: PipelineTask) -> Tensor:
 def test_adapters_train_on_a_base_of_any_storage(
     storage: str, family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    task = task_of(family, bases(family), prompts, base=storage)
+    task = task_of(family, bases(family), prompts, MemoryConfig(base=storage))
     exact = prediction(task_of(family, bases(family), prompts))
     near, before = prediction(task), stored(task.base)
     assert float((near - exact).norm() / exact.norm()) <= NEAR[storage]
@@ -82,24 +70,24 @@ def test_adapters_train_on_a_base_of_any_storage(
 
 
 @pytest.mark.parametrize(
-    ("storage", "share"), [("bf16", 0.5), ("fp16", 0.5), ("fp8", 0.5), ("int8", 0.5), ("nf4", 0.45)]
+    ("storage", "share"), [("bf16", 0.5), ("fp16", 0.5), ("fp8", 0.5), ("int8", 0.5), ("llm_int8", 0.5), ("nf4", 0.45)]
 )
 def test_a_smaller_storage_is_smaller(storage: str, share: float, bases: Callable[[str], Path], prompts: str) -> None:
     """Layers that are kept in full (norms, embeddings) are large in a tiny network."""
     sizes = [
-        sum(map(len, stored(task_of("flux", bases("flux"), prompts, base=base).base).values()))
+        sum(map(len, stored(task_of("flux", bases("flux"), prompts, MemoryConfig(base=base)).base).values()))
         for base in (storage, "fp32")
     ]
     assert sizes[0] <= share * sizes[1]
 
 
-@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
+@pytest.mark.parametrize("storage", ["fp8", "int8", "llm_int8", "nf4"])
 def test_checkpointing_gives_the_same_gradients_on_a_small_base(
     storage: str, bases: Callable[[str], Path], prompts: str
 ) -> None:
     gradients = []
     for again in ("false", "true"):
-        task = task_of("pixart", bases("pixart"), prompts, base=storage)
+        task = task_of("pixart", bases("pixart"), prompts, MemoryConfig(base=storage))
         config = load_config(None, [*SMALL, f"memory.gradient_checkpointing={again}"])
         roles = build_roles(task, config, torch.Generator().manual_seed(0))
         x = torch.randn(2, *task.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -121,4 +109,4 @@ def test_what_a_cpu_cannot_do_is_refused_before_anything_is_loaded(
     memory: dict[str, Any], line: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TDMError, match=line):
-        task_of("sd15", tmp_path / "nowhere", "nothing.txt", **memory)
+        task_of("sd15", tmp_path / "nowhere", "nothing.txt", MemoryConfig(**memory))

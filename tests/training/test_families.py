@@ -20,14 +20,7 @@ from tdm.training.loop import distill
 from tdm.training.roles import ROLES
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 
-PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
-    return str(path)
+from .base_tasks import PROMPTS, task_of
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -35,8 +28,7 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
     family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
     call = tiny.call_kwargs(family)
-    size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
-    task = PipelineTask(PipelineTaskConfig(model=str(bases(family)), prompts=prompts, **size))
+    task = task_of(family, bases(family), prompts)
     before = {name: value.clone() for name, value in task.base.state_dict().items()}
     x, t, cond = torch.randn(2, *task.latent_shape), torch.tensor([400.0, 700.0]).double(), task.encode(PROMPTS[:2])
     teacher_before = bare_prediction(task, x, t, cond)
@@ -80,6 +72,45 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
     sampled = pipe(prompt=list(PROMPTS), generator=generator, output_type="latent", **options)[0]
     assert float((sampled - expected).norm() / expected.norm()) < 1e-4
     assert float((sampled - teacher).norm() / expected.norm()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "layers"),
+    [("sd15", "[to_q,conv1,time_emb_proj]", None), ("pixart", "[all-linear]", ["adaln_single.linear", "proj_out"])],
+)
+def test_a_student_may_have_layers_of_ones_own_choice(
+    family: str, targets: str, layers: list[str] | None, bases: Callable[[str], Path], prompts: str, tmp_path: Path
+) -> None:
+    """The critic keeps those of the family."""
+    task = task_of(family, bases(family), prompts)
+    fast = ["updates=2", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
+    run = distill(
+        task, load_config(None, [*fast, f"student.targets={targets}"]), tmp_path / "run", report=lambda _: None
+    )
+    chosen, others = ({name.partition(".lora_")[0] for name in run.roles.state(role)} for role in ROLES)
+    if layers is None:
+        assert {name.rpartition(".")[2] for name in chosen} == {"to_q", "conv1", "time_emb_proj"}
+    else:
+        assert chosen >= {*others, *layers}
+    assert {name.rpartition(".")[2] for name in others} <= {
+        str(end).rpartition(".")[2] for end in task.family.lora_targets
+    }
+
+    file = export_student(read_run(tmp_path / "run"), tmp_path / "student.safetensors")
+    noise = torch.randn(3, *task.latent_shape, generator=torch.Generator().manual_seed(0))
+    expected, teacher = (draw(noise, task.encode(PROMPTS)) for draw in (run.student, run.teacher))
+    pipe = TDMPipeline.from_pretrained(file)
+    pipe.set_progress_bar_config(disable=True)
+    sampled = pipe(prompt=list(PROMPTS), generator=torch.Generator().manual_seed(0), output_type="latent")[0]
+    assert float((sampled - expected).norm() / expected.norm()) < 1e-4
+    assert float((sampled - teacher).norm() / expected.norm()) > 1e-3
+
+
+def test_layers_that_the_base_lacks_are_refused(bases: Callable[[str], Path], prompts: str, tmp_path: Path) -> None:
+    task = task_of("pixart", bases("pixart"), prompts)
+    config = load_config(None, ["critic.targets=[to_q,to_nothing]"])
+    with pytest.raises(TDMError, match="no layer of PixArtTransformer2DModel has a name that ends in to_nothing"):
+        distill(task, config, tmp_path / "run", report=lambda _: None)
 
 
 @torch.no_grad()

@@ -20,22 +20,11 @@ from tdm.training.loop import distill
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from torch import Tensor
 
-PROMPTS = ["a red cube", "a cat"]
+from .base_tasks import task_of
+
+PROMPTS = ["a red cube", "a cat"]  # as many as latents
 WITH_TEXT = ("sd15", "sdxl", "sd3", "flux")  # families whose stock loader takes LoRAs for text encoders
 FAST = ["updates=4", "batch_size=2", "student.rank=2", "critic.rank=2", "output.preview_every=0"]
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> str:
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(PROMPTS))
-    return str(path)
-
-
-def task_of(family: str, base: Path, prompts: str, **changes: Any) -> PipelineTask:
-    call = tiny.call_kwargs(family)
-    size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
-    return PipelineTask(PipelineTaskConfig(model=str(base), prompts=prompts, **{**size, **changes}))
 
 
 NO_SIZE: dict[str, Any] = {"height": None, "width": None, "num_frames": None}

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,9 +23,9 @@ from tdm.training.tasks.prompt_cache import PromptCache, TextEncoders, build_cac
 from torch import nn
 from transformers import PreTrainedModel
 
+from .base_tasks import task_of
+
 PROMPTS = ["a red cube", "two stars above a tree", "a cat", "a cat", "three green rings"]
-DRAWN = ["a cat", "three green rings", "a red cube"]
-UNMASKED = ("sd15", "sdxl", "sd3", "cogvideox", "flux", "wan")  # the network sees the padding: it must be all there
 
 
 @pytest.fixture
@@ -36,10 +35,8 @@ def prompts(tmp_path: Path) -> str:
     return str(path)
 
 
-def task_of(family: str, base: Path, prompts: str, **changes: Any) -> PipelineTask:
-    call = tiny.call_kwargs(family)
-    size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
-    return PipelineTask(PipelineTaskConfig(model=str(base), prompts=prompts, **{**size, **changes}))
+DRAWN = ["a cat", "three green rings", "a red cube"]
+UNMASKED = ("sd15", "sdxl", "sd3", "cogvideox", "flux", "wan")  # the network sees the padding: it must be all there
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

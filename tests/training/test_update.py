@@ -34,7 +34,7 @@ class Bench:
             self.call,
             schedule=FLOW,
             prediction_type="flow_prediction",
-            targets=["0", "2"],
+            targets={"student": ["0", "2"], "critic": ["0", "2"]},
             rank={"student": 2, "critic": 2},
             alpha={"student": None, "critic": None},
             generator=self.generator,

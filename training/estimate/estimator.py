@@ -50,7 +50,7 @@ GPUS = {
     )
 }
 
-# Bytes of a weight: of linear layers, and of all else. nf4 and int8 have a scale for every 64 weights and every row.
+# Bytes of a weight: of linear layers, and of all else. nf4 has a scale for every 64 weights, in 8 bits itself.
 _BYTES: dict[Storage, tuple[float, float]] = {
     "auto": (2, 2),
     "fp32": (4, 4),
@@ -58,7 +58,8 @@ _BYTES: dict[Storage, tuple[float, float]] = {
     "fp16": (2, 2),
     "fp8": (1, 2),
     "int8": (1, 2),
-    "nf4": (0.5 + 4 / 64, 2),
+    "llm_int8": (1, 2),
+    "nf4": (0.5 + 1 / 64 + 4 / 64 / 256, 2),
 }
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of an optimiser's state for a weight
 
@@ -191,7 +192,7 @@ def _unpacked(rehearsal: Rehearsal, memory: MemoryConfig) -> float:
     sizes = [2.0 * shape.numel() for kind, shape in rehearsal.shapes if kind == "linear"]
     if memory.base == "fp8":
         return _in_passing(rehearsal, memory, sum(sizes))
-    return max(sizes, default=0.0) if memory.base in ("int8", "nf4") else 0.0
+    return max(sizes, default=0.0) if memory.base in ("int8", "llm_int8", "nf4") else 0.0
 
 
 def lighter(config: DistillConfig, processes: int = 1, *, offload: bool = True) -> Iterator[tuple[str, DistillConfig]]:

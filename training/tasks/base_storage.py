@@ -32,7 +32,7 @@ def storage_on(memory: MemoryConfig, device: torch.device) -> Storage:
         raise TDMError("memory.offload is for a GPU; on a CPU the base is in main memory anyway: set it to false")
     if memory.base == "auto":
         return "bf16" if gpu else "fp32"
-    needed = {"nf4": "bitsandbytes", "int8": "torchao"}.get(memory.base)
+    needed = {"nf4": "bitsandbytes", "llm_int8": "bitsandbytes", "int8": "torchao"}.get(memory.base)
     if needed is not None and importlib.util.find_spec(needed) is None:
         raise TDMError(f"memory.base={memory.base} needs {needed}, which is not installed: pip install {needed}")
     return memory.base
@@ -71,8 +71,8 @@ def load_denoiser(
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(network, Int8WeightOnlyConfig(), device=device)
-    elif storage == "nf4":
-        _to_nf4(network, device, dtype)
+    elif storage in ("llm_int8", "nf4"):
+        _to_bitsandbytes(network, _nf4 if storage == "nf4" else _llm_int8, device, dtype)
     elif storage == "fp8":
         # A convolution keeps its own weight for the backward pass and would find it in 8 bits; linear layers do not.
         network.enable_layerwise_casting(torch.float8_e4m3fn, dtype, skip_modules_classes=_CONVOLUTIONS)
@@ -83,24 +83,44 @@ def load_denoiser(
     return network, dtype
 
 
-def _to_nf4(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Linear layers in 4 bits (QLoRA's NF4, blocks of 64), one at a time on the device. Not diffusers' own way, which
-    reads a file into 4 bits: there LoRAs could not be merged first, and a CPU is refused that bitsandbytes serves.
+def _to_bitsandbytes(
+    network: nn.Module,
+    smaller: Callable[[nn.Linear, torch.dtype], nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Linear layers made smaller, one at a time on the device. Not diffusers' own way, which reads a file into 4 or 8
+    bits: there LoRAs could not be merged first, and a CPU is refused that bitsandbytes serves.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
     whole = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())  # by diffusers: what asks weights for a dtype
     for place, module in list(network.named_modules()):
         for name, layer in list(module.named_children()):
             if type(layer) is not nn.Linear or any(part in f"{place}.{name}".split(".") for part in whole):
                 continue
-            small = Linear4bit(
-                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4"
-            )
-            small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
+            small = smaller(layer, dtype)
             small.bias = layer.bias
-            small.support_avx512bf16_for_cpu = False  # its repacking is for inference, and not of every shape
             setattr(module, name, small.to(device))
+
+
+def _nf4(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """QLoRA's NF4, in blocks of 64."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    shape = layer.in_features, layer.out_features, layer.bias is not None
+    small = Linear4bit(*shape, compute_dtype=dtype, quant_type="nf4")
+    small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=small)
+    small.support_avx512bf16_for_cpu = False  # its repacking is for inference, and not of every shape
+    return small
+
+
+def _llm_int8(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:  # noqa: ARG001
+    """LLM.int8(): rows of the weight in 8 bits, outliers among the activations (beyond 6) in 16."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    shape = layer.in_features, layer.out_features, layer.bias is not None
+    small = Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
+    small.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    return small
 
 
 def can_offload(network: nn.Module) -> bool:

@@ -108,6 +108,21 @@ class TestFresh(io.ComfyNode):
         return io.NodeOutput({**latent, "nonce": nonce})
 
 
+class TestLittleMemory(io.ComfyNode):
+    """Has core load a MODEL with memory for half of it."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Model.Input("model")]
+        return io.Schema(node_id="TestLittleMemory", category="test", inputs=inputs, outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model):
+        model.detach()
+        model.partially_load(model.load_device, model.model_size() // 2)
+        return io.NodeOutput(model)
+
+
 class TestVideoLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -120,4 +135,4 @@ class TestVideoLatent(io.ComfyNode):
 
 class TestPack(ComfyExtension):
     async def get_node_list(self):
-        return [TestModel, TestPrompt, TestSigmas, TestFresh, TestVideoLatent, TestClip]
+        return [TestModel, TestPrompt, TestSigmas, TestFresh, TestLittleMemory, TestVideoLatent, TestClip]

@@ -1,0 +1,189 @@
+"""The example workflows in the real front end, opened by a real browser as a user opens them, and run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tdm.tests import tiny
+from tdm.tests.browser import chromium
+from tdm.tests.pipelines.lora_files import LAYOUTS, Update, tensors_of
+from tdm.tests.pipelines.students import lora_for
+from tdm.training.world.scene import Group, Scene
+from tdm.training.world.verify import verify
+
+from . import tiny_sd15
+from .conftest import Checkpoint
+from .front_end import FrontEnd
+from .server import Graph, PromptError, Server
+from .workflows import FOLDER, WORKFLOWS, stand_ins
+
+STARS = Scene("night", (Group(2, "red", "star"), Group(1, "blue", "moon")), "above")
+REDRAWN = Scene("night", (Group(2, "yellow", "star"), Group(1, "green", "moon")), "above")
+BUNDLED = {"tdm-first-picture": STARS, "tdm-bundled": STARS, "tdm-image-to-image": REDRAWN, "tdm-compare": STARS}
+SYNTHESISED = [name for name, each in WORKFLOWS.items() if each.too_large is None and name not in BUNDLED]
+
+
+class Opened(NamedTuple):
+    """A workflow after it was opened.
+
+    Attributes:
+        complaints: what the front end shows a user about it.
+        errors: what it wrote to the console.
+        prompt: what Run would send.
+    """
+
+    complaints: str
+    errors: list[str]
+    prompt: Graph
+
+
+Open = Callable[[str], Opened]
+
+
+@pytest.fixture(scope="module")
+def models(server: Server, checkpoint: Checkpoint) -> Path:
+    """The server's, with small weights under the names that the workflows use; empty files where they cannot be."""
+    stand_ins(server.models)
+    small = server.models / "checkpoints" / checkpoint.file
+    (server.models / "checkpoints" / "DreamShaper_7_pruned.safetensors").unlink()
+    (server.models / "checkpoints" / "DreamShaper_7_pruned.safetensors").hardlink_to(small)
+    (server.models / "loras" / "add_detail.safetensors").unlink()
+    (server.models / "loras" / "add_detail.safetensors").hardlink_to(server.models / "loras" / checkpoint.style)
+    pairs = tiny_sd15.lora(checkpoint.unet)
+    student = [Update("unet", name, (name,), *pair) for name, pair in pairs.items()]
+    torch.save(tensors_of(LAYOUTS["kohya"], student), server.models / "loras" / "tdm_dreamshaper.pt")
+    video = tiny.build("cogvideox")
+    video.save_pretrained(server.models / "diffusers" / "CogVideoX-2b")
+    save_file(lora_for(video.transformer), server.models / "loras" / "tdm_cogvideox_2b_lora.safetensors")
+    return server.models
+
+
+@pytest.fixture(scope="module")
+def front_end(server: Server, models: Path) -> Iterator[FrontEnd]:  # noqa: ARG001
+    with chromium() as browser:
+        yield FrontEnd(browser, server.address)
+
+
+@pytest.fixture(scope="module")
+def opened(front_end: FrontEnd) -> Open:
+    """Opens each workflow once."""
+
+    @functools.cache
+    def open_template(name: str) -> Opened:
+        front_end.errors.clear()
+        complaints = front_end.open_template(name)
+        return Opened(complaints, list(front_end.errors), front_end.prompt())
+
+    return open_template
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_it_opens_without_a_complaint(opened: Open, name: str) -> None:
+    """No node is missing, and no file: each is in the folder that the note names."""
+    assert (opened(name).complaints, opened(name).errors) == ("", [])
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_run_would_send_the_prompt_that_it_was_made_of(opened: Open, name: str) -> None:
+    made_of = WORKFLOWS[name].graph.items()
+    assert opened(name).prompt == {
+        number: {key: each[key] for key in ("class_type", "inputs")} for number, each in made_of
+    }
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_its_note_names_all_of_its_files(name: str) -> None:
+    nodes = WORKFLOWS[name].graph.values()
+    texts = [value for each in nodes for value in each["inputs"].values() if isinstance(value, str)]
+    named = {Path(text).name for text in texts if text.endswith((".safetensors", ".ckpt", ".pt"))}
+    (note,) = (node for node in saved(name)["nodes"] if node["type"] == "MarkdownNote")
+    assert {Path(file).name for file in WORKFLOWS[name].files} >= named
+    assert all(f"**{file}**" in note["widgets_values"][0] for file in WORKFLOWS[name].files)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_no_node_covers_another(name: str) -> None:
+    title = 30
+    boxes = [(*node["pos"], *node["size"]) for node in saved(name)["nodes"]]
+    for (x, y, width, height), (left, top, w, h) in itertools.combinations(boxes, 2):
+        beside = x + width <= left or left + w <= x
+        below = y + height <= top - title or top + h <= y - title
+        assert beside or below, f"{(x, y)} and {(left, top)}"
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_bundled_model_draws_what_the_prompt_says(server: Server, opened: Open, name: str) -> None:
+    for picture in pictures(server, opened(name).prompt):
+        small = torch.from_numpy(picture[::6, ::6]).permute(2, 0, 1)  # they were enlarged six times
+        halves = small.split(64, dim=2)  # teacher and student, side by side
+        assert all(verdict.correct for verdict in verify(torch.stack(halves), [BUNDLED[name]] * len(halves)))
+
+
+@pytest.mark.parametrize("name", SYNTHESISED)
+def test_it_runs_on_weights_of_its_kind(server: Server, opened: Open, name: str) -> None:
+    """Random ones of the right layout, under the right names, at a small size."""
+    prompt = copy.deepcopy(opened(name).prompt)
+    for each in prompt.values():
+        sizes = {"width": 64, "height": 64, "length": 9}
+        each["inputs"] |= {key: size for key, size in sizes.items() if key in each["inputs"]}
+    if name == "tdm-cogvideox-2b":
+        (video,) = files(server, prompt)
+        assert video.suffix == ".mp4"
+        return
+    (picture,) = pictures(server, prompt)
+    assert picture.shape == (64, 64, 3)
+    assert picture.std() > 1
+    without = copy.deepcopy(prompt)
+    (student,) = (each for each in without.values() if each["class_type"] == "TDMLoadStudent")
+    student["inputs"]["strength"] = 0.0
+    assert not np.array_equal(picture, pictures(server, without)[0])
+
+
+@pytest.mark.parametrize("name", [name for name, each in WORKFLOWS.items() if each.too_large])
+def test_the_server_takes_it_and_gets_as_far_as_the_weights(server: Server, opened: Open, name: str) -> None:
+    """Those weights cannot be made small (`Workflow.too_large` says why): here they are empty files."""
+    with pytest.raises(PromptError, match="header"):
+        server.run(opened(name).prompt)
+
+
+def test_the_template_browser_shows_all_with_their_pictures(server: Server, front_end: FrontEnd) -> None:
+    assert sorted(server.get("api/workflow_templates")["tdm_pack"]) == sorted(WORKFLOWS)
+    assert {file.name for file in FOLDER.iterdir()} == {
+        f"{name}{end}" for name in WORKFLOWS for end in (".json", ".jpg")
+    }
+    front_end.browse_templates()
+    for name in WORKFLOWS:
+        card = front_end.page.get_by_test_id(f"template-workflow-{name}")
+        card.scroll_into_view_if_needed()
+        shown = card.locator("img").first
+        front_end.page.wait_for_function("img => img.complete", arg=shown.element_handle())
+        with Image.open(FOLDER / f"{name}.jpg") as picture:
+            assert shown.evaluate("img => [img.naturalWidth, img.naturalHeight]") == list(picture.size)
+        assert (FOLDER / f"{name}.jpg").stat().st_size < 150_000
+    front_end.page.keyboard.press("Escape")
+
+
+def saved(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def files(server: Server, prompt: Graph) -> list[Path]:
+    """What the nodes that save write."""
+    outputs = server.run(prompt).outputs.values()
+    found = [file for output in outputs for key in ("images", "video") for file in output.get(key, [])]
+    return [server.output / file["subfolder"] / file["filename"] for file in found if file["type"] == "output"]
+
+
+def pictures(server: Server, prompt: Graph) -> list[np.ndarray]:
+    return [np.array(Image.open(file).convert("RGB")) for file in files(server, prompt)]

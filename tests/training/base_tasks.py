@@ -1,0 +1,19 @@
+"""The task of distilling one of the tiny pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tdm.tests import tiny
+from tdm.training.config import MemoryConfig
+from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+
+PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
+
+
+def task_of(family: str, base: Path, prompts: str, memory: MemoryConfig | None = None, **changes: Any) -> PipelineTask:
+    """At the size that tests call the family's pipeline with."""
+    call = tiny.call_kwargs(family)
+    size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
+    return PipelineTask(PipelineTaskConfig(model=str(base), prompts=prompts, **{**size, **changes}), memory)
