@@ -66,7 +66,7 @@ def visit(client: Client, number: int, pictures: int, figures: Figures) -> None:
                 break
             time.sleep(0.1)
         with figures.lock:
-            figures.ends["cancelled" if cancelled and end != "lost" else end] += 1
+            figures.ends["cancelled" if cancelled and job.done() else end] += 1  # nobody waits for its answer
             if end == "served":
                 figures.waits.append(time.monotonic() - begun)
             if places:

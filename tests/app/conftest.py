@@ -83,7 +83,7 @@ def app(tmp_path_factory: pytest.TempPathFactory, students: Path) -> Iterator[Ap
     running.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while it is open nothing else can have an event loop in this thread
 def browser() -> Iterator[Browser]:
     with chromium() as found:
         yield found
