@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import urllib.request
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, TimeoutError, expect
 from tdm.tests.browser import chromium
 
 from .front_end import FrontEnd
@@ -105,5 +106,10 @@ def click_on(page: Page, node: str) -> str:
         }""",
         node,
     )
-    page.mouse.click(x, y)
+    button = page.get_by_test_id("info-button")
+    for _ in range(20):  # a page that is still busy with the graph may not take the first click
+        page.mouse.click(x, y)
+        with contextlib.suppress(TimeoutError):
+            button.wait_for(timeout=5_000)
+            break
     return title
