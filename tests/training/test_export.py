@@ -36,6 +36,7 @@ SETTINGS = [
     "updates=2",
     "batch_size=2",
     "precision=fp32",
+    "trajectory.shift=1",  # of the bundled configuration it is 2, which is for flow models
     "student.rank=2",
     "student.alpha=3",
     "student.lr=0.02",
