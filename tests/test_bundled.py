@@ -46,8 +46,7 @@ def test_student_at_four_calls_draws_what_it_is_asked(pipe: TDMPipeline) -> None
 
 
 def test_undistilled_network_at_four_calls_is_worse(pipe: TDMPipeline) -> None:
-    """By 0.15 to 0.2; the standard error of the difference is 0.03 here."""
-    assert accuracy(pipe, "teacher, 4 steps", 192) <= accuracy(pipe, "student, 4 steps", 192) - 0.1
+    assert accuracy(pipe, "teacher, 4 steps", 192) <= accuracy(pipe, "student, 4 steps", 192) - 0.15
 
 
 def test_a_seed_is_one_picture_alone_or_in_a_batch(pipe: TDMPipeline) -> None:
