@@ -43,12 +43,12 @@ def _check_files(config: DistillConfig, out: Path, resume: bool) -> None:
 
 def _check_task(config: DistillConfig) -> str:
     """What the run will take; building task and trajectory in outline is what checks them."""
-    from ..training.trajectory import Trajectory
+    from ..training.trajectory import build_trajectories
 
     if config.task.get("name") != "pipeline":
         from ..training.tasks import build_task
 
-        Trajectory(config.trajectory, build_task(config.task, config.memory, "cpu").schedule)
+        build_trajectories(config.trajectory, build_task(config.task, config.memory, "cpu").schedule)
         return "no estimate: that is for pipelines"
     from ..training.config import from_dict
     from ..training.estimate.estimator import Estimator

@@ -17,10 +17,10 @@ def read_settings(settings: Sequence[str]) -> DistillConfig:
         TDMError: what `load_config` refuses.
     """
     from ..training.config import load_config
-    from ..training.presets import MEMORY
+    from ..training.presets import BEHIND
 
     configs = [text for text in settings if "=" not in text]
-    if all(config in MEMORY for config in configs):
+    if all(config in BEHIND for config in configs):
         configs = ["bundled", *configs]
     return load_config(configs, [text for text in settings if "=" in text])
 

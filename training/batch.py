@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..pipelines.families import Condition
 from ..pipelines.families.base import on_device
+from .config import Band
 from .trajectory import Trajectory
 
 
@@ -25,17 +26,23 @@ class Renoise(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Conditions with their unconditional counterpart (``{}`` without guidance), start noise ``[B, ...]``, the stage of
-    each sample ``[B]`` (CPU), latest first, and the re-noising for the critic and for the student (None: the student is
-    not trained on it, or shares the critic's).
+    """The trajectory that is trained on, conditions with their unconditional counterpart (``{}`` without guidance),
+    start noise ``[B, ...]``, the stage of each sample ``[B]`` (CPU), latest first, and the re-noising for the critic
+    and for the student (None: the student is not trained on it, or shares the critic's).
+
+    Two are there only where they are asked for: the re-noising of a decoupled guidance term, and the noise ``[B, K,
+    ...]`` of a stochastic sampler's steps.
     """
 
+    trajectory: Trajectory
     cond: Condition
     null: Condition
     noise: Tensor
     stages: Tensor
     critic: Renoise
     student: Renoise | None
+    guidance: Renoise | None = None
+    fresh: Tensor | None = None
 
     def part(self, i: int, n: int) -> Batch:
         """Every n-th sample from the i-th on, so that all parts have about the same stages, latest first."""
@@ -45,12 +52,15 @@ class Batch(NamedTuple):
             return Renoise(*(value[here] for value in renoise))
 
         return Batch(
+            trajectory=self.trajectory,
             cond={key: value[here] for key, value in self.cond.items()},
             null={key: value[here] for key, value in self.null.items()},
             noise=self.noise[here],
             stages=self.stages[here],
             critic=of(self.critic),
-            student=None if self.student is None else of(self.student),
+            student=self.student and of(self.student),
+            guidance=self.guidance and of(self.guidance),
+            fresh=None if self.fresh is None else self.fresh[here],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -64,7 +74,9 @@ class Batch(NamedTuple):
             null=on_device(self.null, device),
             noise=self.noise.to(device, non_blocking=True),
             critic=move(self.critic),
-            student=None if self.student is None else move(self.student),
+            student=self.student and move(self.student),
+            guidance=self.guidance and move(self.guidance),
+            fresh=None if self.fresh is None else self.fresh.to(device, non_blocking=True),
         )
 
 
@@ -76,17 +88,25 @@ def draw_batch(
     generator: torch.Generator,
     *,
     student: bool,
+    guidance_band: Band | None = None,
 ) -> Batch:
     """Noise ``shape`` ``= (B, ...)``, stages and re-noisings for ``B`` conditions, from the run's CPU generator: a seed
     is the same noise on every device.
 
     Args:
         student: draw a re-noising for the student as well.
+        guidance_band: that of tau in a decoupled guidance term; None if there is none.
     """
     noise = torch.randn(shape, generator=generator)
     stages = trajectory.draw_stages(shape[0], generator)
 
-    def renoise() -> Renoise:
-        return Renoise(trajectory.draw_tau(stages, generator), torch.randn(shape, generator=generator))
+    def renoise(band: Band | None = None) -> Renoise:
+        return Renoise(trajectory.draw_tau(stages, generator, band), torch.randn(shape, generator=generator))
 
-    return Batch(cond, null, noise, stages, renoise(), renoise() if student else None)
+    critic = renoise()
+    again = renoise() if student else None
+    guidance = renoise(guidance_band) if student and guidance_band else None
+    fresh = None
+    if trajectory.config.sampler == "stochastic":
+        fresh = torch.randn(shape[0], len(trajectory), *shape[1:], generator=generator)
+    return Batch(trajectory, cond, null, noise, stages, critic, again, guidance, fresh)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,15 +26,30 @@ T = TypeVar("T")
 _ITEMS = {float: "numbers", int: "numbers", str: "texts"}  # in errors
 
 
+Band = Literal["separate", "overlap", "full"]
+
+
 @dataclass(frozen=True)
 class TrajectoryConfig:
     """The student's own grid, and where along it the distributions are matched."""
 
-    steps: int = 4  # K, the student's number of steps
+    steps: int = 4  # K, the student's number of steps; with `unify` that of previews, evaluation and `best`
+    # Step counts that one student learns together, `steps` among them (TDM-unify): each update draws one.
+    unify: tuple[int, ...] | None = None
+    # How a unified student knows which. timestep: no two step counts share a timestep, so a plain LoRA knows (the
+    # critic, which nobody ships, is told by an embedding); embedding: one for each, added to the time embedding of
+    # student and critic, so that the student needs code at inference and cannot be exported; none: neither is told.
+    tell_steps: Literal["timestep", "embedding", "none"] = "timestep"
+    spread: float = 0.02  # tell_steps=timestep: each step count starts by this share of the range below the one before
     timesteps: tuple[float, ...] | None = None  # the grid, strictly decreasing; None: uniform steps (with `shift`)
     shift: float = 1.0  # flow models: time shift of the grid and of tau (SD3 3.0); must be 1 for epsilon and v models
-    # separate: tau in [t_{k-1}, t_k], so one critic serves all stages; overlap: tau in [t_{k-1}, T].
-    bands: Literal["separate", "overlap"] = "separate"
+    # The next state has the student's own noise (DDIM, Euler), or fresh noise (consistency models, DMD2).
+    sampler: Literal["deterministic", "stochastic"] = "deterministic"
+    # What is diffused up to tau: the state x_m a stage ends in, or the clean prediction x0 (the paper's key ablation).
+    renoise: Literal["state", "clean"] = "state"
+    # separate: tau in [t_{k-1}, t_k], so one critic serves all stages; overlap: tau in [t_{k-1}, T]; full: all of it,
+    # for renoise=clean.
+    bands: Band = "separate"
     tau_min: float = 0.02  # tau stays inside this part of the (unshifted) time range,
     tau_max: float = 0.98  # where both scores are well defined,
     margin: float = 0.02  # and this far above the stage's end, where a subinterval target would blow up
@@ -46,11 +61,23 @@ class TrajectoryConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the student minimises (training/losses.py)."""
+    """What the student minimises (training/objectives)."""
 
+    # matching: TDM, DMD and SiD, the student's distribution against the teacher's; consistency: LCM, against itself one
+    # step of the teacher further on; regression: onto the end of the teacher's ODE. The last two train no critic.
+    name: Literal["matching", "consistency", "regression"] = "matching"
+    gradient: Literal["kl", "sid"] = "kl"  # matching: along the scores' difference, or through both of them (SiD)
+    sid_alpha: float = 1.0  # of SiD: 1 to 1.2 in its papers
+    ode_steps: int = 16  # consistency, regression: guided steps of the teacher's ODE over the whole range
     guidance_scale: float = 1.0  # w of the teacher; 1 is none and saves one of 6.5 passes
-    # w of each stage, the noisiest first; None: guidance_scale in all. Previews and evaluation keep guidance_scale.
+    # w of each stage, the noisiest first; None: guidance_scale in all. Previews and evaluation keep guidance_scale. A
+    # unified student's other step counts take those at the same share of their steps.
     stage_guidance: tuple[float, ...] | None = None
+    # decoupled: (w - 1)(x0(c) - x0(uncond)) is a term of its own, with its own tau and weight (Decoupled DMD); one pass
+    # more.
+    guidance_term: Literal["coupled", "decoupled"] = "coupled"
+    guidance_band: Band = "overlap"  # of the decoupled term's tau
+    guidance_weight: float = 1.0  # of the decoupled term
     rho: Rho = "pseudo_huber"  # the penalty: pseudo_huber (elementwise), vector_huber (whole sample), mse
     huber_c: float | None = None  # its width; None: 1e-3 (pseudo_huber), 0.00054 sqrt(d) (vector_huber)
     normalise: bool = True  # divide by mean |x0 - x0_teacher| per sample
@@ -302,6 +329,7 @@ def _validate(c: DistillConfig) -> None:
         c.objective.huber_c is None or c.objective.huber_c > 0,
         f"objective.huber_c must be positive, not {c.objective.huber_c}",
     )
+    _validate_objective(c, need)
     for name, role in (("student", c.student), ("critic", c.critic)):
         need(role.rank > 0, f"{name}.rank must be positive, not {role.rank}")
         need(role.alpha is None or role.alpha > 0, f"{name}.alpha must be positive, not {role.alpha}")
@@ -323,3 +351,32 @@ def _validate(c: DistillConfig) -> None:
         "output.log_every and output.teacher_steps must be positive",
     )
     need(c.output.keep > 0, "output.keep must be positive: the last checkpoint is always kept")
+
+
+def _validate_objective(c: DistillConfig, need: Callable[[bool, str], None]) -> None:
+    """What objective, critic and trajectory ask of each other."""
+    t, o = c.trajectory, c.objective
+    if t.unify is not None:
+        known = len(set(t.unify)) == len(t.unify) and all(k > 0 for k in t.unify)
+        need(
+            known and t.steps in t.unify,
+            f"trajectory.unify wants step counts, trajectory.steps (it is {t.steps}) among them",
+        )
+        need(t.timesteps is None, "trajectory.timesteps is the grid of one step count; leave it out with unify")
+    need(0 < t.spread < 0.2, f"trajectory.spread must be in (0, 0.2), not {t.spread}")
+    for name, band in (("trajectory.bands", t.bands), ("objective.guidance_band", o.guidance_band)):
+        need(band != "full" or t.renoise == "clean", f"{name}=full goes below the states; set trajectory.renoise=clean")
+    need(o.ode_steps >= t.steps, f"objective.ode_steps must be at least trajectory.steps, not {o.ode_steps}")
+    need(o.guidance_weight >= 0, f"objective.guidance_weight must not be negative, not {o.guidance_weight}")
+    matching = o.name == "matching"
+    need(matching or o.gradient == "kl", f"objective.gradient=sid is for objective.name=matching, not {o.name}")
+    need(matching or c.critic.head_start == 0, f"objective.name={o.name} trains no critic: critic.head_start must be 0")
+    decoupled = o.guidance_term == "decoupled"
+    need(
+        not decoupled or (matching and o.gradient == "kl" and o.guidance_scale > 1),
+        "objective.guidance_term=decoupled wants the objective matching with gradient kl, and a guidance_scale above 1",
+    )
+    need(
+        not c.critic.share_noise or (matching and o.gradient == "kl" and not decoupled),
+        "critic.share_noise is for the objective matching with gradient kl and coupled guidance",
+    )

@@ -24,7 +24,7 @@ class Passes:
     prefix: float
     student: int
     critic: int
-    teacher: int
+    teacher: float
     score: int
     student_backward: int
     critic_backward: int
@@ -44,19 +44,32 @@ def passes(config: DistillConfig, processes: int = 1) -> Passes:
     """The passes of an update of student and critic: 6.5 forwards and 2 backwards at K = 4 with guidance.
 
     ``critic.share_noise`` saves the critic's second look (5.5). Without it, several micro batches cost the student's
-    one step again (7.5), since its gradient has to wait until the critic has learned from all of them.
+    one step again (7.5), since its gradient has to wait until the critic has learned from all of them. Of a unified
+    student they are a mean over its step counts. The backward pass of SiD goes through teacher and critic as well,
+    which is counted as one.
 
     Args:
         config: of the run.
         processes: that share a batch, a device each.
     """
-    k, n, share = config.trajectory.steps, config.critic.per_student, config.critic.share_noise
+    t, o, n, share = config.trajectory, config.objective, config.critic.per_student, config.critic.share_noise
+    counts = t.unify or (t.steps,)
+    prefix = sum(k - 1 for k in counts) / 2 / len(counts)
+    teacher = 1 if o.guidance_scale == 1 else 2
+    if o.name == "consistency":  # the sample, the target and the prediction
+        return Passes(prefix, student=3, critic=0, teacher=teacher, score=0, student_backward=1, critic_backward=0)
+    if o.name == "regression":
+        # The teacher's grid has about this many steps below each stage's start.
+        ode = sum(round(o.ode_steps * (k - i) / k) / k for k in counts for i in range(k)) / len(counts)
+        return Passes(
+            prefix, student=1, critic=0, teacher=teacher * ode, score=0, student_backward=1, critic_backward=0
+        )
     again = micro_batches(config, processes) > 1 and not share
     return Passes(
-        prefix=n * (k - 1) / 2,
+        prefix=n * prefix,
         student=n + again,
         critic=n,
-        teacher=1 if config.objective.guidance_scale == 1 else 2,
+        teacher=teacher + (o.guidance_term == "decoupled"),
         score=0 if share else 1,
         student_backward=1,
         critic_backward=n,

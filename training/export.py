@@ -20,6 +20,7 @@ from ..errors import TDMError
 from ..pipelines.student import MERGED_FILE, STUDENT_FILE, Layout, StudentRecipe, save_student
 from .checkpoint import read_checkpoint
 from .config import DistillConfig, from_dict
+from .roles import STEPS
 
 Which = Literal["mean", "best", "last"]
 """The running mean of the student's weights at the end, the mean at its best evaluation, or the last weights."""
@@ -97,8 +98,13 @@ def export_student(
     """Write the student as one self-describing file; see ``save_student``.
 
     Raises:
-        TDMError: the run trained whole weights, or as ``save_student``.
+        TDMError: the run trained whole weights or an embedding of the step count, or as ``save_student``.
     """
+    if STEPS in run.weights:
+        raise TDMError(
+            "this student is told its step count by an embedding, which needs code at inference; to export one, "
+            "train it with trajectory.tell_steps=timestep"
+        )
     if run.config.full_weights:
         raise TDMError("this run trained whole weights, which are no LoRA; export it with --format merged")
     alpha = run.config.student.alpha

@@ -86,11 +86,9 @@ class Log:
         if not self.window:
             return
         names = {name for metrics in self.window for name in metrics}
-        nan = torch.tensor(math.nan)
-        table = {
-            name: torch.stack([m.get(name, nan).to(self.window[0]["critic_loss"].device) for m in self.window]).cpu()
-            for name in sorted(names)
-        }
+        device = next(iter(self.window[0].values())).device
+        nan = torch.tensor(math.nan, device=device)
+        table = {name: torch.stack([m.get(name, nan) for m in self.window]).cpu() for name in sorted(names)}
         self._check_finite(table)
         line = {name: value for name in table if not math.isnan(value := float(table[name].nanmean()))}
         now = time.monotonic()

@@ -4,7 +4,7 @@ update.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from ..errors import TDMError
 from .batch import Batch, draw_batch
 from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
-from .config import DistillConfig, RoleConfig
+from .config import DistillConfig, RoleConfig, TrajectoryConfig
 from .cost import micro_batches
 from .log import Log, print_line
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
@@ -22,8 +22,8 @@ from .precision import Precision, best_precision
 from .processes import Processes, shard
 from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Role, Roles
 from .run import Callback, Run, Task
-from .trajectory import Trajectory
-from .update import tdm_update
+from .trajectory import Trajectory, build_trajectories
+from .update import update
 
 
 def distill(
@@ -60,24 +60,35 @@ def distill(
         config = replace(config, precision=_best_precision(task, config))
     portions = _portions(config, processes)
     generator = torch.Generator().manual_seed(config.seed)
-    trajectory = Trajectory(config.trajectory, task.schedule)
+    trajectories = build_trajectories(config.trajectory, task.schedule)
     roles = build_roles(task, config, generator)
     if config.memory.shard:
         shard(task.base, [weight for role in ROLES for weight in roles.parameters(role)])
     settings: dict[Role, RoleConfig] = {"student": config.student, "critic": config.critic}
     optimizers = {role: build_optimizer(roles.parameters(role), c, config.memory) for role, c in settings.items()}
     ema = Ema(roles, decay=config.ema.decay, warmup=config.ema.warmup)
-    run = Run(task, config, out, roles, trajectory, ema)
+    run = Run(task, config, out, roles, trajectories, ema)
     parts: dict[str, Any] = {"config": config, "roles": roles, "ema": ema, "optimizers": optimizers}
     parts["generator"] = generator
     if resume:
         run.step = restore_checkpoint(checkpoint, **parts, report=report)
     log = Log(run, callbacks, report) if processes.first else None
+    guidance_band = config.objective.guidance_band if config.objective.guidance_term == "decoupled" else None
 
     def draw(student: bool) -> list[Batch]:
         cond, shape = task.conditions(config.batch_size, generator)
         null = task.null(cond) if config.objective.guidance_scale != 1 else {}
-        batch = draw_batch(trajectory, cond, null, (config.batch_size, *shape), generator, student=student)
+        k = draw_steps(run.trajectories, generator)
+        cond, null = (run.told(c, k, config.batch_size) for c in (cond, null))
+        batch = draw_batch(
+            run.trajectories[k],
+            cond,
+            null,
+            (config.batch_size, *shape),
+            generator,
+            student=student,
+            guidance_band=guidance_band,
+        )
         return [batch.part(i, portions).to(task.device) for i in range(processes.rank, portions, processes.size)]
 
     output = config.output
@@ -85,13 +96,13 @@ def distill(
         for role, c in settings.items():
             set_learning_rate(optimizers[role], learning_rate(c, run.step, config.updates))
         student_too = run.step >= config.critic.head_start
-        metrics = tdm_update(roles, trajectory, config, draw, optimizers, processes, train_student=student_too)
+        metrics = update(roles, config, draw, optimizers, processes, train_student=student_too)
         if student_too:
             ema.update()
         run.step += 1
 
         # Every process makes the pictures, for a sharded base needs them all; only the first writes.
-        evaluation = task.evaluate(run.student, run.teacher) if run.due(output.evaluate_every) else {}
+        evaluation = run.evaluate() if run.due(output.evaluate_every) else {}
         preview = task.preview(run.student, run.teacher, run.critic) if run.due(output.preview_every) else None
         if log is not None:
             log.add(metrics)
@@ -105,7 +116,7 @@ def distill(
         stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
         if log is not None and (stopping or run.step == config.updates or run.due(output.checkpoint_every)):
             log.flush()  # a run that diverged must not replace its last good checkpoint
-            save_checkpoint(checkpoint, step=run.step, recipe=task.recipe(trajectory), **parts)
+            save_checkpoint(checkpoint, step=run.step, recipe=task.recipe(run.trajectories), **parts)
         if stopping:
             break
     processes.wait()  # for what the first one still writes
@@ -179,6 +190,7 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
             device=task.device,
             **kind,
         )
+    _tell_steps(roles, task, config.trajectory)
     if config.start_from is not None:
         saved = read_checkpoint(Path(config.start_from))
         roles.load("student", saved["ema"]["weights"])
@@ -187,3 +199,17 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         elif config.critic.start == "checkpoint":
             roles.load("critic", saved["adapters"]["critic"])
     return roles
+
+
+def draw_steps(trajectories: Mapping[int, Trajectory], generator: torch.Generator) -> int:
+    """One of the step counts that a student learns; a student of one needs no randomness."""
+    counts = list(trajectories)
+    return counts[int(torch.randint(len(counts), (), generator=generator))] if len(counts) > 1 else counts[0]
+
+
+def _tell_steps(roles: Roles, task: Task, config: TrajectoryConfig) -> None:
+    """Embeddings of the step count, for those roles of a unified student's run that are told it so."""
+    if config.unify is None or config.tell_steps == "none":
+        return
+    told: tuple[Role, ...] = ROLES if config.tell_steps == "embedding" else ("critic",)
+    roles.tell_steps(told, len(config.unify), task.time_embedder)

@@ -72,8 +72,61 @@ def generator_loss(
         ``x_tau``.
     """
     with torch.no_grad():
-        target = x0 + (x0_teacher - x0_critic)
-        norm = sample_mean((x0 - x0_teacher).abs()).clamp_min(norm_min) if normalise else x0.new_ones(len(x0))
+        norm = _norm(x0, x0_teacher, norm_min) if normalise else x0.new_ones(len(x0))
+    return _move(x0, x0_teacher - x0_critic, norm, kind, c)
+
+
+def guidance_loss(
+    x0: Tensor,
+    x0_cond: Tensor,
+    x0_uncond: Tensor,
+    guidance_scale: float | Tensor,
+    *,
+    kind: Rho = "pseudo_huber",
+    c: float | None = None,
+    normalise: bool = True,
+    norm_min: float = 1e-2,
+) -> Tensor:
+    """The guidance's part of :func:`generator_loss` as a term of its own (Decoupled DMD, arXiv 2511.22677), whose tau
+    and weight are its own: ``x0`` moves along ``(w - 1)(x0_cond - x0_uncond)``, the teacher's two predictions at that
+    tau.
+
+    ``norm`` is ``mean |x0 - x0_guided|``, as in the coupled form.
+    """
+    direction = guided(x0_cond, x0_uncond, guidance_scale) - x0_cond
+    with torch.no_grad():
+        norm = _norm(x0, x0_cond + direction, norm_min) if normalise else x0.new_ones(len(x0))
+    return _move(x0, direction, norm, kind, c)
+
+
+def sid_loss(
+    x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor, *, alpha: float = 1.0, norm_min: float = 1e-2
+) -> Tensor:
+    """Score identity distillation (SiD, arXiv 2404.04057, equation 23 in x0): the Fisher divergence of the two scores.
+
+        loss = mean( (x0_teacher - x0_critic)(x0_teacher - x0) - alpha (x0_teacher - x0_critic)^2 ) / norm
+
+    Unlike :func:`generator_loss` its gradient goes through both networks' predictions, to the ``x_tau`` that they saw
+    and on to the student. ``norm`` is that of :func:`generator_loss`.
+    """
+    with torch.no_grad():
+        norm = _norm(x0, x0_teacher, norm_min)
+    apart = x0_teacher - x0_critic
+    return (sample_mean(apart * (x0_teacher - x0) - alpha * apart.square()) / norm).mean()
+
+
+def regression_loss(x0: Tensor, x0_target: Tensor, *, kind: Rho = "pseudo_huber", c: float | None = None) -> Tensor:
+    """The penalty of ``x0`` against a target without gradient: that of consistency and of regression."""
+    return rho(x0 - x0_target.detach(), kind, c).mean()
+
+
+def _norm(x0: Tensor, x0_teacher: Tensor, norm_min: float) -> Tensor:
+    return sample_mean((x0 - x0_teacher).abs()).clamp_min(norm_min)
+
+
+def _move(x0: Tensor, direction: Tensor, norm: Tensor, kind: Rho, c: float | None) -> Tensor:
+    """A loss whose gradient moves ``x0`` along ``direction`` and goes nowhere else."""
+    target = (x0 + direction).detach()
     return (rho(x0 - target, kind, c) / norm).mean()
 
 

@@ -1,6 +1,7 @@
-"""The configurations that ship: one per model family, and one per memory class to put behind it.
+"""The configurations that ship: one per model family, and to put behind it one per memory class and per objective.
 
     tdm distill sdxl 24gb task.prompts=prompts.txt student.lr=2e-4
+    tdm distill sdxl unify 24gb task.prompts=prompts.txt
 
 A configuration is named by its file, or by the bare name of one of these. The first line of each says what it is for.
 """
@@ -13,7 +14,9 @@ from pathlib import Path
 from ..errors import TDMError
 
 FOLDER = Path(__file__).parent / "configs"
-MEMORY = ("12gb", "16gb", "24gb", "node", "nodes")  # say what a run may cost, not what is distilled; smallest first
+MEMORY = ("12gb", "16gb", "24gb", "node", "nodes")  # say what a run may cost; smallest first
+OBJECTIVES = ("dmd2", "sid", "lcm", "regression", "decoupled", "unify")  # say how it learns; without one it is TDM
+BEHIND = (*MEMORY, *OBJECTIVES)  # do not say what is distilled
 
 
 def presets() -> dict[str, str]:

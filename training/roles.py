@@ -34,6 +34,15 @@ Denoiser = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 """``(base, x [B, ...], timesteps [B] float32, cond) -> model output [B, ...]``: what differs between model families."""
 
 
+STEPS = "steps_embedding"
+"""In a condition the index ``[B]`` of the step count that a network is told; among weights the vectors of all."""
+
+
+def without_steps(cond: Condition) -> tuple[Condition, Tensor | None]:
+    """A condition as the network takes it, and the step counts that it is told beside."""
+    return {key: value for key, value in cond.items() if key != STEPS}, cond.get(STEPS)
+
+
 class Roles(ABC):
     """Three roles on one frozen network.
 
@@ -47,6 +56,7 @@ class Roles(ABC):
     """
 
     _weights: dict[Role, dict[str, nn.Parameter]]
+    _told: Tensor | None = None
 
     def __init__(
         self,
@@ -61,6 +71,34 @@ class Roles(ABC):
         self.precision: Precision = precision
         base.eval().requires_grad_(False)
 
+    def tell_steps(self, roles: Sequence[Role], count: int, embedder: str) -> None:
+        """Give roles a trained vector for each of ``count`` step counts, which is added to the time embedding; it
+        starts at 0. A call tells which by ``cond[STEPS]``, indices ``[B]``; without that entry nothing is added.
+
+        Args:
+            embedder: the base's module whose output ``[B, D]`` is the time embedding.
+        """
+        for network in dict.fromkeys(self._network(role) for role in roles):
+            module = network.get_submodule(embedder)
+            module.register_forward_hook(self._add_steps)
+        width = [m for m in module.modules() if isinstance(m, nn.Linear)][-1].out_features
+        weight = next(iter(self.parameters(roles[0])))
+        for role in roles:
+            self._weights[role][STEPS] = nn.Parameter(torch.zeros(count, width, device=weight.device))
+
+    def _add_steps(self, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        return output if self._told is None else output + self._told.to(output.dtype)
+
+    @contextmanager
+    def _telling(self, role: Role | None, told: Tensor | None) -> Iterator[None]:
+        """Inside, the time embedding of a role that is told its step count has that count's vector in it."""
+        vectors = None if role is None else self._weights[role].get(STEPS)
+        self._told = None if vectors is None or told is None else vectors[told]
+        try:
+            yield
+        finally:
+            self._told = None
+
     @abstractmethod
     def _network(self, role: Role | None) -> nn.Module:
         """The network, put in order for a role (None is the teacher)."""
@@ -70,7 +108,8 @@ class Roles(ABC):
 
     def _predict(self, role: Role | None, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         network = self._network(role)
-        with autocast(self.precision, x.device.type):
+        cond, told = without_steps(cond)
+        with autocast(self.precision, x.device.type), self._telling(role, told):
             output = self.call(network, x, timesteps.to(x.device, torch.float32), cond).float()
         if output.requires_grad:  # runs before any recomputation of this forward (the second trap above)
             output.register_hook(lambda _: self._again(role))
@@ -85,12 +124,19 @@ class Roles(ABC):
         """The critic's ``(x0, eps)`` at ``x``: the fake score."""
         return self._predict("critic", x, timesteps, cond)
 
-    @torch.no_grad()
     def teacher(self, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """The base's ``(x0, eps)``, without guidance and without gradient."""
+        """The base's ``(x0, eps)``, without guidance. It has a gradient only to ``x``, if ``x`` has one."""
         return self._predict(None, x, timesteps, cond)
 
-    @torch.no_grad()
+    def teacher_pair(
+        self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The teacher's ``(x0, eps)`` with the prompt and without it, both in one batch."""
+        both = {key: torch.cat([cond[key], null[key]]) for key in cond}
+        x0, eps = self.teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both)
+        n = len(x)
+        return (x0[:n], eps[:n]), (x0[n:], eps[n:])
+
     def guided_teacher(
         self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition, guidance_scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -101,10 +147,9 @@ class Roles(ABC):
             guidance_scale = expand(guidance_scale, x)
         elif guidance_scale == 1:
             return self.teacher(x, timesteps, cond)
-        both = {key: torch.cat([cond[key], null[key]]) for key in cond}
-        x0, eps = self.teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both)
-        n = len(x)
-        return guided(x0[:n], x0[n:], guidance_scale), guided(eps[:n], eps[n:], guidance_scale)
+        with_prompt, without = self.teacher_pair(x, timesteps, cond, null)
+        x0, eps = (guided(c, u, guidance_scale) for c, u in zip(with_prompt, without, strict=True))
+        return x0, eps
 
     def parameters(self, role: Role) -> list[nn.Parameter]:
         """The trained weights of a role, and of no other."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,13 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..pipelines.families.base import on_device
 from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
 from ..pipelines.student import StudentRecipe
 from .checkpoint import Measure
 from .config import DistillConfig
 from .health import Preview
-from .roles import Ema, Roles
-from .trajectory import Condition, Trajectory, sample
+from .roles import STEPS, Ema, Roles
+from .trajectory import Condition, Predict, Trajectory, sample, with_fresh_noise
 
 Sampler = Callable[[Tensor, Condition], Tensor]
 """``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
@@ -34,6 +37,7 @@ class Task(Protocol):
     schedule: NoiseSchedule
     prediction_type: PredictionType
     targets: Sequence[str] | str  # the layers that get adapters, as in peft
+    time_embedder: str  # the base's module whose output [B, D] is the time embedding
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +73,10 @@ class Task(Protocol):
         """The task's own measures, from fixed seeds."""
         ...
 
-    def recipe(self, trajectory: Trajectory) -> StudentRecipe | None:
-        """How a student with this trajectory is sampled, for its file; None for a task that is no pipeline."""
+    def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe | None:
+        """How a student with a trajectory for each of its step counts is sampled, for its file; None for a task that is
+        no pipeline.
+        """
         ...
 
 
@@ -82,14 +88,39 @@ class Run:
     config: DistillConfig
     out_dir: Path
     roles: Roles
-    trajectory: Trajectory
+    trajectories: dict[int, Trajectory]
     ema: Ema
     step: int = 0
 
-    def student(self, noise: Tensor, cond: Condition) -> Tensor:
-        """Samples of the student (mean weights) on its trained grid."""
+    @property
+    def trajectory(self) -> Trajectory:
+        """That of ``config.trajectory.steps``, on which previews and evaluation are made."""
+        return self.trajectories[self.config.trajectory.steps]
+
+    def told(self, cond: Condition, steps: int, n: int) -> Condition:
+        """The condition of ``n`` samples, and for a unified student the step count that networks are told."""
+        if len(self.trajectories) == 1 or self.config.trajectory.tell_steps == "none":
+            return cond
+        return {**cond, STEPS: torch.full((n,), list(self.trajectories).index(steps))}
+
+    def student(self, noise: Tensor, cond: Condition, steps: int | None = None) -> Tensor:
+        """Samples of the student (mean weights) on its grid of ``steps``; None is ``config.trajectory.steps``."""
+        trajectory = self.trajectory if steps is None else self.trajectories[steps]
+        predict: Predict = self.roles.student
+        if trajectory.config.sampler == "stochastic":
+            predict = with_fresh_noise(predict, _fresh(noise, len(trajectory)))
+        cond = on_device(self.told(cond, len(trajectory), len(noise)), noise.device)
         with self.ema.applied():
-            return sample(self.roles.student, self.task.schedule, self.trajectory.timesteps.tolist(), noise, cond)
+            return sample(predict, self.task.schedule, trajectory.timesteps.tolist(), noise, cond)
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's measures of the student; a unified one's other step counts as ``<measure>/<K>_steps``."""
+        measures = self.task.evaluate(self.student, self.teacher)
+        for k in self.trajectories:
+            if k != len(self.trajectory):
+                others = self.task.evaluate(functools.partial(self.student, steps=k), self.teacher)
+                measures |= {f"{name}/{k}_steps": value for name, value in others.items()}
+        return measures
 
     def teacher(self, noise: Tensor, cond: Condition) -> Tensor:
         """Samples of the teacher with the run's guidance on ``output.teacher_steps`` uniform steps."""
@@ -112,11 +143,23 @@ class Run:
         stages = torch.full((len(x0),), last)
         tau = self.trajectory.timesteps[stages].clamp_max(self.task.schedule.num_train_timesteps // 2)
         xi = torch.randn(x0.shape, generator=torch.Generator().manual_seed(CRITIC_SEED)).to(x0)
+        cond = on_device(self.told(cond, len(self.trajectory), len(x0)), x0.device)
         return self.roles.critic(self.trajectory.renoise(x0, stages, tau, xi).x_tau, tau, cond)[0]
 
     def due(self, every: int) -> bool:
         """Whether something that happens ``every`` so many updates (0 is never), and at the end, happens now."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.updates)
+
+
+def _fresh(noise: Tensor, steps: int) -> Tensor:
+    """The noise ``[B, K, ...]`` of a stochastic sampler's steps, which follows from the first, so that a seed stays one
+    sample.
+    """
+    each = []
+    for first in noise.cpu():
+        generator = torch.Generator().manual_seed(zlib.crc32(first.numpy().tobytes()))
+        each.append(torch.randn(steps, *first.shape, generator=generator))
+    return torch.stack(each).to(noise.device)
 
 
 Callback = Callable[[Run, dict[str, float]], None]

@@ -1,8 +1,8 @@
 """The student's trajectory: its trained grid, the roll-out to a stage, and re-noising from the state a stage ends in.
 
-Stage ``i = 0 .. K - 1`` is the student's step from grid level ``i`` to level ``i + 1``; level ``K`` is the clean end
-``(1, 0)``. In the paper's ``k = K - i`` the stage starts at ``t_k`` and ends at ``m = t_{k-1}``. Every sample of a
-batch has its own stage.
+A student has one trajectory, a unified one (TDM-unify) one for each step count. Stage ``i = 0 .. K - 1`` is the
+student's step from grid level ``i`` to level ``i + 1``; level ``K`` is the clean end ``(1, 0)``. In the paper's
+``k = K - i`` the stage starts at ``t_k`` and ends at ``m = t_{k-1}``. Every sample of a batch has its own stage.
 
 Levels, stages and tau are tiny CPU tensors (float64, int64), states are on the device: nothing here waits for the
 device.
@@ -10,6 +10,7 @@ device.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from ..pipelines.schedule import (
     uniform_grid,
     unshift_sigma,
 )
-from .config import TrajectoryConfig
+from .config import Band, TrajectoryConfig
 
 Predict = Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]  # (x [B, ...], timesteps [B], cond) -> (x0, eps)
 
@@ -43,12 +44,28 @@ class Noised(NamedTuple):
     sigma: Tensor
 
 
+def with_fresh_noise(predict: Predict, fresh: Tensor) -> Predict:
+    """``predict`` for a stochastic sampler (consistency models, DMD2), whose next state has fresh noise in the place of
+    the predicted one.
+
+    Args:
+        fresh: ``[B, K, ...]``, the noise of the i-th call for each sample; a call takes the head of the batch.
+    """
+    calls = itertools.count()
+
+    def stochastic(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        x0, _ = predict(x, timesteps, cond)
+        return x0, fresh[: len(x), next(calls)]
+
+    return stochastic
+
+
 @torch.no_grad()
 def sample(
     predict: Predict, schedule: NoiseSchedule, timesteps: Sequence[float], noise: Tensor, cond: Condition
 ) -> Tensor:
-    """Deterministic steps from ``noise`` ``[B, ...]`` down the grid to the clean end: DDIM / Euler with its own
-    noise.
+    """Steps from ``noise`` ``[B, ...]`` down the grid to the clean end, each with the noise that ``predict`` gives:
+    DDIM / Euler with its own, unless it is one :func:`with_fresh_noise`.
     """
     alphas, sigmas = grid_pairs(schedule, timesteps)
     x = noise
@@ -59,7 +76,10 @@ def sample(
 
 
 class Trajectory:
-    """The trained grid of a student and the tau band of each of its stages.
+    """The trained grid of a student for one step count, and the tau band of each of its stages.
+
+    Args:
+        steps: K; None is that of the configuration.
 
     Attributes:
         timesteps: (K,) float64, strictly decreasing. alphas, sigmas: (K + 1,) float64, ending in (1, 0).
@@ -69,26 +89,31 @@ class Trajectory:
         TDMError: a grid the schedule does not have, a shift on a model without one, or a stage without room for tau.
     """
 
-    def __init__(self, config: TrajectoryConfig, schedule: NoiseSchedule) -> None:
+    def __init__(self, config: TrajectoryConfig, schedule: NoiseSchedule, steps: int | None = None) -> None:
         if schedule.kind != "flow" and config.shift != 1:
             raise TDMError(f"trajectory.shift is {config.shift}, but only flow models have a time shift; set it to 1")
         self.config, self.schedule = config, schedule
-        grid = config.timesteps or uniform_grid(config.steps, schedule, config.shift)
+        grid = config.timesteps or _uniform(config, schedule, steps or config.steps)
         self.alphas, self.sigmas = grid_pairs(schedule, grid)
         self.timesteps = torch.tensor(grid, dtype=torch.float64)
         if self.alphas[1] <= 0:
             raise TDMError(f"only the first timestep may be pure noise, not the second of {list(grid)}")
 
-        start = self._time(self.timesteps)
-        end = torch.cat([start[1:], start.new_zeros(1)])
-        low = (end + config.margin).clamp_min(config.tau_min)
-        high = (start if config.bands == "separate" else torch.ones_like(start)).clamp_max(config.tau_max)
-        self.bands = torch.stack([low, high], 1)
+        self.bands = self._bands(config.bands)
         for t, (a, b) in zip(grid, self.bands.tolist(), strict=True):
             if a >= b:
                 raise TDMError(
                     f"the stage from timestep {t:g} leaves tau no room ({a:.3f} to {b:.3f}); lower trajectory.margin"
                 )
+
+    def _bands(self, kind: Band) -> Tensor:
+        c, start = self.config, self._time(self.timesteps)
+        if kind == "full":
+            return torch.tensor([[c.tau_min, c.tau_max]] * len(self), dtype=torch.float64)
+        end = torch.cat([start[1:], start.new_zeros(1)])
+        low = (end + c.margin).clamp_min(c.tau_min)
+        high = (start if kind == "separate" else torch.ones_like(start)).clamp_max(c.tau_max)
+        return torch.stack([low, high], 1)
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -107,9 +132,13 @@ class Trajectory:
         stages = order[:1].expand(n) if self.config.stages == "update" else order[torch.arange(n) % len(self)]
         return stages.sort(descending=True).values
 
-    def draw_tau(self, stages: Tensor, generator: torch.Generator) -> Tensor:
-        """Timesteps tau ``[B]``: uniform over each stage's band in unshifted time, whole numbers on a vp model."""
-        low, high = self.bands[stages].unbind(1)
+    def draw_tau(self, stages: Tensor, generator: torch.Generator, band: Band | None = None) -> Tensor:
+        """Timesteps tau ``[B]``: uniform over each stage's band in unshifted time, whole numbers on a vp model.
+
+        Args:
+            band: another kind than the configuration's.
+        """
+        low, high = (self.bands if band is None else self._bands(band))[stages].unbind(1)
         time = low + (high - low) * torch.rand(len(stages), generator=generator, dtype=torch.float64)
         timesteps = shift_sigma(time, self.config.shift) * self.schedule.num_train_timesteps
         return timesteps if self.schedule.kind == "flow" else timesteps.round().clamp_max(self.schedule.last_timestep)
@@ -131,10 +160,42 @@ class Trajectory:
             x[:n] = self.step(x0, eps, here)
         return x
 
+    def origin(self, x0: Tensor, eps: Tensor, stages: Tensor) -> Tensor:
+        """What is diffused up to tau: the state that a stage ends in, or with ``renoise="clean"`` the prediction x0."""
+        return x0 if self.config.renoise == "clean" else self.step(x0, eps, stages)
+
     def renoise(self, x_m: Tensor, stages: Tensor, tau: Tensor, xi: Tensor) -> Noised:
-        """Diffuse the state a stage ended in up to tau: ``x_tau = r x_m + b xi`` (method: from the noisy state, not
-        from x0).
-        """
+        """Diffuse an :meth:`origin` up to tau: ``x_tau = r x_m + b xi``."""
         alpha, sigma = self.schedule.alpha_sigma(tau)
-        r, b = renoise_coefficients(self.alphas[stages + 1], self.sigmas[stages + 1], alpha, sigma)
+        m = torch.full_like(stages, len(self)) if self.config.renoise == "clean" else stages + 1
+        r, b = renoise_coefficients(self.alphas[m], self.sigmas[m], alpha, sigma)
         return Noised(expand(r, x_m) * x_m + expand(b, xi) * xi, xi, b, alpha, sigma)
+
+
+def _uniform(config: TrajectoryConfig, schedule: NoiseSchedule, steps: int) -> list[float]:
+    """Uniform steps; of a unified student whose timesteps tell the step count, each count starts a little lower."""
+    first = None
+    if config.unify is not None and config.tell_steps == "timestep":
+        first = schedule.last_timestep * (1 - config.spread * sorted(config.unify).index(steps))
+        first = first if schedule.kind == "flow" else float(round(first))
+    return uniform_grid(steps, schedule, config.shift, first)
+
+
+def build_trajectories(config: TrajectoryConfig, schedule: NoiseSchedule) -> dict[int, Trajectory]:
+    """The trajectory of each step count that a student learns; one, unless it is unified.
+
+    Raises:
+        TDMError: as :class:`Trajectory`; or two step counts that the timesteps are to tell apart share one.
+    """
+    trajectories = {k: Trajectory(config, schedule, k) for k in sorted(config.unify or (config.steps,))}
+    known: dict[float, int] = {}
+    for k, trajectory in trajectories.items():
+        for t in trajectory.timesteps.tolist() if config.tell_steps == "timestep" else ():
+            near = next((other for other in known if abs(other - t) < 1), None)
+            if near is not None:
+                raise TDMError(
+                    f"{known[near]} and {k} steps share timestep {t:g}, which is to tell them apart; change "
+                    "trajectory.spread, or trajectory.tell_steps"
+                )
+            known[t] = k
+    return trajectories

@@ -49,6 +49,7 @@ class Family(ABC):
         name: the `family` field of a student file.
         denoiser: the component that a student's LoRA belongs to; also the prefix of its keys.
         lora_targets: endings of the layers that training puts a LoRA on, or one regular expression, as in peft.
+        time_embedder: the denoiser's module whose output is the time embedding, [B, D].
         guidance_argument: the argument of `__call__` that takes the recipe's guidance scale.
         no_guidance: its value that switches guidance off; a pipeline with 0 counts from the conditional prediction,
             ``cond + w * (cond - uncond)``, and gets the recipe's scale less 1.
@@ -65,6 +66,7 @@ class Family(ABC):
     name: ClassVar[str]
     denoiser: ClassVar[Literal["unet", "transformer"]] = "transformer"
     lora_targets: ClassVar[Sequence[str] | str]
+    time_embedder: ClassVar[str]
     guidance_argument: ClassVar[str] = "guidance_scale"
     no_guidance: ClassVar[float] = 1.0
     call_kwargs: ClassVar[Mapping[str, Any]] = {}

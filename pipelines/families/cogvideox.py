@@ -13,6 +13,7 @@ class CogVideoX(Family):
     """A video transformer on latents [F, C, h, w], T5 text in the same sequence."""
 
     name = "cogvideox"
+    time_embedder = "time_embedding"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     video = True
     frames_first = True

@@ -18,6 +18,7 @@ class Flux(PatchedFamily):
     """
 
     name = "flux"
+    time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (
         r".*(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
         r"|single_transformer_blocks\.\d+\.proj_(mlp|out))"

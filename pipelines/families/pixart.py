@@ -15,6 +15,7 @@ class PixArt(Family):
     """A transformer on 4-channel latents with a learned-variance head, T5 text."""
 
     name = "pixart"
+    time_embedder = "adaln_single.emb.timestep_embedder"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     # Caption cleaning needs two optional packages and is skipped without them: off, so that no picture depends on that.
     call_kwargs: ClassVar[Mapping[str, Any]] = {"clean_caption": False}

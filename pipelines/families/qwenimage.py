@@ -15,6 +15,7 @@ class QwenImage(PatchedFamily):
     """A joint transformer on 2 x 2 patches of a video VAE's latents, Qwen2.5-VL text."""
 
     name = "qwenimage"
+    time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     guidance_argument = "true_cfg_scale"
     home = "..mended.batches"

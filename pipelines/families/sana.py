@@ -14,6 +14,7 @@ class Sana(Family):
     """A linear transformer on the deeply compressed latents of DC-AE, Gemma text."""
 
     name = "sana"
+    time_embedder = "time_embed.emb.timestep_embedder"
     lora_targets = ATTENTION
     binned_sample_sizes = frozenset({16, 32, 64, 128})
     home = "..mended.batches"

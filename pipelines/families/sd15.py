@@ -13,6 +13,7 @@ class SD15(Family):
     """A UNet on 4-channel latents, CLIP text."""
 
     name = "sd15"
+    time_embedder = "time_embedding"
     denoiser = "unet"
     lora_targets = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
 

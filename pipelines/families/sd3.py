@@ -13,6 +13,7 @@ class SD3(Family):
     """A joint transformer on 16-channel latents; text of two CLIP encoders and T5, and a pooled prompt."""
 
     name = "sd3"
+    time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
 
     def default_size(self, pipe: Any) -> Size:

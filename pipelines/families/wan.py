@@ -13,6 +13,7 @@ class Wan(Family):
     """A video transformer on latents [C, F, h, w], UMT5 text."""
 
     name = "wan"
+    time_embedder = "condition_embedder.time_embedder"
     lora_targets = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
     video = True
     pixel_multiple = 16

@@ -15,6 +15,7 @@ class ZImage(Family):
     """A transformer in which every sample is a sequence of its own: lists go in and come out. Qwen3 text."""
 
     name = "zimage"
+    time_embedder = "t_embedder"
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     no_guidance = 0.0
     home = "..mended.batches"

@@ -20,7 +20,7 @@ from tdm.training.estimate.estimator import CONTEXT, GIB, USABLE, Estimator, Gpu
 from tdm.training.estimate.rehearsal import AsOnGpu, Outline, Rehearsal
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES
-from tdm.training.update import tdm_update
+from tdm.training.update import update
 from torch import nn
 from torch.optim import SGD
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,7 +82,7 @@ def test_flops_of_an_update_are_those_of_the_real_one(bases: Bases) -> None:
     cond = run.task.conditions(4)
     batch = draw_batch(run.trajectory, cond, dict(cond), (4, *run.task.latent_shape), torch.Generator(), student=True)
     with FlopCounterMode(display=False) as counter:
-        tdm_update(run.roles, run.trajectory, config, lambda _: [batch], optimizers, Processes())
+        update(run.roles, config, lambda _: [batch], optimizers, Processes())
     assert Estimator()(config).flops_per_update == counter.get_total_flops()
 
 

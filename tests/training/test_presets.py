@@ -6,12 +6,12 @@ import pytest
 from tdm.errors import TDMError
 from tdm.tests import tiny
 from tdm.training.config import from_dict, load_config
-from tdm.training.presets import MEMORY, presets
+from tdm.training.presets import BEHIND, MEMORY, OBJECTIVES, presets
 from tdm.training.tasks.pipeline import PipelineTaskConfig
 
 
 def test_every_preset_is_sound_and_says_what_it_is_for() -> None:
-    assert set(presets()) == {*tiny.FAMILIES, *MEMORY, "bundled", "mixture"}
+    assert set(presets()) == {*tiny.FAMILIES, *BEHIND, "bundled", "mixture"}
     for name, line in presets().items():
         load_config(name)
         assert line[0].isupper()
@@ -36,6 +36,20 @@ def test_every_family_goes_with_every_memory_class(family: str, memory: str) -> 
     assert both.micro_batch_size is not None
     assert both.batch_size % both.micro_batch_size == 0
     assert from_dict(PipelineTaskConfig, both.task, "task.").prompts == "prompts.txt"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "bundled"])
+def test_every_family_goes_with_every_objective(family: str, objective: str) -> None:
+    """It changes how is learned, and neither what nor at what rates."""
+    alone, both = load_config(family), load_config([family, objective])
+    assert (both.task, both.batch_size, both.student, both.trajectory.shift) == (
+        alone.task,
+        alone.batch_size,
+        alone.student,
+        alone.trajectory.shift,
+    )
+    assert (both.trajectory, both.objective) != (alone.trajectory, alone.objective)
 
 
 def test_a_mistyped_preset_is_refused_with_the_nearest() -> None:

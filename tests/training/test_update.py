@@ -9,10 +9,11 @@ from tdm.pipelines.schedule import NoiseSchedule
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig, load_config
 from tdm.training.cost import passes
+from tdm.training.loop import draw_steps
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES, AdapterRoles
-from tdm.training.trajectory import Trajectory
-from tdm.training.update import tdm_update
+from tdm.training.trajectory import build_trajectories
+from tdm.training.update import update
 from torch.optim import SGD
 
 FLOW = NoiseSchedule.flow()
@@ -39,7 +40,7 @@ class Bench:
             alpha={"student": None, "critic": None},
             generator=self.generator,
         )
-        self.trajectory = Trajectory(self.config.trajectory, FLOW)
+        self.trajectories = build_trajectories(self.config.trajectory, FLOW)
         self.optimizers = {role: SGD(self.roles.parameters(role), lr=0.1) for role in ROLES}
         self.batches = 0
 
@@ -52,13 +53,22 @@ class Bench:
         self.batches += 1
         n = self.config.batch_size
         cond, null = {"c": torch.ones(n, 1)}, {"c": torch.zeros(n, 1)}
-        batch = draw_batch(self.trajectory, cond, null, (n, 2), self.generator, student=student)
+        decoupled = self.config.objective.guidance_term == "decoupled"
+        batch = draw_batch(
+            self.trajectories[draw_steps(self.trajectories, self.generator)],
+            cond,
+            null,
+            (n, 2),
+            self.generator,
+            student=student,
+            guidance_band=self.config.objective.guidance_band if decoupled else None,
+        )
         parts = n // (self.config.micro_batch_size or n)
         return [batch.part(i, parts) for i in range(parts)]
 
     def update(self, **kwargs):
-        args = (self.roles, self.trajectory, self.config, self.draw, self.optimizers, Processes())
-        return tdm_update(*args, **kwargs)
+        args = (self.roles, self.config, self.draw, self.optimizers, Processes())
+        return update(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +83,12 @@ class Bench:
         (["objective.guidance_scale=4.5", "critic.share_noise=true", "critic.per_student=2"], 9.0, 3),
         (["objective.guidance_scale=4.5", "micro_batch_size=2"], 7.5, 2),  # the student's step again, for its gradient
         (["objective.guidance_scale=4.5", "micro_batch_size=2", "critic.share_noise=true"], 5.5, 2),
+        (["objective.guidance_scale=4.5", "objective.guidance_term=decoupled"], 7.5, 2),
+        (["objective.guidance_scale=4.5", "trajectory.sampler=stochastic", "trajectory.renoise=clean"], 6.5, 2),
+        (["objective.guidance_scale=4.5", "objective.name=consistency"], 6.5, 1),
+        (["objective.guidance_scale=4.5", "objective.name=consistency", "micro_batch_size=2"], 6.5, 1),
+        (["objective.guidance_scale=4.5", "objective.name=regression", "objective.ode_steps=16"], 22.5, 1),
+        (["objective.name=regression", "objective.ode_steps=8", "trajectory.shift=3"], 7.5, 1),
     ],
 )
 def test_passes_of_an_update(overrides, forwards, with_grad):
@@ -90,6 +106,14 @@ def test_passes_are_the_same_on_average_with_one_stage_per_update():
     for _ in range(400):
         bench.update()
     assert bench.passes["forward"] / (400 * 8) == pytest.approx(6.5, abs=0.15)
+
+
+def test_a_unified_students_passes_are_a_mean_over_its_step_counts():
+    bench = Bench("objective.guidance_scale=4.5", "trajectory.unify=[1,2,4,8]", "trajectory.spread=0.01")
+    for _ in range(400):
+        bench.update()
+    assert passes(bench.config).forwards == 5 + (0 + 1 + 3 + 7) / 8
+    assert bench.passes["forward"] / (400 * 8) == pytest.approx(passes(bench.config).forwards, abs=0.15)
 
 
 def test_both_roles_learn_and_the_base_is_bit_equal():

@@ -8,7 +8,7 @@ autocast, and its attention, which never holds the matrix of scores.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from ..roles import ROLES, Role, Roles
 from ..tasks.base_storage import can_offload
 from ..tasks.pipeline import PipelineTaskConfig, sizes_of
 from ..trajectory import Trajectory
-from ..update import tdm_update
+from ..update import update
 
 _ATEN = torch.ops.aten
 _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu  # keeps what every fused attention keeps
@@ -113,7 +113,7 @@ class Outline:
         self.dtype = dtype
         self.family, self.pipe = outline(config.model)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
-        self.targets = self.family.lora_targets
+        self.targets, self.time_embedder = self.family.lora_targets, self.family.time_embedder
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
         self.schedule, self.prediction_type = scheduler.schedule, scheduler.config.prediction_type
         self.size = max(sizes_of(config, self.family, self.pipe), key=lambda size: size.height * size.width)
@@ -140,7 +140,7 @@ class Course:
         peak: bytes that its tensors held at a time: activations, gradients, and what operators need in passing.
     """
 
-    flops: dict[str, float]
+    flops: Mapping[str, float]  # 0 for what the objective has not
     peak: int
 
 
@@ -186,16 +186,17 @@ class Rehearsal:
             stages = torch.zeros_like(batch.stages)
             tau = self.trajectory.draw_tau(stages, torch.Generator())
             critic, again = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
-            batch = batch._replace(stages=stages, critic=critic, student=again)
+            guidance = batch.guidance and batch.guidance._replace(tau=tau)
+            batch = batch._replace(stages=stages, critic=critic, student=again, guidance=guidance)
             cond, null = self.task.conditions(samples), self.task.conditions(samples)
             return [batch.part(i, parts).to(self.task.device)._replace(cond=cond, null=null) for i in range(parts)]
 
         once = replace(self.config, critic=replace(self.config.critic, per_student=1))
         with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type) as tally:
-            tdm_update(self.roles, self.trajectory, once, draw, optimizers, Processes())
+            update(self.roles, once, draw, optimizers, Processes())
         for role in ROLES:
             tally.samples[f"{role}_backward"] = shape[0]
-        return Course({part: n / tally.samples[part] for part, n in tally.flops.items() if n}, tally.peak)
+        return Course(Counter({part: n / tally.samples[part] for part, n in tally.flops.items() if n}), tally.peak)
 
 
 class _Tally(LiveMemory):

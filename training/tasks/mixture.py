@@ -9,7 +9,7 @@ image model: this file only says what ``training.loop.Task`` asks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,7 @@ class MixtureTask:
 
     base: nn.Module
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
+    time_embedder = "inner"  # which also sees x: the vector of a step count is added to both
     device: torch.device = torch.device("cpu")
     measure = Measure("energy", higher_is_better=False)
 
@@ -162,5 +163,5 @@ class MixtureTask:
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}
 
-    def recipe(self, trajectory: Trajectory) -> None:
+    def recipe(self, trajectories: Mapping[int, Trajectory]) -> None:
         """No pipeline: there is nothing that a student's file could be used in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ class PipelineTask:
         self.pipe, self._dtype = self.parts.pipeline(memory, self.device)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
         self.targets: Sequence[str] | str = self.family.lora_targets
+        self.time_embedder = self.family.time_embedder
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
         self.schedule: NoiseSchedule = scheduler.schedule
         self.prediction_type: PredictionType = scheduler.config.prediction_type
@@ -106,8 +107,9 @@ class PipelineTask:
         told = self.family.facts(self.pipe, self.cache.null, self.size, **self._told)
         return float(told["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
 
-    def recipe(self, trajectory: Trajectory) -> StudentRecipe:
+    def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe:
         """See ``run.Task``."""
+        config = next(iter(trajectories.values())).config
         source = (
             "the grammar of the bundled world" if self.config.prompts == STICKERS else Path(self.config.prompts).name
         )
@@ -121,12 +123,12 @@ class PipelineTask:
             base_model=self.config.model,
             family=self.family.name,
             prediction_type=self.prediction_type,
-            trained_timesteps={len(trajectory): trajectory.timesteps.tolist()},
+            trained_timesteps={k: trajectory.timesteps.tolist() for k, trajectory in trajectories.items()},
             guidance_scale=self.student_guidance,
             height=self.size.height,
             width=self.size.width,
             num_frames=self.size.num_frames,
-            flow_shift=trajectory.config.shift if self.schedule.kind == "flow" else None,
+            flow_shift=config.shift if self.schedule.kind == "flow" else None,
             notes=notes,
         )
 

@@ -1,0 +1,89 @@
+"""Objectives without a critic: the student's prediction against a target that the teacher's ODE gives.
+
+Both start from states of the student's own trajectory, so neither needs pictures.
+
+- ``consistency``, latent consistency distillation (LCM, arXiv 2310.04378): the student's x0 at ``x_tau`` against its
+  own x0 where one guided step of the teacher takes ``x_tau``.
+- ``regression``: the student's x0 where a stage starts against the end of the teacher's guided ODE from there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...pipelines.schedule import ddim_step, expand, grid_pairs, shift_sigma, uniform_grid, unshift_sigma
+from ..batch import Batch
+from ..config import ObjectiveConfig
+from ..losses import regression_loss
+from ..roles import Roles
+from ..trajectory import Trajectory
+from .matching import Metrics, guidance_of, start_states, student_stage, student_step
+
+
+def consistency_objective(roles: Roles, config: ObjectiveConfig, batch: Batch) -> tuple[Tensor, Metrics]:
+    """The student against itself, a step of ``1 / ode_steps`` of the teacher's time further on."""
+    assert batch.student is not None  # as asked of draw
+    trajectory, (tau, xi) = batch.trajectory, batch.student
+    schedule = trajectory.schedule
+    stage = student_stage(roles, batch, grad=False)
+    x_tau = trajectory.renoise(stage.x_m, batch.stages, tau, xi).x_tau
+    with torch.no_grad():
+        x0, eps = roles.guided_teacher(x_tau, tau, batch.cond, batch.null, guidance_of(config, batch))
+        later = later_timesteps(trajectory, tau, config.ode_steps)
+        ended = later == schedule.clean_timestep
+        # Where the step ends clean nothing is left to predict: the network is called there all the same, at the least
+        # noise that it knows, and its answer is not used.
+        later = torch.where(ended, schedule.clean_timestep + 1.0, later)
+        alpha, sigma = schedule.alpha_sigma(later)
+        x_later = ddim_step(x0, eps, expand(alpha, x0), expand(sigma, x0))
+        again, _ = roles.student(x_later, later, batch.cond)
+        target = torch.where(expand(ended.float(), x0) > 0, x0, again)
+    made, _ = roles.student(x_tau, tau, batch.cond)
+    return _loss(config, made, target)
+
+
+def later_timesteps(trajectory: Trajectory, tau: Tensor, ode_steps: int) -> Tensor:
+    """Timesteps ``1 / ode_steps`` of the unshifted time below each tau ``[B]``; the clean end if that is below it."""
+    schedule, shift = trajectory.schedule, trajectory.config.shift
+    n, clean = schedule.num_train_timesteps, schedule.clean_timestep
+    time = (unshift_sigma((tau - clean) / n, shift) - 1 / ode_steps).clamp_min(0)
+    timesteps = shift_sigma(time, shift) * n + clean
+    return timesteps if schedule.kind == "flow" else timesteps.round()
+
+
+def regression_objective(roles: Roles, config: ObjectiveConfig, batch: Batch) -> tuple[Tensor, Metrics]:
+    """The student's x0 at the states where its stages start against where the teacher's ODE takes them."""
+    x = start_states(roles, batch)
+    latest_first = batch.stages.unique().flip(0).tolist()  # the order of the batch
+    target = torch.cat([_ode_end(roles, config, batch, x, stage) for stage in latest_first])
+    x0, _ = student_step(roles, batch, x)
+    return _loss(config, x0, target)
+
+
+@torch.no_grad()
+def _ode_end(roles: Roles, config: ObjectiveConfig, batch: Batch, x: Tensor, stage: int) -> Tensor:
+    """Where guided steps take the samples of one stage."""
+    here = batch.stages == stage
+    on_device = here.to(x.device)
+    x, w = x[on_device], guidance_of(config, batch)
+    w = w[here] if isinstance(w, Tensor) else w
+    cond, null = ({key: value[on_device] for key, value in c.items()} for c in (batch.cond, batch.null))
+    grid = ode_grid(batch.trajectory, stage, config.ode_steps)
+    alphas, sigmas = grid_pairs(batch.trajectory.schedule, grid)
+    for i, t in enumerate(grid):
+        x0, eps = roles.guided_teacher(x, torch.full((len(x),), t, dtype=torch.float64), cond, null, w)
+        x = ddim_step(x0, eps, float(alphas[i + 1]), float(sigmas[i + 1]))
+    return x
+
+
+def ode_grid(trajectory: Trajectory, stage: int, ode_steps: int) -> list[float]:
+    """The teacher's timesteps from where a stage starts: there, and what its own grid of ``ode_steps`` has below."""
+    first = float(trajectory.timesteps[stage])
+    own = uniform_grid(ode_steps, trajectory.schedule, trajectory.config.shift)
+    return [first, *(t for t in own if t < first - 1e-6)]
+
+
+def _loss(config: ObjectiveConfig, x0: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+    loss = regression_loss(x0, target, kind=config.rho, c=config.huber_c)
+    return loss, {"student_loss": loss.detach(), "std_ratio": x0.detach().std() / target.std()}
