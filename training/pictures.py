@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +24,13 @@ FORMAT = 1
 
 
 class Drawn(NamedTuple):
-    """uint8 pictures, and the seconds that drawing them took at the time."""
+    """uint8 pictures of any shape on the CPU, and facts of their drawing, such as the seconds that it took."""
 
     pictures: Tensor
-    seconds: float
+    facts: dict[str, float]
 
 
-def cached(root: Path, identity: Mapping[str, Any], draw: Callable[[], Tensor]) -> Drawn:
+def cached(root: Path, identity: Mapping[str, Any], draw: Callable[[], Drawn]) -> Drawn:
     """What ``draw`` gives, drawn only if ``root`` does not have it; a file that is damaged or not ours is replaced.
 
     Processes that miss the same pictures at the same time all draw them; the file is whole at any moment.
@@ -39,7 +38,7 @@ def cached(root: Path, identity: Mapping[str, Any], draw: Callable[[], Tensor]) 
     Args:
         root: folder of the cache; it is made.
         identity: all that the pictures depend on, as JSON.
-        draw: gives a uint8 tensor of any shape on the CPU.
+        draw: what to do without them; the facts are kept beside the pictures.
 
     Raises:
         TDMError: the file cannot be written.
@@ -48,20 +47,19 @@ def cached(root: Path, identity: Mapping[str, Any], draw: Callable[[], Tensor]) 
     path = root / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
     if (found := _read(path, text)) is not None:
         return found
-    begun = time.perf_counter()
-    pictures = draw().contiguous()
+    drawn = draw()
+    pictures = drawn.pictures.contiguous()
     if pictures.dtype != torch.uint8:
         raise ValueError(f"pictures must be uint8, not {pictures.dtype}")
-    seconds = time.perf_counter() - begun
-    header = {"identity": text, "sha256": _sha256(pictures), "seconds": repr(seconds)}
+    header = {"identity": text, "sha256": _sha256(pictures), "facts": json.dumps(drawn.facts)}
     with replacing(path, shared=True) as file:
         file.write(save({"pictures": pictures}, header))
-    return Drawn(pictures, seconds)
+    return drawn
 
 
 def cached_pictures(root: Path, identity: Mapping[str, Any], draw: Callable[[], Tensor]) -> Tensor:
-    """The pictures of :func:`cached`."""
-    return cached(root, identity, draw).pictures
+    """:func:`cached` of pictures alone."""
+    return cached(root, identity, lambda: Drawn(draw(), {})).pictures
 
 
 def _read(path: Path, identity: str) -> Drawn | None:
@@ -70,7 +68,7 @@ def _read(path: Path, identity: str) -> Drawn | None:
         header = file.metadata() or {}
         pictures = file.get_tensor("pictures")
         if header.get("identity") == identity and header.get("sha256") == _sha256(pictures):
-            return Drawn(pictures, float(header["seconds"]))
+            return Drawn(pictures, json.loads(header["facts"]))
     return None
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tdm.errors import TDMError
 from tdm.training.config import MemoryConfig, load_config
 from tdm.training.loop import build_roles
-from tdm.training.pictures import cached, cached_pictures
+from tdm.training.pictures import Drawn, cached, cached_pictures
 from tdm.training.roles import Ema
 from tdm.training.run import Run, Teacher
 from tdm.training.tasks.base_model import BaseModel
@@ -42,11 +42,11 @@ class Drawing:
 IDENTITY = {"base": {"files": {"a": "1"}}, "seed": 1}
 
 
-def test_pictures_are_drawn_once_and_come_back_with_their_seconds(tmp_path: Path) -> None:
+def test_pictures_are_drawn_once_and_come_back_with_the_facts_of_their_drawing(tmp_path: Path) -> None:
     draw = Drawing()
-    first = cached(tmp_path / "new", IDENTITY, draw)
-    again = cached(tmp_path / "new", dict(reversed(IDENTITY.items())), draw)  # the order says nothing
-    assert (draw.times, again.seconds) == (1, first.seconds)
+    first = cached(tmp_path / "new", IDENTITY, lambda: Drawn(draw(), {"seconds": 1 / 3}))
+    again = cached(tmp_path / "new", dict(reversed(IDENTITY.items())), lambda: Drawn(draw(), {}))  # in any order
+    assert (draw.times, again.facts) == (1, {"seconds": 1 / 3})
     assert torch.equal(first.pictures, again.pictures)
     assert not torch.equal(cached_pictures(tmp_path / "new", {**IDENTITY, "seed": 2}, draw), first.pictures)
     assert len(list((tmp_path / "new").iterdir())) == 2  # and nothing unfinished
