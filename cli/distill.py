@@ -32,7 +32,8 @@ a run will take before it starts.
   torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml
   tdm distill task.model=my/base task.prompts=prompts.txt task.loras=[style.safetensors@0.8]
 
-All prompts are encoded first, once, into ~/.cache/tdm/prompts (task.cache names another folder).
+All prompts are encoded first, once, into ~/.cache/tdm/prompts; the teacher's pictures of previews and evaluations are
+drawn once, into ~/.cache/tdm/pictures. task.cache=FOLDER keeps both in FOLDER/prompts and FOLDER/pictures.
 The folder gets student.safetensors (the student, ready for `tdm generate --student`) with its model card README.md,
 metrics.jsonl and .csv, curves.png, previews/ (teacher, student and the critic's idea from fixed seeds), checkpoint.pt
 (for --resume) and best.pt (the student with the best evaluation). Ctrl-C writes a checkpoint and stops. `tdm export`

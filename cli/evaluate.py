@@ -1,34 +1,58 @@
-"""tdm eval: measure teacher and student on held-out prompts of the bundled world."""
+"""tdm eval: measure a teacher and its students on held-out prompts of the bundled world, or on prompts of your own."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..errors import TDMError
-from .generate import add_model_arguments, load
+from .generate import load_pipeline
 from .output import check_folder
 
 HELP = """\
 Measure the guided 50-step teacher, the teacher at 4 steps and the student, on prompts that name combinations no
-training picture showed. Prints a table and writes eval.json, eval.md and a picture grid.
+training picture showed. Prints a table and writes eval.json and eval.md (everything, with 95 % intervals by bootstrap
+over prompts), eval.png (plots) and grid.png (pictures).
 
-  accuracy    share of pictures in which everything the prompt says is right, read back from the pixels, with its
-              standard error
-  distance    to the teacher's pictures of the same prompt: energy distance on random features, with its standard
-              error; the teacher's own row is the floor
+  accuracy    share of pictures in which everything the prompt says is right, read back from the pixels; in the files
+              also by attribute and by held-out combination
+  distance    to the teacher's pictures of the same prompt: energy distance on random features; the teacher's own row
+              is the floor
   diversity   of pictures of one prompt over seeds, over the teacher's
   bright, contrast, saturation    over the teacher's: 1 is equal
 
-The verifier reads the world of the bundled model, so base and student must be of it.
+Only in the files: power by wavelength over the teacher's, distance to the teacher's picture from the same noise (ode),
+sliced Wasserstein and Frechet distance on random features with a fixed seed (not FID), and extra scores.
+
+The verifier reads the world of the bundled model. For any other base, --prompts-file measures everything but accuracy:
+
+  tdm eval --model my/base --student mine.safetensors --prompts-file prompts.txt --teacher-guidance 7
+  tdm eval --student runs/seed0/student.safetensors runs/seed1/student.safetensors    and their mean and range
+  tdm eval --extra clip=openai/clip-vit-large-patch14 --extra fid=real_pictures    needs those weights
+
+The teacher's pictures are kept in ~/.cache/tdm/pictures; a † marks seconds that were measured when they were drawn.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
     add = parser.add_argument
-    add("--prompts", type=int, default=256, help="held-out prompts (default 256)")
-    add("--steps", default="1,2,4,8", help="the student's step counts (default 1,2,4,8)")
+    add("--model", help="base model: folder or hub id (default: the bundled one, or the first student's)")
+    add("--student", nargs="+", metavar="STUDENT", help="files, folders or hub ids (default: the bundled one)")
+    add("--steps", default="1,2,4,8", help="the students' step counts (default 1,2,4,8)")
+    add("--solver-order", type=int, choices=(1, 2), help="of the students' sampler (default: the students' own)")
+    add("--prompts", type=int, help="how many (default 256 held-out prompts, or the whole file)")
+    add("--prompts-file", type=Path, metavar="FILE", help="prompts of your own, one a line; without accuracy")
+    add("--seed", type=int, default=20_000, help="of held-out prompts and noises (default 20000)")
+    add("--teacher-steps", type=int, default=50, help="of the guided teacher (default 50)")
+    add("--teacher-guidance", type=float, default=3.0, help="guidance scale of the guided teacher (default 3.0)")
+    add(
+        "--extra",
+        action="append",
+        default=[],
+        metavar="NAME[=ARGUMENT]",
+        help="clip=MODEL, hpsv2, image_reward or fid=FOLDER_OF_REAL_PICTURES, where package and weights are at hand",
+    )
     add("--out", type=Path, default=Path("outputs/eval"), help="folder (default outputs/eval)")
     add("--force", action="store_true", help="replace results that exist")
 
@@ -38,14 +62,47 @@ def run(args: argparse.Namespace) -> None:
         steps = [int(text) for text in args.steps.split(",")]
     except ValueError:
         raise TDMError(f"--steps {args.steps!r} is not a list of whole numbers such as 1,2,4,8") from None
-    if min(steps) < 1 or args.prompts < 8:
-        raise TDMError("--steps must be at least 1 and --prompts at least 8")
+    if min(steps) < 1 or args.teacher_steps < 1:
+        raise TDMError("--steps and --teacher-steps must be at least 1")
+    if args.prompts is not None and args.prompts < 8:
+        raise TDMError("--prompts must be at least 8")
+    if not 0 <= args.seed < 2**62:
+        raise TDMError(f"--seed must be 0 or more and below 2^62, not {args.seed}")
     if (args.out / "eval.json").exists() and not args.force:
         raise TDMError(f"{args.out} already holds an evaluation; choose another --out, or replace it with --force")
     check_folder(args.out)
-    from ..training.evaluate import evaluate, table, write
+    from ..training.eval_report import INTERVALS, over_students, table, write
+    from ..training.evaluate import Prompts, evaluate, held_out_prompts
+    from ..training.files import user_cache
+    from ..training.metrics.extras import extra
+    from ..training.tasks.prompts import training_prompts
 
-    rows, sheet = evaluate(load(args), prompts=args.prompts, student_steps=steps)
-    write(rows, sheet, args.out)
+    if args.prompts_file is not None:
+        prompts = Prompts(training_prompts(str(args.prompts_file), 0)[: args.prompts])
+    else:
+        prompts = Prompts(*held_out_prompts(args.prompts or 256, args.seed))
+    extras = [extra(text) for text in args.extra]
+    recipe = {} if args.solver_order is None else {"solver_order": args.solver_order}
+
+    def put_in(pipe: Any, student: str) -> None:
+        pipe.load_student(student, recipe=recipe)
+
+    students = args.student or []
+    rows, sheet = evaluate(
+        load_pipeline(args.model, students[0] if students else None, recipe),
+        prompts,
+        students=students if len(students) > 1 else (),
+        student_steps=steps,
+        teacher_steps=args.teacher_steps,
+        teacher_guidance=args.teacher_guidance,
+        seed=args.seed,
+        cache=user_cache() / "pictures",
+        extras=extras,
+        load=put_in,
+    )
+    rows = [*rows, *over_students(rows)]
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    write(rows, sheet, args.out, {key: value for key, value in settings.items() if key not in ("run", "command")})
     print(table(rows))
-    print(f"wrote {args.out}/eval.json, eval.md and grid.png")
+    print(INTERVALS)
+    print(f"wrote {args.out}/eval.json, eval.md, eval.png and grid.png")

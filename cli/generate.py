@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,11 +48,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> TDMPipeline:
     """The pipeline that --model and --student name, with the bundled model as the default."""
+    return load_pipeline(args.model, args.student)
+
+
+def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, Any] | None = None) -> TDMPipeline:
+    """The pipeline of a base and a student, with the bundled model as the default.
+
+    Args:
+        recipe: fields that replace the student's own.
+    """
     from ..pipelines.tdm_pipeline import TDMPipeline
 
     quiet()
-    source = args.model or args.student or "bundled"
-    pipe = TDMPipeline.from_pretrained(source, student=args.student if args.model else None)
+    pipe = TDMPipeline.from_pretrained(model or student or "bundled", student=student if model else None, recipe=recipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,77 +1,241 @@
-"""``tdm eval``: the teacher and its student on held-out prompts of the bundled world, as a table and a picture grid."""
+"""``tdm eval``: a teacher and its students on prompts that neither was trained on, measured and side by side."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..errors import TDMError
 from ..pipelines.sheet import contact_sheet
-from .metrics import colour_ratios, distance, diversity
+from .measure import Measures, Reference
+from .metrics.extras import Extra
+from .pictures import Drawn, cached
+from .tasks.base_model import BaseModel
 from .world.captions import caption
+from .world.draw import SIZE
 from .world.scene import Scene, scenes
-from .world.verify import Verdict, verify
 
 SEED = 20_000  # of the prompts and noises: far from those of any training run
+APART = 20_000  # between the noises of the pictures that are judged, of the reference, and of those compared with it
 BATCH = 32
 TEACHER_STEPS = 50
 TEACHER_GUIDANCE = 3.0
 SEEDS_PER_PROMPT = 4  # of distance and diversity, which compare pictures of one prompt
+SHOWN = 8  # prompts on the sheet
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """One row of the table: a name and how to draw."""
+    """A name and how to draw."""
 
     name: str
     steps: int
-    guidance_scale: float
+    guidance_scale: float | None  # None: the student's own
     teacher: bool  # the base alone; False: with the student's adapter
     own_scheduler: bool = False  # the teacher's own scheduler; False: the student's sampler and grid
 
-    @property
-    def calls(self) -> int:
-        """Network calls per picture."""
-        return self.steps * (1 + (self.guidance_scale != 1))
+
+class Prompts(NamedTuple):
+    """What is drawn, and what it must show; None where nobody can tell."""
+
+    texts: list[str]
+    wanted: list[Scene] | None = None
 
 
 @dataclass
 class Row:
-    """What one sampler reached; see ``training/metrics.py`` for the measures."""
+    """What one sampler reached."""
 
     name: str
+    steps: int
     calls: float  # network calls per picture, guidance counted twice
     seconds: float  # per picture, everything included
-    accuracy: float  # every attribute of the prompt right
-    accuracy_error: float  # its standard error
-    attributes: dict[str, float]  # accuracy of each attribute
-    distance: float  # to other pictures of the teacher at 50 guided steps, prompt by prompt
-    distance_error: float  # its standard error
-    diversity: float  # over that of the teacher at 50 guided steps
-    colours: dict[str, float] = field(default_factory=dict)  # over the teacher's
+    cached: bool  # the pictures, and with them calls and seconds, are from an earlier evaluation
+    student: str | None  # None: the teacher
+    measures: Measures = field(default_factory=Measures)
 
 
-def samplers(student_steps: Sequence[int]) -> list[Sampler]:
+def samplers(
+    student_steps: Sequence[int],
+    students: Sequence[str] = ("student",),
+    *,
+    teacher_steps: int = TEACHER_STEPS,
+    teacher_guidance: float = TEACHER_GUIDANCE,
+) -> list[Sampler]:
     """The rows of the table: the teacher as it is meant to be run, undistilled at 4 calls (with its own scheduler, and
-    with the student's sampler and grid), and the student.
+    with the first student's sampler and grid), and the students.
     """
     return [
-        Sampler(f"teacher, {TEACHER_STEPS} steps, guided", TEACHER_STEPS, TEACHER_GUIDANCE, True, own_scheduler=True),
-        Sampler("teacher, 4 steps", 4, 1.0, True, own_scheduler=True),
-        Sampler("teacher, 4 steps of the student's", 4, 1.0, True),
-        *(Sampler(f"student, {k} step{'s' * (k > 1)}", k, 1.0, False) for k in student_steps),
+        Sampler(f"teacher, {teacher_steps} steps, guided", teacher_steps, teacher_guidance, True, own_scheduler=True),
+        Sampler("teacher, 4 steps", 4, None, True, own_scheduler=True),
+        Sampler("teacher, 4 steps of the student's", 4, None, True),
+        *(Sampler(f"{name}, {k} step{'s' * (k > 1)}", k, None, False) for name in students for k in student_steps),
     ]
+
+
+def held_out_prompts(count: int, seed: int = SEED) -> tuple[list[str], list[Scene]]:
+    """``count`` prompts that name a combination no training picture showed, and their scenes."""
+    rng = random.Random(seed)
+    wanted = list(islice(scenes(seed, "held_out"), count))
+    return [caption(scene, rng) for scene in wanted], wanted
+
+
+def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
+    """uint8 pictures (N, 3, H, W) on the CPU, one seed a picture, ``BATCH`` at a time."""
+    made = []
+    scale = pipe.recipe.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
+    with contextlib.ExitStack() as stack:
+        student_scheduler = pipe.scheduler
+        if sampler.teacher:
+            stack.enter_context(pipe.teacher())
+            if not sampler.own_scheduler:
+                pipe.scheduler = student_scheduler  # teacher() puts things back at its end
+        for start in range(0, len(prompts), BATCH):
+            part = slice(start, start + BATCH)
+            made.append(
+                pipe(
+                    prompt=list(prompts[part]),
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                    num_inference_steps=sampler.steps,
+                    output_type="pt",
+                    **pipe._family.guidance(scale),
+                    **call,
+                )
+                .images.float()
+                .cpu()
+            )
+    return (torch.cat(made) * 255).round().to(torch.uint8)
+
+
+class Drawing:
+    """Draws for an evaluation: counts calls and seconds, shows how far it is, and keeps the teacher's pictures.
+
+    Args:
+        pipe: a ``TDMPipeline``.
+        bar: advanced by a network call for one picture.
+        cache: folder of teachers' pictures; None keeps none.
+    """
+
+    def __init__(self, pipe: Any, bar: tqdm, cache: Path | None) -> None:
+        self.pipe, self.bar, self.cache = pipe, bar, cache
+        self._base: dict[str, Any] | None = None
+
+    def __call__(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Drawn, bool]:
+        """(pictures with their "calls" and "seconds" a picture, whether they are from the cache)."""
+        fresh = False
+
+        def now() -> Drawn:
+            nonlocal fresh
+            fresh = True
+            begun, called = time.perf_counter(), self.bar.n
+            pictures = draw(self.pipe, sampler, prompts, seeds)
+            seconds, calls = time.perf_counter() - begun, self.bar.n - called
+            return Drawn(pictures, {"calls": calls / len(prompts), "seconds": seconds / len(prompts)})
+
+        if self.cache is None or not sampler.teacher:
+            return now(), False
+        drawn = cached(self.cache, self._identity(sampler, prompts, seeds), now)
+        if not fresh:
+            self.bar.total -= round(drawn.facts["calls"] * len(prompts))  # calls that need not be waited for
+        return drawn, not fresh
+
+    def _identity(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+        """All that the teacher's pictures depend on."""
+        pipe, recipe = self.pipe, self.pipe.recipe
+        if self._base is None:
+            self._base = BaseModel.find(pipe._base).identity()
+        scale = recipe.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
+        return {
+            "base": self._base,
+            "dtype": str(pipe.dtype),
+            "device": pipe.device.type,
+            "size": [recipe.height, recipe.width],
+            "scheduler": "its own" if sampler.own_scheduler else _plain(dict(pipe.scheduler.config)),
+            "steps": sampler.steps,
+            "guidance_scale": scale,
+            "prompts": list(prompts),
+            "seeds": list(seeds),
+        }
+
+
+def evaluate(
+    pipe: Any,
+    prompts: Prompts,
+    *,
+    students: Sequence[str] = (),
+    student_steps: Sequence[int] = (1, 2, 4, 8),
+    teacher_steps: int = TEACHER_STEPS,
+    teacher_guidance: float = TEACHER_GUIDANCE,
+    seed: int = SEED,
+    cache: Path | None = None,
+    extras: Sequence[Extra] = (),
+    load: Callable[[Any, str], None] = lambda pipe, student: pipe.load_student(student),
+) -> tuple[list[Row], Image.Image]:
+    """Measure a teacher and its students; returns the table and a grid of eight prompts drawn by every sampler.
+
+    The teacher's pictures are drawn once, for all students. Distance and diversity come from ``SEEDS_PER_PROMPT``
+    noises on a quarter of the prompts; the reference of the distance has other noises, so the teacher's own row is its
+    floor.
+
+    Args:
+        pipe: a ``TDMPipeline``, with the student that is measured if ``students`` names none.
+        prompts: at least 2 of them.
+        students: files, folders or hub repositories, each loaded in turn.
+        seed: of the noises: ``seed`` to ``seed + N`` of the pictures that are judged.
+        cache: folder of teachers' pictures (`pictures.cached`); None draws them each time.
+        load: puts one of ``students`` into the pipeline.
+
+    Raises:
+        TDMError: a base of videos, too few prompts, students of several sizes, or one that cannot be loaded.
+    """
+    _check(pipe, prompts)
+    pipe.set_progress_bar_config(disable=True)
+    texts, n = prompts.texts, len(prompts.texts)
+    compared = texts[: max(8, n // 4)]
+    several = [text for text in compared for _ in range(SEEDS_PER_PROMPT)]
+    labels = names_of(students) if students else ["student"]
+    plan = samplers(student_steps, labels, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance)
+    size, loaded = (pipe.recipe.height, pipe.recipe.width), None
+    total = sum(s.steps * (1 + (s.guidance_scale not in (None, 1))) * (n + len(several)) for s in plan)
+    rows: list[Row] = []
+    sheet = []
+    reference: Reference | None = None
+    with progress(getattr(pipe, pipe._family.denoiser), total) as bar:
+        drawing = Drawing(pipe, bar, cache)
+
+        def grouped(sampler: Sampler, first_seed: int) -> Tensor:
+            made = drawing(sampler, several, range(first_seed, first_seed + len(several)))[0].pictures
+            return made.view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
+
+        for sampler in plan:
+            student = None if sampler.teacher else sampler.name.rpartition(", ")[0]
+            if students and student != loaded and student is not None:
+                load(pipe, students[labels.index(student)])
+                loaded = student
+                if (pipe.recipe.height, pipe.recipe.width) != size:
+                    raise TDMError(f"{student} draws in another size than the first student; evaluate it on its own")
+            (made, facts), found = drawing(sampler, texts, range(seed, seed + n))
+            again = grouped(sampler, seed + 2 * APART)
+            if reference is None:
+                reference = Reference(made, again, grouped(sampler, seed + APART), prompts.wanted)
+            measures = reference.measures(made, again)
+            measures.values |= {extra.name: extra(made, texts) for extra in extras}
+            rows.append(Row(sampler.name, sampler.steps, facts["calls"], facts["seconds"], found, student, measures))
+            sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:SHOWN]])
+            bar.write(f"{sampler.name}: {measures.headline}")
+    told = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
+    return rows, contact_sheet(sheet, told, texts[:SHOWN])
 
 
 @contextlib.contextmanager
@@ -89,123 +253,33 @@ def progress(denoiser: torch.nn.Module, total: int) -> Iterator[Any]:
             handle.remove()
 
 
-def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
-    """uint8 pictures (N, 3, H, W) on the CPU, one seed a picture, ``BATCH`` at a time."""
-    made = []
-    with contextlib.ExitStack() as stack:
-        student_scheduler = pipe.scheduler
-        if sampler.teacher:
-            stack.enter_context(pipe.teacher())
-            if not sampler.own_scheduler:
-                pipe.scheduler = student_scheduler  # teacher() puts things back at its end
-        for start in range(0, len(prompts), BATCH):
-            part = slice(start, start + BATCH)
-            made.append(
-                pipe(
-                    prompt=list(prompts[part]),
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                    num_inference_steps=sampler.steps,
-                    guidance_scale=sampler.guidance_scale,
-                    output_type="pt",
-                    **call,
-                )
-                .images.float()
-                .cpu()
-            )
-    return (torch.cat(made) * 255).round().to(torch.uint8)
+def names_of(students: Sequence[str]) -> list[str]:
+    """A short name for each student: its file's, or that of the run's folder where the file has everybody's name."""
+    short = []
+    for student in students:
+        path = Path(student)
+        short.append(path.parent.name if path.stem == "student" and path.parent.name else path.stem)
+    names = short if len(set(short)) == len(short) else list(students)
+    if len(set(names)) < len(names):
+        raise TDMError("a student is given twice")
+    return [name.replace(", ", " ") for name in names]
 
 
-def held_out_prompts(count: int) -> tuple[list[str], list[Scene]]:
-    """``count`` prompts that name a combination no training picture showed, and their scenes."""
-    rng = random.Random(SEED)
-    wanted = list(islice(scenes(SEED, "held_out"), count))
-    return [caption(scene, rng) for scene in wanted], wanted
+def _check(pipe: Any, prompts: Prompts) -> None:
+    recipe = pipe.recipe
+    if pipe._family.video:
+        raise TDMError(f"an evaluation looks at pictures, and {recipe.family} makes videos")
+    if len(prompts.texts) < 2:
+        raise TDMError("an evaluation wants at least 2 prompts")
+    if prompts.wanted is not None and (recipe.height, recipe.width) != (SIZE, SIZE):
+        raise TDMError(
+            f"{recipe.base_model} is not of the bundled world, whose pictures are {SIZE}x{SIZE}: what it should show "
+            "is not known; give prompts of your own with --prompts-file"
+        )
 
 
-def _shares(verdicts: list[Verdict]) -> dict[str, float]:
-    shares = {}
-    for name in ("background", "count", "colour", "kind", "relation"):
-        values = [getattr(v, name) for v in verdicts if getattr(v, name) is not None]
-        shares[name] = sum(values) / len(values)
-    return shares
-
-
-def evaluate(
-    pipe: Any,
-    *,
-    prompts: int = 256,
-    student_steps: Sequence[int] = (1, 2, 4, 8),
-) -> tuple[list[Row], Image.Image]:
-    """Measure teacher and student; returns the table and a grid of eight prompts drawn by every sampler.
-
-    ``pipe`` is a ``TDMPipeline`` of the bundled world. Distance and diversity come from ``SEEDS_PER_PROMPT`` noises on
-    a quarter of the prompts; the reference of the distance has other noises, so the teacher's own row is its floor.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    texts, wanted = held_out_prompts(prompts)
-    several = [text for text in texts[: max(8, prompts // 4)] for _ in range(SEEDS_PER_PROMPT)]
-
-    teacher, *others = samplers(student_steps)
-    pictures = prompts + len(several)
-    total = teacher.calls * len(several) + sum(s.calls * pictures for s in (teacher, *others))
-
-    def draw_several(sampler: Sampler, first_seed: int) -> Tensor:
-        made = draw(pipe, sampler, several, range(first_seed, first_seed + len(several)))
-        return made.view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
-
-    rows: list[Row] = []
-    sheet = []
-    with progress(pipe.transformer, total) as bar:
-        reference = draw_several(teacher, 2 * SEED)
-        base_colours = base_diversity = None
-        for sampler in (teacher, *others):
-            begun, called = time.perf_counter(), bar.n
-            made = draw(pipe, sampler, texts, range(SEED, SEED + prompts))
-            seconds, calls = time.perf_counter() - begun, bar.n - called
-            again = draw_several(sampler, 3 * SEED)
-            apart, distance_error = distance(again, reference)
-            base_colours = made if base_colours is None else base_colours
-            base_diversity = base_diversity or diversity(again)
-            verdicts = verify(made, wanted)
-            accuracy = sum(v.correct for v in verdicts) / prompts
-            rows.append(
-                Row(
-                    name=sampler.name,
-                    calls=calls / prompts,
-                    seconds=seconds / prompts,
-                    accuracy=accuracy,
-                    accuracy_error=(accuracy * (1 - accuracy) / prompts) ** 0.5,
-                    attributes=_shares(verdicts),
-                    distance=apart,
-                    distance_error=distance_error,
-                    diversity=diversity(again) / base_diversity,
-                    colours=colour_ratios(made, base_colours),
-                )
-            )
-            sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:8]])
-            bar.write(f"{sampler.name}: accuracy {accuracy:.3f}")
-    labels = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
-    return rows, contact_sheet(sheet, labels, texts[:8])
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    head = ("sampler", "calls", "s / picture", "accuracy", "distance", "diversity", "bright", "contrast", "saturation")
-    lines = [" | ".join(head), " | ".join("---" for _ in head)]
-    for r in rows:
-        c = r.colours
-        cells = (
-            r.name, f"{r.calls:g}", f"{r.seconds:.3f}", f"{r.accuracy:.3f} ± {r.accuracy_error:.3f}",
-            f"{r.distance:.3f} ± {r.distance_error:.3f}", f"{r.diversity:.2f}",
-            f"{c['brightness']:.3f}", f"{c['contrast']:.3f}", f"{c['saturation']:.3f}",
-        )  # fmt: skip
-        lines.append(" | ".join(cells))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def write(rows: Sequence[Row], sheet: Image.Image, folder: Path) -> None:
-    """``eval.json``, ``eval.md`` and ``grid.png`` in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    (folder / "eval.md").write_text(table(rows) + "\n")
-    sheet.save(folder / "grid.png")
+def _plain(value: Any) -> Any:
+    """A scheduler's settings as JSON: keys as texts, without what diffusers notes for itself."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if not str(key).startswith("_")}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

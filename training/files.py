@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,11 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import TDMError
+
+
+def user_cache() -> Path:
+    """The folder of what can be made again: encoded prompts, and pictures of teachers."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm"
 
 
 @contextmanager
@@ -29,14 +35,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """An open file that takes the place of ``path`` when the block ends. A process killed at any moment, or a machine
     that loses power, leaves the old file or the new one, each whole.
+
+    Args:
+        shared: several processes may write it at the same time; the last to end wins.
 
     Raises:
         TDMError: the write failed; the old file is still there.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if shared else f"{path.name}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,20 @@ Sampler = Callable[[Tensor, Condition], Tensor]
 """``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
 steps, or the critic's idea of the student's sample.
 """
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The guided teacher: a `Sampler` that knows, as JSON, what its samples depend on beside base, noise and prompts.
+    By that a task can keep what it drew for the runs to come.
+    """
+
+    draw: Sampler
+    identity: Mapping[str, Any]
+
+    def __call__(self, noise: Tensor, cond: Condition) -> Tensor:
+        """Samples of the teacher, ``[B, ...]``."""
+        return self.draw(noise, cond)
 
 
 CRITIC_SEED = 1_000  # of the noise in Run.critic: not that of any task's previews
@@ -65,11 +79,11 @@ class Task(Protocol):
         """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
         ...
 
-    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:
+    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:
         """What the three draw from fixed seeds, and how the student's samples compare with the teacher's."""
         ...
 
-    def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
+    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
         """The task's own measures, from fixed seeds."""
         ...
 
@@ -119,18 +133,25 @@ class Run:
         for k in self.trajectories:
             if k != len(self.trajectory):
                 others = self.task.evaluate(functools.partial(self.student, steps=k), self.teacher)
-                measures |= {f"{name}/{k}_steps": value for name, value in others.items()}
+                own = {name: value for name, value in others.items() if not name.startswith("teacher_")}
+                measures |= {f"{name}/{k}_steps": value for name, value in own.items()}
         return measures
 
-    def teacher(self, noise: Tensor, cond: Condition) -> Tensor:
+    @property
+    def teacher(self) -> Teacher:
         """Samples of the teacher with the run's guidance on ``output.teacher_steps`` uniform steps."""
-        null, w = self.task.null(cond), self.config.objective.guidance_scale
+        w = self.config.objective.guidance_scale
         grid = uniform_grid(self.config.output.teacher_steps, self.task.schedule, self.config.trajectory.shift)
 
-        def guided(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-            return self.roles.guided_teacher(x, timesteps, cond, null, w)
+        def draw(noise: Tensor, cond: Condition) -> Tensor:
+            null = self.task.null(cond)
 
-        return sample(guided, self.task.schedule, grid, noise, cond)
+            def guided(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+                return self.roles.guided_teacher(x, timesteps, cond, null, w)
+
+            return sample(guided, self.task.schedule, grid, noise, cond)
+
+        return Teacher(draw, {"guidance_scale": w, "timesteps": grid, "precision": self.roles.precision})
 
     @torch.no_grad()
     def critic(self, noise: Tensor, cond: Condition) -> Tensor:

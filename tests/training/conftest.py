@@ -1,4 +1,6 @@
-"""Prompts to train on; once encoded they go into a folder of their own, never into the user's cache."""
+"""Prompts to train on. Encoded prompts and teachers' pictures go into a folder of the tests, never into the user's
+cache.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ from .base_tasks import PROMPTS
 
 
 @pytest.fixture(scope="session")
-def prompt_caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("prompts")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
 
 
 @pytest.fixture(autouse=True)
-def _own_prompt_caches(prompt_caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tdm.training.tasks.pipeline.default_root", lambda: prompt_caches)
+def _own_caches(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import functools
 import gc
 import hashlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,19 +93,27 @@ class BaseModel:
         index: Any = DiffusionPipeline.load_config(self.folder)
         return {name: tuple(c) for name, c in index.items() if isinstance(c, list | tuple) and c[0] is not None}
 
-    # ------------------------------------------------------------------ text encoders
+    # ------------------------------------------------------------------ what it is
 
     def encoder_identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the condition of a prompt depends on, as JSON: the encoders' and tokenizers' files, LoRAs, versions."""
-        folders = [Path(self.folder) / name for name in sorted(self._classes) if name.startswith(_TEXT)]
+        return {**self._identity(name for name in self._classes if name.startswith(_TEXT)), "dtype": str(dtype)}
+
+    def identity(self) -> dict[str, Any]:
+        """What the base's pictures depend on, as JSON: the files of all its parts, LoRAs, versions."""
+        return {**self._identity(self._classes), "torch": torch.__version__}
+
+    def _identity(self, parts: Iterable[str]) -> dict[str, Any]:
+        folders = [Path(self.folder) / name for name in sorted(parts)]
         files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
         return {
             "pipeline": self.family.pipeline,
             "files": {str(path.relative_to(self.folder)): _sha256(path) for path in files},
             "loras": [(_sha256(lora.file), lora.strength) for lora in self.loras],
-            "dtype": str(dtype),
             "versions": [diffusers.__version__, transformers.__version__],
         }
+
+    # ------------------------------------------------------------------ text encoders
 
     @contextmanager
     def text_encoders(self, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
 from ..checkpoint import Measure
 from ..health import Preview
 from ..metrics import energy_distance
-from ..run import Sampler
+from ..run import Sampler, Teacher
 from ..trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared
@@ -148,14 +148,14 @@ class MixtureTask:
         """No prompts."""
         return cond
 
-    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:  # noqa: ARG002
+    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:  # noqa: ARG002
         """No picture, but how far apart the student's samples are, over that of true samples."""
         generator = torch.Generator().manual_seed(2)
         true = self.mixture.sample(PREVIEWS, generator)
         x = student(torch.randn(PREVIEWS, self.dim, generator=generator), {})
         return Preview(None, {"diversity": float(torch.pdist(x).mean() / torch.pdist(true).mean())})
 
-    def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:  # noqa: ARG002
+    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:  # noqa: ARG002
         """Energy distance to true samples, and the smallest and largest share of a mode over its weight."""
         generator = torch.Generator().manual_seed(1)
         true = self.mixture.sample(self.samples, generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,15 +24,17 @@ from ...pipelines.sheet import contact_sheet
 from ...pipelines.student import StudentRecipe
 from ..checkpoint import Measure
 from ..config import MemoryConfig
+from ..files import user_cache
 from ..health import Preview, picture_ratios
 from ..metrics import colour_ratios
-from ..run import Sampler
+from ..pictures import cached_pictures
+from ..run import Sampler, Teacher
 from ..trajectory import Trajectory
 from ..world.scene import Scene
 from ..world.verify import verify
 from .base_model import BaseModel
 from .base_storage import storage_on
-from .prompt_cache import PromptCache, TextEncoders, build_cache, default_root
+from .prompt_cache import PromptCache, TextEncoders, build_cache
 from .prompts import STICKERS, held_out, training_prompts
 
 PREVIEWS = 4  # prompts
@@ -48,7 +51,9 @@ class PipelineTaskConfig:
     loras: tuple[str, ...] = ()  # LoRAs to merge into the base first: path, or path@strength; the teacher has them
     prompts: str = STICKERS  # a text file with one prompt a line, or the grammar of the bundled world
     prompt_count: int = 4096  # how many of the grammar's prompts; a file is used whole
-    cache: str | None = None  # folder for encoded prompts, several runs may share it; None: ~/.cache/tdm/prompts
+    # Folder of what is made once and shared by runs: prompts/, encoded, and pictures/, the teacher's in previews and
+    # evaluations. None: ~/.cache/tdm.
+    cache: str | None = None
     height: int | None = None  # in pixels; None is the size that the model was made for
     width: int | None = None
     num_frames: int | None = None  # of a video
@@ -63,7 +68,8 @@ class PipelineTask:
     """``run.Task`` of a pipeline of any family (see ``pipelines/families``).
 
     All prompts of the run are encoded first (``prompt_cache``); then the denoiser is loaded, without text encoders. The
-    VAE comes with the first decoding and leaves the device after each.
+    VAE comes with the first decoding and leaves the device after each. What the teacher draws for previews and
+    evaluations is kept on disk (``training/pictures``), for it is the same in every run of one base.
 
     Args:
         config: which base, which prompts and which sizes.
@@ -79,14 +85,15 @@ class PipelineTask:
         self, config: PipelineTaskConfig, memory: MemoryConfig | None = None, device: str | torch.device = "cpu"
     ) -> None:
         self.config, self.device = config, torch.device(device)
-        memory = memory or MemoryConfig()
-        storage_on(memory, self.device)  # refused here, before anything is read
+        self._memory = memory = memory or MemoryConfig()
+        self._storage = storage_on(memory, self.device)  # refused here, before anything is read
         self.parts = BaseModel.find(config.model, config.loras)
         self.family = self.parts.family
         self.prompts = training_prompts(config.prompts, config.prompt_count)
         measured = config.evaluate if config.prompts == STICKERS else 0
         self._held_out, self._wanted = held_out(measured)
-        self.cache = encode_prompts(self.parts, [*self.prompts, *self._held_out], config.cache, self.device)
+        self._root = user_cache() if config.cache is None else Path(config.cache)
+        self.cache = encode_prompts(self.parts, [*self.prompts, *self._held_out], self._root / "prompts", self.device)
 
         self.pipe, self._dtype = self.parts.pipeline(memory, self.device)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
@@ -99,7 +106,7 @@ class PipelineTask:
         self.size = self.sizes[0]
         self.latent_shape = self.family.latent_shape(self.pipe, self.size)
         self._vae: Any = None
-        self._teacher_pictures: dict[str, Tensor] = {}
+        self._teacher_pictures: dict[int, Tensor] = {}
 
     @property
     def student_guidance(self) -> float:
@@ -188,12 +195,35 @@ class PipelineTask:
             made.append(sampler(noise[start : start + CHUNK].to(self.device), cond))
         return self.decode(torch.cat(made))
 
-    def preview(self, student: Sampler, teacher: Sampler, critic: Sampler) -> Preview:
+    @functools.cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What the base's pictures depend on beside their sampler, prompts and noise."""
+        return {
+            "base": self.parts.identity(),
+            "storage": self._storage,
+            "device": self.device.type,
+            "size": self.size,
+            "told": self._told,
+        }
+
+    def _by_teacher(self, teacher: Teacher, prompts: list[str], seed: int) -> Tensor:
+        """`pictures` of the teacher, from the cache if they are there. The processes of a sharded base draw together or
+        not at all, whatever is on each one's disk: theirs are only remembered.
+        """
+
+        def draw() -> Tensor:
+            return self.pictures(teacher, prompts, seed)
+
+        if seed not in self._teacher_pictures:
+            identity = {**self._identity, "teacher": dict(teacher.identity), "prompts": prompts, "seed": seed}
+            here = self._root / "pictures"
+            self._teacher_pictures[seed] = draw() if self._memory.shard else cached_pictures(here, identity, draw)
+        return self._teacher_pictures[seed]
+
+    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:
         """Teacher above student above the critic's idea, the same prompts and noise, ``SEEDS`` pictures a prompt."""
         labels = [prompt for prompt in self.prompts[:PREVIEWS] for _ in range(SEEDS)]
-        if "preview" not in self._teacher_pictures:
-            self._teacher_pictures["preview"] = self.pictures(teacher, labels, 0)
-        reference = self._teacher_pictures["preview"]
+        reference = self._by_teacher(teacher, labels, 0)
         made, idea = (self.pictures(sampler, labels, 0) for sampler in (student, critic))
         rows = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in (reference, made, idea)]
         sheet = contact_sheet(rows, ["teacher", "student", "critic's\nidea"], labels)
@@ -204,14 +234,12 @@ class PipelineTask:
         """Accuracy, which only the bundled world can tell."""
         return Measure("accuracy", higher_is_better=True) if self._wanted else None
 
-    def evaluate(self, student: Sampler, teacher: Sampler) -> dict[str, float]:
+    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
         """Accuracy on held-out combinations, and colours over the teacher's; nothing without the bundled world."""
         if not self._wanted:
             return {}
         prompts, wanted = self._held_out, self._wanted
-        if "evaluate" not in self._teacher_pictures:
-            self._teacher_pictures["evaluate"] = self.pictures(teacher, prompts, 1)
-        reference = self._teacher_pictures["evaluate"]
+        reference = self._by_teacher(teacher, prompts, 1)
         made = self.pictures(student, prompts, 1)
         accuracy = {"accuracy": _accuracy(made, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
         return accuracy | colour_ratios(made, reference)
@@ -249,10 +277,10 @@ def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size
     return sizes
 
 
-def encode_prompts(parts: BaseModel, prompts: list[str], root: str | None, device: torch.device) -> PromptCache:
-    """The cache of these prompts, built now if it is not there or not whole."""
+def encode_prompts(parts: BaseModel, prompts: list[str], root: Path, device: torch.device) -> PromptCache:
+    """The cache of these prompts in ``root``, built now if it is not there or not whole."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    cache = PromptCache(default_root() if root is None else Path(root), parts.encoder_identity(dtype), prompts)
+    cache = PromptCache(root, parts.encoder_identity(dtype), prompts)
 
     @contextmanager
     def encoders() -> Iterator[TextEncoders]:

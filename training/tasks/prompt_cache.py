@@ -142,11 +142,6 @@ def build_cache(
             _save(path, {f"{i}.{key}": value for i, one in enumerate(ones) for key, value in one.items()})
 
 
-def default_root() -> Path:
-    """The folder of the user's caches of prompts."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm" / "prompts"
-
-
 # ---------------------------------------------------------------------- conditions of single prompts
 
 

@@ -1,0 +1,243 @@
+"""`tdm eval`: what it measures and writes, of the bundled world and of any other base."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tdm import TDMPipeline
+from tdm.cli import main
+from tdm.errors import TDMError
+from tdm.pipelines.student import StudentRecipe, save_student
+from tdm.tests.commands import refused
+from tdm.training import evaluate as module
+from tdm.training.eval_report import over_students, table
+from tdm.training.evaluate import Prompts, Row, evaluate, held_out_prompts, names_of
+from tdm.training.measure import Measures, Reference
+from tdm.training.metrics.bootstrap import Value
+from torch import Tensor
+
+PROMPTS = ["a red cube", "two stars above a tree", "a cat", "three green rings", "a dog"]
+SHORT = ["--steps", "2", "--teacher-steps", "3"]
+
+
+@pytest.fixture
+def student(bases: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A student with random weights of the tiny PixArt, by its seed."""
+
+    def made(seed: int, **changes: Any) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        layer = "transformer.transformer_blocks.0.attn1.to_q"
+        lora = {
+            f"{layer}.lora_{name}.weight": torch.randn(*shape, generator=generator)
+            for name, shape in (("A", (2, 16)), ("B", (16, 2)))
+        }
+        fields = {
+            "base_model": str(bases("pixart")), "family": "pixart", "prediction_type": "epsilon", "guidance_scale": 1.0,
+            "trained_timesteps": {2: [900.0, 400.0]}, "height": 16, "width": 16, **changes,
+        }  # fmt: skip
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir(exist_ok=True)
+        save_student(folder / "student.safetensors", lora, StudentRecipe(**fields), lora_alpha=None)
+        return folder / "student.safetensors"
+
+    return made
+
+
+@pytest.fixture
+def prompts_file(tmp_path: Path) -> Path:
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    return tmp_path / "p.txt"
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "eval.json").read_text())["rows"]
+
+
+def numbers(row: dict[str, Any]) -> list[float]:
+    """All that was measured."""
+    kinds = row["measures"]
+    return [value["value"] for kind in kinds.values() for value in kind.values()]
+
+
+def test_a_base_of_ones_own_is_measured_but_for_accuracy_and_its_teacher_drawn_once(
+    student: Callable[..., Path],
+    prompts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, two = student(1), student(2)
+    given = ["eval", "--prompts-file", str(prompts_file), *SHORT, "--teacher-guidance", "2"]
+    assert main([*given, "--student", str(one), "--out", str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    rows = read(tmp_path / "a")
+    assert [row["name"] for row in rows] == [
+        "teacher, 3 steps, guided", "teacher, 4 steps", "teacher, 4 steps of the student's", "student, 2 steps",
+    ]  # fmt: skip
+    assert [row["calls"] for row in rows] == [6, 4, 4, 2]
+    assert not any(row["cached"] for row in rows)
+    for row in rows:
+        values = row["measures"]["values"]
+        assert "accuracy" not in values
+        assert row["seconds"] > 0
+        assert values["diversity"]["low"] <= values["diversity"]["value"] <= values["diversity"]["high"]
+        assert list(row["measures"]["spectrum"]) == ["2-4 px", "4-8 px", "8-16 px"]
+    teacher = rows[0]["measures"]["values"]
+    assert teacher["brightness"] == {"value": 1, "low": 1, "high": 1}
+    assert (teacher["diversity"]["value"], teacher["ode"]["value"]) == (1, 0)
+    assert rows[3]["measures"]["values"]["ode"]["value"] > 0
+    assert "| teacher, 3 steps, guided | 6 |" in said
+    assert "†" not in said
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"eval.json", "eval.md", "eval.png", "grid.png"}
+    assert Image.open(tmp_path / "a" / "eval.png").width > 1000
+
+    # Both students against the same teacher, which is not drawn again.
+    given += ["--student", str(one), str(two)]
+    drawn: list[str] = []
+    draw = module.draw
+
+    def watching(pipe: Any, sampler: Any, *args: Any) -> Tensor:
+        drawn.append(sampler.name)
+        return draw(pipe, sampler, *args)
+
+    monkeypatch.setattr(module, "draw", watching)
+    assert main([*given, "--out", str(tmp_path / "b")]) == 0
+    both = read(tmp_path / "b")
+    assert [row["name"] for row in both[3:]] == ["seed1, 2 steps", "seed2, 2 steps", "mean of 2, 2 steps"]
+    assert set(drawn) == {"seed1, 2 steps", "seed2, 2 steps"}
+    assert [row["cached"] for row in both] == [True] * 3 + [False] * 3
+    assert [(r["calls"], r["seconds"]) for r in both[:3]] == [(r["calls"], r["seconds"]) for r in rows[:3]]
+    for again, first in zip(both[:4], rows[:4], strict=True):
+        assert numbers(again) == pytest.approx(numbers(first), abs=1e-5)
+    distances = [row["measures"]["values"]["distance"]["value"] for row in both[3:5]]
+    assert distances[0] != distances[1]
+    mean = both[5]["measures"]["values"]["distance"]
+    assert mean == {"value": pytest.approx(sum(distances) / 2), "low": min(distances), "high": max(distances)}
+    assert "†" in (tmp_path / "b" / "eval.md").read_text()
+
+    # Another noise, another guidance, another grid of the student's: each is drawn.
+    drawn.clear()
+    assert main([*given, "--out", str(tmp_path / "c"), "--seed", "7"]) == 0
+    assert len({name for name in drawn if name.startswith("teacher")}) == 3
+    drawn.clear()
+    assert main([*given, "--out", str(tmp_path / "c"), "--teacher-guidance", "3", "--force"]) == 0
+    assert {name for name in drawn if name.startswith("teacher")} == {"teacher, 3 steps, guided"}
+    drawn.clear()
+    assert main([*given, "--out", str(tmp_path / "c"), "--solver-order", "2", "--force"]) == 0
+    assert {name for name in drawn if name.startswith("teacher")} == {"teacher, 4 steps of the student's"}
+
+
+def test_order_two_is_the_students_grid_with_another_sampler(
+    student: Callable[..., Path], prompts_file: Path, tmp_path: Path
+) -> None:
+    file = student(1, trained_timesteps={4: [900.0, 700.0, 400.0, 200.0]})
+    given = [
+        "eval",
+        "--prompts-file",
+        str(prompts_file),
+        "--student",
+        str(file),
+        "--steps",
+        "4",
+        "--teacher-steps",
+        "2",
+    ]
+    for order in ("1", "2"):
+        assert main([*given, "--solver-order", order, "--out", str(tmp_path / order)]) == 0
+    one, two = (read(tmp_path / order)[3] for order in ("1", "2"))
+    assert one["calls"] == two["calls"] == 4
+    assert one["measures"] != two["measures"]
+
+
+def test_the_bundled_world_is_measured_by_attribute_and_combination() -> None:
+    pipe = TDMPipeline.from_pretrained()
+    rows, sheet = evaluate(pipe, Prompts(*held_out_prompts(12)), student_steps=[4], teacher_steps=6)
+    teacher, student = rows[0].measures, rows[3].measures
+    assert list(student.attributes) == ["background", "count", "colour", "kind", "relation"]
+    assert 3 < len(student.combinations) <= 7
+    assert student.values["accuracy"].value > 0.6
+    assert student.values["accuracy"].value <= min(v.value for v in student.attributes.values())
+    assert student.values["accuracy"].low <= student.values["accuracy"].value
+    assert 0 < student.values["ode"].value < 1  # nearer to the teacher's picture of this noise than others are
+    assert teacher.values["ode"].value == 0
+    assert rows[3].calls == 4
+    assert sheet.width > sheet.height
+    assert len(re.findall(r"\(\d\.\d{3}, \d\.\d{3}\)", table(rows).splitlines()[5])) == 2
+
+
+def test_the_reference_against_itself_has_no_ratio_but_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    made, again, other = (
+        torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        for shape in ((12, 3, 64, 64), (9, 4, 3, 64, 64), (9, 4, 3, 64, 64))
+    )
+    found = Reference(made, again, other, None).measures(made, again)
+    for name in ("diversity", "brightness", "contrast", "saturation"):
+        assert found.values[name] == pytest.approx((1, 1, 1))
+    assert {name: v.value for name, v in found.spectrum.items()} == pytest.approx(dict.fromkeys(found.spectrum, 1.0))
+    assert found.values["frechet"].low is None
+    assert not found.attributes
+    darker = Reference(made, again, other, None).measures((made // 2), again)
+    assert darker.values["brightness"].value == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_mean_over_students_is_for_those_alone_that_were_run_alike() -> None:
+    def row(student: str | None, steps: int, value: float) -> Row:
+        measures = Measures(values={"accuracy": Value(value, 0, 1)}, spectrum={"2-4 px": Value(value)})
+        return Row(f"{student}, {steps}", steps, float(steps), 1.0, False, student, measures)
+
+    rows = [row(None, 4, 9.0), row("a", 4, 0.2), row("b", 4, 0.4), row("c", 4, 0.9), row("a", 2, 0.1)]
+    (mean,) = over_students(rows)
+    assert mean.name == "mean of 3, 4 steps"
+    assert mean.measures.values["accuracy"] == pytest.approx((0.5, 0.2, 0.9))
+    assert mean.measures.spectrum["2-4 px"] == pytest.approx((0.5, 0.2, 0.9))
+
+
+def test_students_are_named_after_what_tells_them_apart() -> None:
+    assert names_of(["runs/a/student.safetensors", "b.safetensors"]) == ["a", "b"]
+    assert names_of(["x/b.safetensors", "y/b.safetensors"]) == ["x/b.safetensors", "y/b.safetensors"]
+    with pytest.raises(TDMError, match="given twice"):
+        names_of(["b.safetensors", "b.safetensors"])
+
+
+@pytest.mark.usefixtures("prompts_file")
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--student", "{student}"], "not of the bundled world, whose pictures are 64x64"),
+        (["--prompts", "7"], "at least 8"),
+        (["--teacher-steps", "0"], "at least 1"),
+        (["--seed", "-1"], "0 or more"),
+        (["--prompts-file", "{tmp}/none.txt"], "no prompt file"),
+        (["--student", "{student}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
+        (["--extra", "beauty"], "there is no extra score 'beauty'; there are clip, hpsv2, image_reward, fid"),
+        (["--student", "{student}", "{student}", "--prompts-file", "{tmp}/p.txt"], "given twice"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    arguments: list[str],
+    line: str,
+    student: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "one.txt").write_text("a cat")
+    given = [a.replace("{tmp}", str(tmp_path)).replace("{student}", str(student(1))) for a in arguments]
+    assert line in refused(["eval", *given, "--out", str(tmp_path / "out")], capsys)
+    assert not (tmp_path / "out" / "eval.json").exists()
+
+
+def test_students_of_several_sizes_are_not_compared(
+    student: Callable[..., Path], prompts_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(student(1)), str(student(2, height=32))]
+    given = ["eval", "--prompts-file", str(prompts_file), *SHORT, "--student", *files]
+    assert "seed2 draws in another size" in refused([*given, "--out", str(tmp_path / "out")], capsys)
