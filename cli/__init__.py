@@ -1,4 +1,5 @@
-"""The command line: ``tdm app | generate | distill | estimate | export | eval | bench | info | convert``."""
+"""The command line: ``tdm app | generate | distill | estimate | export | eval | bench | info | convert |
+average``."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm bench                                                   what a call costs beside its network calls
   tdm info FILE                                               what a LoRA file or a released student is
   tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
+  tdm average FILE FILE --out student.safetensors             the mean of several students
 """
 
 
@@ -43,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import app, bench, convert, distill, estimate, evaluate, export, generate, info
+    from . import app, average, bench, convert, distill, estimate, evaluate, export, generate, info
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -59,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bench": bench,
         "info": info,
         "convert": convert,
+        "average": average,
     }
     for name, module in modules.items():
         assert module.__doc__ is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import re
@@ -25,6 +26,8 @@ examples:
   tdm generate "a green heart on the beach" "three yellow rings at sea" --seed 7
   tdm generate --compare "a blue ring in the snow" --out compare.png      teacher beside student, with timings
   tdm generate "a red cube" --model stabilityai/... --student my_student.safetensors
+  tdm generate "a red heart at sea" --base-first        more variety from seed to seed, for as many network calls
+  tdm generate "a red heart at sea" --solver-order 2    the same timesteps and calls, other arithmetic between them
 """
 
 
@@ -33,6 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw; one picture each")
     add_model_arguments(parser)
     add("--steps", type=int, help="network calls per picture (default: as the student was trained)")
+    add(
+        "--solver-order",
+        type=int,
+        choices=(1, 2),
+        help="1 is DDIM (Euler on flow models), 2 DPM-Solver++ 2M on the same timesteps; default: the student's own",
+    )
+    add(
+        "--base-first",
+        action="store_true",
+        help="the base makes the first step, the student the others: more variety over seeds, less accuracy",
+    )
     add("--seed", type=int, default=0, help="of the first picture; the next ones count up (default 0)")
     add("--size", help="pixels, as 64 or 96x64 (width x height); default: the student's")
     add("--out", type=Path, help="a .png file, or a folder for several prompts (default: outputs/<prompt>-<seed>.png)")
@@ -46,9 +60,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", help="student file, folder or hub id (default: the bundled one)")
 
 
-def load(args: argparse.Namespace) -> TDMPipeline:
-    """The pipeline that --model and --student name, with the bundled model as the default."""
-    return load_pipeline(args.model, args.student)
+def load(args: argparse.Namespace, **recipe: Any) -> TDMPipeline:
+    """The pipeline that --model and --student name; see `load_pipeline`."""
+    return load_pipeline(args.model, args.student, recipe or None)
 
 
 def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, Any] | None = None) -> TDMPipeline:
@@ -115,19 +129,24 @@ def run(args: argparse.Namespace) -> None:
     files = [_file_for(prompt, args.seed + i, args) for i, prompt in enumerate(args.prompts)]
     for file in files[:1] if args.compare else files:
         check_writable(file, args.force)
-    pipe = load(args)
+    chosen = {"solver_order": args.solver_order} if args.solver_order else {}
+    pipe = load(args, **chosen)
     for prompt in args.prompts:
         if words := unknown_words(pipe, prompt):
             print(f"note: this model does not know {', '.join(map(repr, words))} and will leave it out")
     steps = args.steps or pipe.recipe.default_steps
-    if args.compare:
-        _compare(pipe, args, steps, size, files[0])
-        return
-    for i, (prompt, file) in enumerate(zip(args.prompts, files, strict=True)):
-        image, seconds = _draw(pipe, prompt, args.seed + i, steps, size)
-        settings = {"prompt": prompt, "seed": args.seed + i, "steps": steps, **size}
-        save_png(image, file, prompt=prompt, tdm=json.dumps(settings))
-        print(f"{file}  {image.width}x{image.height}  {steps} network calls  {seconds:.2f} s")
+    if args.base_first and steps < 2:
+        raise TDMError("--base-first needs --steps 2 or more: of one step nothing is left for the student")
+    with pipe.base_first() if args.base_first else contextlib.nullcontext():
+        if args.compare:
+            _compare(pipe, args, steps, size, files[0])
+            return
+        for i, (prompt, file) in enumerate(zip(args.prompts, files, strict=True)):
+            image, seconds = _draw(pipe, prompt, args.seed + i, steps, size)
+            settings = {"prompt": prompt, "seed": args.seed + i, "steps": steps, **size, **chosen}
+            settings |= {"base_first": True} if args.base_first else {}
+            save_png(image, file, prompt=prompt, tdm=json.dumps(settings))
+            print(f"{file}  {image.width}x{image.height}  {steps} network calls  {seconds:.2f} s")
 
 
 def _draw(pipe: Any, prompt: str, seed: int, steps: int, size: dict[str, int], **call: Any) -> tuple[Any, float]:

@@ -17,10 +17,10 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
+from .base_first import callback_inputs
 from .families import Size
 from .preview import preview
 from .scheduler import TDMScheduler
@@ -64,11 +64,7 @@ def stream(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generat
     """See `TDMPipeline.stream`, whose pipeline this is given."""
     call = pipe._bind(args, kwargs)
     given = call.arguments
-    callback = given.get("callback_on_step_end")
-    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-        names = list(callback.tensor_inputs)
-    else:
-        names = list(given.get("callback_on_step_end_tensor_inputs") or ["latents"])
+    callback, names = given.get("callback_on_step_end"), callback_inputs(given)
     draw = partial(preview, pipe, size=Size(given["height"], given["width"], given.get("num_frames")))
     carried = _thread_settings(pipe.device)
     handed_over: SimpleQueue[Step | BaseException] = SimpleQueue()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tdm import TDMPipeline
 from tdm.cli import main
 from tdm.tests.commands import refused
 from tdm.training.config import load_config
@@ -35,6 +36,8 @@ def wrong_files(tmp_path: Path) -> Path:
         (["generate", PROMPT, "--steps", "0"], "at least 1"),
         (["generate", PROMPT, "--steps", "many"], "invalid int value: 'many'"),
         (["generate", PROMPT, "--seed", "-1"], "0 or more"),
+        (["generate", PROMPT, "--solver-order", "3"], "invalid choice: 3"),
+        (["generate", PROMPT, "--base-first", "--steps", "1"], "--steps 2 or more"),
         (["generate", PROMPT, "--size", "big"], "is not a size"),
         (["generate", PROMPT, "--size", "60"], "multiples of 8"),
         (["generate", PROMPT, PROMPT, "--out", "x.png"], "give a folder"),
@@ -87,6 +90,32 @@ def test_generate_is_reproducible_and_says_what_it_did(tmp_path: Path, capsys: p
     assert main(["generate", PROMPT, "--seed", "6", "--out", str(tmp_path / "c.png")]) == 0
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_generate_has_the_options_of_the_sampler(tmp_path: Path) -> None:
+    pipe = TDMPipeline.from_pretrained(recipe={"solver_order": 2})
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn(seed: int) -> bytes:
+        return pipe(PROMPT, generator=torch.Generator().manual_seed(seed)).images[0].tobytes()
+
+    expected = [drawn(0)]
+    pipe.load_student("bundled")
+    with pipe.base_first():
+        expected.append(drawn(0))
+    expected.append(drawn(0))
+    assert len(set(expected)) == 3
+    for options, settings, picture in zip(
+        (["--solver-order", "2"], ["--base-first"], []),
+        ({"solver_order": 2}, {"base_first": True}, {}),
+        expected,
+        strict=True,
+    ):
+        out = tmp_path / f"{len(options)}.png"
+        assert main(["generate", PROMPT, *options, "--force", "--out", str(out)]) == 0
+        made = Image.open(out)
+        assert made.tobytes() == picture
+        assert json.loads(made.info["tdm"]) == {"prompt": PROMPT, "seed": 0, "steps": 4, **settings}
 
 
 def test_unknown_words_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ EXAMPLES = {  # what must have an example, by module
             f"TDMPipeline.{name}"
             for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "save_pretrained", "save_merged")
         ),
+        "TDMPipeline.base_first",
         "TDMPipeline.use_attention",
     ],
     "scheduler": ["TDMScheduler", "TDMScheduler.from_config", "TDMScheduler.set_timesteps"],

@@ -52,12 +52,17 @@ class Trained:
 def read_run(folder: Path, which: Which = "mean") -> Trained | None:
     """The student in a run's folder; None for a task that is no pipeline.
 
+    Args:
+        folder: of the run, for its newest checkpoint; or one of the checkpoints in it.
+        which: of the weights there.
+
     Raises:
         TDMError: no run there, or a checkpoint that cannot be read; for "best" a run that kept none.
     """
-    if not (folder / "checkpoint.pt").is_file():
+    file = folder if folder.suffix == ".pt" else folder / "checkpoint.pt"
+    if file != folder and not file.is_file():
         raise TDMError(f"{folder} is not the folder of a run: it has no checkpoint.pt")
-    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    folder, checkpoint = file.parent, read_checkpoint(file)
     config = from_dict(DistillConfig, checkpoint["config"])
     if "recipe" not in checkpoint:
         raise TDMError(f"the checkpoint in {folder} is of an earlier tdm, without a recipe; resume it for some updates")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,27 @@ def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def adapter_off(module: nn.Module, adapter: str) -> Iterator[Callable[[], None]]:
+    """One adapter off and the others as they are, until what the `with` gives is called, or its end.
+
+    The active adapters are set on the layers: peft's `set_adapter` would also say what is trainable.
+    """
+    before = [(layer, layer._active_adapter) for layer in tuner_layers(module) if adapter in layer.active_adapters]
+    for layer, _ in before:
+        layer._active_adapter = [other for other in layer.active_adapters if other != adapter]
+
+    def on() -> None:
+        while before:  # once: what is switched after that stays
+            layer, active = before.pop()
+            layer._active_adapter = active
+
+    try:
+        yield on
+    finally:
+        on()
 
 
 @contextmanager

@@ -381,3 +381,26 @@ def test_curves_and_measures_are_those_of_the_run(runs: Callable[[str], Run], tm
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (tmp_path / "out" / picture).read_bytes() == (folder / picture).read_bytes()
     assert (tmp_path / "out" / "curves.png").read_bytes() == b"curves"
+
+
+def test_runs_and_their_checkpoints_are_averaged_like_their_files(
+    runs: Callable[[str], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runs("sd15").out_dir
+    trained = read_run(folder)
+    assert trained is not None
+    file = export_student(trained, tmp_path / "student.safetensors")
+    older = shutil.copy(folder / "checkpoint.pt", folder / "checkpoint-000001.pt")
+    sources = [str(folder), str(older), str(file)]
+    assert main(["average", *sources, "--out", str(tmp_path / "mean.safetensors")]) == 0
+    assert "100.00%" in capsys.readouterr().out
+    products = []
+    for path in (tmp_path / "mean.safetensors", file):
+        recipe, tensors = read_student(path)
+        assert recipe is not None
+        assert recipe.notes["training"] == trained.recipe.notes["training"]
+        halves = [{k.partition(".lora_")[0]: v for k, v in tensors.items() if f"lora_{half}" in k} for half in "AB"]
+        products.append({layer: halves[1][layer].flatten(1) @ halves[0][layer].flatten(1) for layer in halves[0]})
+    for layer, product in products[1].items():
+        assert torch.allclose(products[0][layer], product, rtol=1e-4, atol=1e-6 * float(product.abs().max()))
+    assert "no checkpoint" in refused(["average", str(folder / "none.pt"), str(file), "--out", "x.safetensors"], capsys)
