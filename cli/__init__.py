@@ -1,4 +1,4 @@
-"""The command line: ``tdm app | generate | distill | estimate | export | eval | bench | info | convert |
+"""The command line: ``tdm app | generate | distill | estimate | export | eval | study | bench | info | convert |
 average``."""
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm estimate sdxl 24gb                                      what a distillation will take, before it starts
   tdm export RUN                                              a run's student as a file, kohya-named or merged
   tdm eval                                                    measure teacher and student
+  tdm study                                                   questions about the method, answered by training
   tdm bench                                                   what a call costs beside its network calls
   tdm info FILE                                               what a LoRA file or a released student is
   tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import app, average, bench, convert, distill, estimate, evaluate, export, generate, info
+    from . import app, average, bench, convert, distill, estimate, evaluate, export, generate, info, study
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "estimate": estimate,
         "export": export,
         "eval": evaluate,
+        "study": study,
         "bench": bench,
         "info": info,
         "convert": convert,

@@ -19,6 +19,8 @@ class Passes:
         teacher: the base, with and without the prompt.
         score: the critic again, for the student.
         student_backward, critic_backward: backward passes.
+        looked_through: passes that the student's backward goes through on its way to a state (SiD): no weight there has
+            a gradient, so that each costs about one forward more.
     """
 
     prefix: float
@@ -28,6 +30,7 @@ class Passes:
     score: int
     student_backward: int
     critic_backward: int
+    looked_through: int = 0
 
     @property
     def forwards(self) -> float:
@@ -39,14 +42,18 @@ class Passes:
         """All backward passes."""
         return self.student_backward + self.critic_backward
 
+    @property
+    def total(self) -> float:
+        """What they cost together, in forward passes: a backward one is about two."""
+        return self.forwards + 2 * self.backwards + self.looked_through
+
 
 def passes(config: DistillConfig, processes: int = 1) -> Passes:
     """The passes of an update of student and critic: 6.5 forwards and 2 backwards at K = 4 with guidance.
 
     ``critic.share_noise`` saves the critic's second look (5.5). Without it, several micro batches cost the student's
     one step again (7.5), since its gradient has to wait until the critic has learned from all of them. Of a unified
-    student they are a mean over its step counts. The backward pass of SiD goes through teacher and critic as well,
-    which is counted as one.
+    student they are a mean over its step counts.
 
     Args:
         config: of the run.
@@ -73,6 +80,7 @@ def passes(config: DistillConfig, processes: int = 1) -> Passes:
         score=0 if share else 1,
         student_backward=1,
         critic_backward=n,
+        looked_through=teacher + 1 if o.gradient == "sid" else 0,
     )
 
 

@@ -18,7 +18,7 @@ from .config import DistillConfig, RoleConfig, TrajectoryConfig
 from .cost import micro_batches
 from .log import Log, print_line
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
-from .precision import Precision, best_precision
+from .precision import best_precision
 from .processes import Processes, shard
 from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Role, Roles
 from .run import Callback, Run, Task
@@ -56,8 +56,7 @@ def distill(
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
-    if config.precision == "auto":  # settled here, so that the checkpoint says which it was
-        config = replace(config, precision=_best_precision(task, config))
+    config = settled(task, config)
     portions = _portions(config, processes)
     generator = torch.Generator().manual_seed(config.seed)
     trajectories = build_trajectories(config.trajectory, task.schedule)
@@ -137,9 +136,13 @@ def _portions(config: DistillConfig, processes: Processes) -> int:
     return processes.size * micro_batches(config, processes.size)
 
 
-def _best_precision(task: Task, config: DistillConfig) -> Precision:
+def settled(task: Task, config: DistillConfig) -> DistillConfig:
+    """The configuration with the precision that ``auto`` means here, so that a checkpoint says which it was."""
+    if config.precision != "auto":
+        return config
     device = task.device.type
-    return "fp32" if device == "cpu" and config.memory.gradient_checkpointing else best_precision(device)
+    fp32 = device == "cpu" and config.memory.gradient_checkpointing
+    return replace(config, precision="fp32" if fp32 else best_precision(device))
 
 
 def _targets(task: Task, config: RoleConfig) -> Sequence[str] | str:

@@ -1,0 +1,76 @@
+"""tdm study: questions about the method, answered by training."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import TDMError
+from .distill import stop_signals
+from .generate import quiet
+from .output import check_folder
+
+HELP = """\
+Questions about the method: variants of one distillation, trained with several seeds on equal budgets and compared.
+Without a name it shows the questions that ship, and how far each is answered.
+
+  tdm study
+  tdm study baselines-mixture                     train what is missing, then write table and plot
+  tdm study baselines-mixture --only TDM SiD      these variants alone; another process may take the others
+  tdm study baselines-mixture --report            no training: table and plot of what is there
+  tdm study my-question.yaml                      one of your own: training/studies/questions has examples
+
+Each run is a line of results (--results), kept as soon as it ends, so that a stopped study goes on where it was. Ctrl-C
+ends it after the update that is being made; the run that it was in begins again next time.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``tdm study``."""
+    add = parser.add_argument
+    add("name", nargs="?", help="a question, by its name or as a YAML file")
+    add("--only", nargs="+", default=[], metavar="VARIANT", help="train these variants alone")
+    add("--report", action="store_true", help="train nothing")
+    add("--measure", help="another measure of the runs than the question's, such as energy/1_steps, in table and plot")
+    add("--results", type=Path, help="file of the runs (default: training/studies/results/NAME.jsonl)")
+    add("--out", type=Path, default=Path("outputs/study"), help="folder of table and plot (default outputs/study)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer a question, or list them."""
+    from ..training.studies.question import load_question, questions
+    from ..training.studies.report import plot, table
+    from ..training.studies.runs import answer, read_runs, results_file, valid_runs
+
+    if args.name is None:
+        for name in questions():
+            question = load_question(name)
+            done = len(valid_runs(question, read_runs(results_file(question))))
+            print(f"{name:24} {done - 2 if done else 0:3} of {len(question.runs()):3} runs  {question.asks}")
+        return
+    question = load_question(args.name)
+    path = args.results or results_file(question)
+    check_folder(args.out)
+    stopped = False
+    if not args.report:
+        quiet()
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(stop_signals())
+            answer(question, path, only=args.only, stop=stop)
+            stopped = stop()
+    found = valid_runs(question, read_runs(path))
+    if not found:
+        raise TDMError(f"no run of {question.name} is in {path}; train some: tdm study {args.name}")
+    if args.measure is not None:
+        question = replace(question, measure=args.measure, name=f"{question.name}-{args.measure.replace('/', '-')}")
+        if not any(args.measure in run.curve[-1].measures for run in found.values()):
+            raise TDMError(f"no run of {args.name} has the measure {args.measure!r}")
+    text = table(question, found)
+    (args.out / f"{question.name}.md").write_text(f"{question.asks}\n\n{text}\n")
+    plot(question, found, args.out / f"{question.name}.png")
+    print(text)
+    print(f"wrote {args.out / question.name}.md and .png")
+    if stopped:
+        raise KeyboardInterrupt(f"stopped; tdm study {args.name} goes on where it was")

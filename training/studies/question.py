@@ -1,0 +1,116 @@
+"""A question: variants of one configuration, trained with several seeds on equal budgets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import TDMError
+from ..config import DistillConfig, from_dict, load_config
+from ..cost import passes
+
+FOLDER = Path(__file__).parent / "questions"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and how it is answered.
+
+    Attributes:
+        name: of its file.
+        asks: the question, in one line.
+        configs: that all variants share, as for ``tdm distill``.
+        settings: likewise, ``key=value``.
+        variants: by name, what each has beside; the first one is what the others are compared with.
+        updates: that each variant gets; and as many more as it needs for the network passes of the first one.
+        every: updates between two evaluations of the first variant; of the others about as many passes.
+        seeds: of training.
+        measure: of the task, that is compared.
+        higher_is_better: of the measure.
+        reach: a value of the measure; who gets there first?
+    """
+
+    name: str
+    asks: str
+    configs: tuple[str, ...]
+    settings: tuple[str, ...]
+    variants: dict[str, Any]
+    updates: int
+    every: int
+    measure: str
+    higher_is_better: bool
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reach: float | None = None
+
+    def config(self, variant: str, seed: int) -> DistillConfig:
+        """The configuration of one run: at least `updates`, and at least the passes of the first variant."""
+        own = self.variants[variant]
+        configs = [*self.configs, *(text for text in own if "=" not in text)]
+        settings = [*self.settings, *(text for text in own if "=" in text), f"seed={seed}"]
+        config = load_config(configs, settings)
+        share = 1.0
+        if variant != self.first:
+            share = passes(self.config(self.first, seed)).total / passes(config).total
+        every = max(1, round(self.every * min(1.0, share)))
+        updates = math.ceil(self.updates * max(1.0, share) / every) * every
+        quiet = {"preview_every": 0, "checkpoint_every": 0, "evaluate_every": every, "log_every": every}
+        return replace(config, updates=updates, output=replace(config.output, **quiet))
+
+    @property
+    def first(self) -> str:
+        """The variant that the others are compared with."""
+        return next(iter(self.variants))
+
+    def budget(self) -> float:
+        """The network passes per sample that all variants have at least."""
+        return self.updates * passes(self.config(self.first, self.seeds[0])).total
+
+    def runs(self) -> list[tuple[str, int]]:
+        """All (variant, seed), one seed of each variant first: half an answer is then one about all of them."""
+        return [(variant, seed) for seed in self.seeds for variant in self.variants]
+
+
+def is_of(stored: dict[str, Any], config: DistillConfig) -> bool:
+    """Whether a run whose configuration was `stored` is one of this configuration. A setting that is younger than the
+    run counts as what it was before there was a choice: its default.
+    """
+    return _fits(stored, asdict(config), asdict(DistillConfig()))
+
+
+def _fits(stored: Any, wanted: Any, default: Any) -> bool:
+    if isinstance(wanted, dict) and isinstance(stored, dict) and isinstance(default, dict):
+        known = all(_fits(stored.get(key, default.get(key)), wanted[key], default.get(key)) for key in wanted)
+        return known and set(stored) <= set(wanted)
+    if isinstance(wanted, tuple | list):
+        return isinstance(stored, tuple | list) and list(stored) == list(wanted)
+    return bool(stored == wanted)
+
+
+def questions() -> list[str]:
+    """The names of all that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_question(name: str) -> Question:
+    """The question of that name, or in that file.
+
+    Raises:
+        TDMError: there is none, or it is not sound.
+    """
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise TDMError(f"there is no question {name}; there are {', '.join(questions())}")
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or not isinstance(data.get("variants"), dict) or not data["variants"]:
+        raise TDMError(f"{path} must hold a question with its variants, see training/studies/question.py")
+    question = from_dict(Question, {"name": path.stem, **data})
+    for variant, own in question.variants.items():
+        if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
+            raise TDMError(f"{path}: variant {variant} must be a list of presets and key=value settings, not {own!r}")
+    for variant in question.variants:
+        question.config(variant, 0)  # refuses what cannot be trained, before anything is
+    return question

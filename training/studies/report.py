@@ -1,0 +1,139 @@
+"""A question's answer for people: a table with intervals, and the curves over the network passes that they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from ..cost import passes
+from ..files import replacing
+from ..metrics import bootstrap_interval
+from .question import Question
+from .runs import BASE, TEACHER, Trained
+
+Answer = Mapping[tuple[str, int], Trained]
+
+
+def seeds_of(question: Question, answer: Answer, variant: str) -> list[Trained]:
+    """The runs of a variant that are there and have the measure."""
+    runs = [answer[variant, seed] for seed in question.seeds if (variant, seed) in answer]
+    return [run for run in runs if question.measure in run.curve[-1].measures]
+
+
+def reference(question: Question, answer: Answer, name: str) -> float | None:
+    """The measure of the teacher or of the undistilled network, where it was taken."""
+    run = answer.get((name, 0))
+    return None if run is None else run.curve[0].measures.get(question.measure)
+
+
+def at_updates(question: Question, run: Trained) -> float:
+    """The measure after the question's updates: of the last evaluation up to there."""
+    return [p.measures[question.measure] for p in run.curve if p.step <= question.updates][-1]
+
+
+def at_passes(question: Question, run: Trained) -> float:
+    """The measure after the question's network passes: of the last evaluation up to there."""
+    budget = question.budget() * (1 + 1e-9)
+    return [p.measures[question.measure] for p in run.curve if p.passes <= budget][-1]
+
+
+def best_to_last(question: Question, run: Trained) -> tuple[float, float]:
+    """The best and the last value of a run's measure."""
+    values = [p.measures[question.measure] for p in run.curve]
+    return (max if question.higher_is_better else min)(values), values[-1]
+
+
+def reached(question: Question, run: Trained) -> tuple[int, float] | None:
+    """(updates, network passes per sample) of the first evaluation at `question.reach` or beyond; None: none is."""
+    assert question.reach is not None
+    sign = 1 if question.higher_is_better else -1
+    for point in run.curve:
+        if sign * point.measures[question.measure] >= sign * question.reach:
+            return point.step, point.passes
+    return None
+
+
+def interval(values: Sequence[float]) -> str:
+    """``mean (low to high)``: a bootstrap interval over seeds, which of three says how far apart they are."""
+    if not values:
+        return "-"
+    low, high = bootstrap_interval(torch.tensor(values, dtype=torch.float64))
+    return f"{mean(values):.4g} ({low:.4g} to {high:.4g})" if len(values) > 1 else f"{values[0]:.4g}"
+
+
+def table(question: Question, answer: Answer) -> str:
+    """The answer as a Markdown table; what is not trained yet is a dash."""
+    m = question.measure
+    head = [
+        "variant", "passes an update", f"{m}, {question.updates} updates", f"{m}, equal passes", "best", "last", "seeds"
+    ]  # fmt: skip
+    if question.reach is not None:
+        head.append(f"updates (passes) to {m} {question.reach:g}")
+    rows = [head, ["---"] * len(head)]
+    for name in (TEACHER, BASE):
+        value = reference(question, answer, name)
+        if value is not None:
+            rows.append([name, "", f"{value:.4g}", *[""] * (len(head) - 3)])
+    for variant in question.variants:
+        runs = seeds_of(question, answer, variant)
+        ends = [best_to_last(question, run) for run in runs]
+        row = [
+            variant,
+            f"{passes(question.config(variant, question.seeds[0])).total:g}",
+            interval([at_updates(question, run) for run in runs]),
+            interval([at_passes(question, run) for run in runs]),
+            interval([best for best, _ in ends]),
+            interval([last for _, last in ends]),
+            str(len(runs)),
+        ]
+        if question.reach is not None:
+            row.append(_reached(question, runs))
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _reached(question: Question, runs: Sequence[Trained]) -> str:
+    found = [reached(question, run) for run in runs]
+    there = [f for f in found if f is not None]
+    if not there:
+        return f"not in {max(run.curve[-1].step for run in runs)}" if runs else "-"
+    steps, costs = zip(*there, strict=True)
+    some = "" if len(there) == len(found) else f", {len(there)} of {len(found)} seeds"
+    return f"{min(steps)} to {max(steps)} ({min(costs):.0f} to {max(costs):.0f}){some}"
+
+
+def plot(question: Question, answer: Answer, path: Path) -> None:
+    """The measure over network passes: a line is the mean over seeds, around it lowest and highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for i, variant in enumerate(question.variants):
+        runs = seeds_of(question, answer, variant)
+        if not runs:
+            continue
+        colour = plt.get_cmap("tab10" if len(question.variants) <= 10 else "tab20")(i)
+        values = list(zip(*([p.measures[question.measure] for p in run.curve] for run in runs), strict=True))
+        x = [p.passes for p in runs[0].curve]
+        axis.plot(x, [mean(v) for v in values], color=colour, label=variant, marker="." if len(x) < 30 else None)
+        axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, linewidth=0)
+    for name, style in ((TEACHER, "--"), (BASE, ":")):
+        value = reference(question, answer, name)
+        if value is not None:
+            axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=name)
+    if not question.higher_is_better:
+        axis.set_yscale("symlog", linthresh=0.005)
+    axis.set_xlabel("network passes per sample of the batch (a backward one counts as two)")
+    axis.set_ylabel(question.measure)
+    axis.set_title(question.asks, fontsize=10, wrap=True)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+    plt.close(figure)

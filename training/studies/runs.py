@@ -1,0 +1,222 @@
+"""The runs of a question: trained by the ordinary loop, kept as one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import TDMError
+from ..config import DistillConfig
+from ..cost import passes
+from ..files import replacing, writing
+from ..log import print_line
+from ..loop import build_roles, distill, settled
+from ..roles import Ema
+from ..run import Run
+from ..tasks import build_task
+from ..trajectory import build_trajectories
+from .question import Question, is_of
+
+FOLDER = Path(__file__).parent / "results"
+BASE = "undistilled"  # the variant's name of what training starts from
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What an evaluation said.
+
+    Attributes:
+        step: updates before it.
+        passes: network passes per sample before it, a backward one counted as two.
+        measures: of the task, by name.
+    """
+
+    step: int
+    passes: float
+    measures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One run.
+
+    Attributes:
+        config: all its settings; see `question.is_of`.
+        seconds: that it took, evaluations and all.
+        machine: what it ran on.
+        curve: its evaluations, in order.
+    """
+
+    variant: str
+    seed: int
+    config: dict[str, Any]
+    seconds: float
+    machine: str
+    curve: list[Point]
+
+
+def results_file(question: Question) -> Path:
+    """Where a question's runs are kept, one line of JSON each."""
+    return FOLDER / f"{question.name}.jsonl"
+
+
+def read_runs(path: Path) -> list[Trained]:
+    """All whole lines of a file of results; none if there is no file.
+
+    Raises:
+        TDMError: a line is no run.
+    """
+    if not path.is_file():
+        return []
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            fields = json.loads(line)
+            found.append(Trained(**{**fields, "curve": [Point(**point) for point in fields["curve"]]}))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise TDMError(f"{path}, line {number}, is no run: {error}") from None
+    return found
+
+
+def valid_runs(question: Question, runs: Sequence[Trained]) -> dict[tuple[str, int], Trained]:
+    """Those that are still what the question asks for, by (variant, seed)."""
+    wanted = {(variant, seed): question.config(variant, seed) for variant, seed in question.runs()}
+    wanted |= {(name, 0): question.config(question.first, question.seeds[0]) for name in (BASE, TEACHER)}
+    known = [run for run in runs if (run.variant, run.seed) in wanted]
+    return {(run.variant, run.seed): run for run in known if is_of(run.config, wanted[run.variant, run.seed])}
+
+
+def answer(
+    question: Question,
+    path: Path,
+    *,
+    only: Sequence[str] = (),
+    report: Callable[[str], None] = print_line,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[tuple[str, int], Trained]:
+    """Make all runs that are missing, and keep each as soon as it has ended. Two processes may share a question, each
+    with variants of its own.
+
+    Args:
+        path: of the results.
+        only: these variants; all if empty.
+
+    Raises:
+        TDMError: an unknown variant, or as `distill`.
+    """
+    for variant in only:
+        if variant not in question.variants:
+            raise TDMError(f"{question.name} has no variant {variant!r}; it has {', '.join(question.variants)}")
+    todo = [(v, s) for v, s in question.runs() if (not only or v in only) and (v, s) not in _kept(question, path)]
+    begun, seconds = time.monotonic(), 0.0
+    if (BASE, 0) not in _kept(question, path):
+        _keep(path, references(question))
+    for i, (variant, seed) in enumerate(todo):
+        left = f", about {(len(todo) - i) * seconds / i / 60:.0f} min left" if i else ""
+        report(f"{question.name}: {variant}, seed {seed}, run {i + 1} of {len(todo)}{left}")
+        trained = train(question, variant, seed, report=report, stop=stop)
+        if trained is None:
+            break
+        _keep(path, [trained])
+        seconds = time.monotonic() - begun
+    kept = _kept(question, path)
+    if len(kept) == len(question.runs()) + 2:  # complete: what it once asked for and no longer does goes
+        with replacing(path) as file:
+            file.write("".join(json.dumps(asdict(kept[key])) + "\n" for key in sorted(kept)).encode())
+    return kept
+
+
+def _kept(question: Question, path: Path) -> dict[tuple[str, int], Trained]:
+    return valid_runs(question, read_runs(path))
+
+
+def _keep(path: Path, runs: Sequence[Trained]) -> None:
+    """Add lines, so that two processes can; a line that is cut short by a kill counts for nothing."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(asdict(run)) + "\n" for run in runs))
+
+
+def train(
+    question: Question,
+    variant: str,
+    seed: int,
+    *,
+    report: Callable[[str], None] = print_line,
+    stop: Callable[[], bool] = lambda: False,
+) -> Trained | None:
+    """One run, in a folder that goes when it ends; None if it was stopped."""
+    config = question.config(variant, seed)
+    curve: list[Point] = []
+    per_update = passes(config).total
+
+    def collect(run: Run, line: Mapping[str, float]) -> None:
+        measures = {name.removeprefix("eval/"): v for name, v in line.items() if name.startswith("eval/")}
+        if measures:
+            curve.append(Point(run.step, run.step * per_update, measures))
+            shown = measures[question.measure]
+            report(f"  {variant}, seed {seed}: update {run.step}/{config.updates}, {question.measure} {shown:.4g}")
+
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        task = build_task(config.task, config.memory, device())
+        run = distill(task, config, Path(folder) / "run", callbacks=[collect], report=lambda _: None, stop=stop)
+    if run.step < config.updates:
+        return None
+    return Trained(variant, seed, asdict(config), time.monotonic() - begun, machine(), curve)
+
+
+def references(question: Question) -> list[Trained]:
+    """What training starts from, on the first variant's grid, and the guided teacher on its many steps: the same
+    evaluation, without training.
+    """
+    config = question.config(question.first, question.seeds[0])
+    found = []
+    for name in (BASE, TEACHER):
+        begun = time.monotonic()
+        measures = untrained(config, teacher=name == TEACHER)
+        point = Point(0, 0.0, measures)
+        found.append(Trained(name, 0, asdict(config), time.monotonic() - begun, machine(), [point]))
+    return found
+
+
+def untrained(config: DistillConfig, *, teacher: bool) -> dict[str, float]:
+    """The task's measures of the base on the student's grid, or of its guided teacher."""
+    task = build_task(config.task, config.memory, device())
+    config = settled(task, config)
+    roles = build_roles(task, config, torch.Generator().manual_seed(config.seed))
+    trajectories = build_trajectories(config.trajectory, task.schedule)
+    run = Run(task, config, Path(), roles, trajectories, Ema(roles, decay=0.0))
+    return task.evaluate(run.teacher, run.teacher) if teacher else run.evaluate()
+
+
+def device() -> str:
+    """Where runs are made: on a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine() -> str:
+    """What a run ran on, in a few words."""
+    name = torch.cuda.get_device_name() if device() == "cuda" else _processor()
+    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
