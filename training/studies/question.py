@@ -27,7 +27,8 @@ class Question:
         settings: likewise, ``key=value``.
         variants: by name, what each has beside; the first one is what the others are compared with.
         updates: that each variant gets; and as many more as it needs for the network passes of the first one.
-        every: updates between two evaluations of the first variant; of the others about as many passes.
+        every: updates between two evaluations of the first variant, a divisor of `updates`; those of a dearer one are
+            more often.
         seeds: of training.
         measure: of the task, that is compared.
         higher_is_better: of the measure.
@@ -55,7 +56,8 @@ class Question:
         share = 1.0
         if variant != self.first:
             share = passes(self.config(self.first, seed)).total / passes(config).total
-        every = max(1, round(self.every * min(1.0, share)))
+        often = self.every * min(1.0, share)
+        every = max(n for n in range(1, self.every + 1) if self.updates % n == 0 and n <= max(1.0, often))
         updates = math.ceil(self.updates * max(1.0, share) / every) * every
         quiet = {"preview_every": 0, "checkpoint_every": 0, "evaluate_every": every, "log_every": every}
         return replace(config, updates=updates, output=replace(config.output, **quiet))
@@ -111,6 +113,8 @@ def load_question(name: str) -> Question:
     for variant, own in question.variants.items():
         if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
             raise TDMError(f"{path}: variant {variant} must be a list of presets and key=value settings, not {own!r}")
+    if question.updates < 1 or question.every < 1 or question.updates % question.every:
+        raise TDMError(f"{path}: updates must be a multiple of every, not {question.updates} and {question.every}")
     for variant in question.variants:
         question.config(variant, 0)  # refuses what cannot be trained, before anything is
     return question

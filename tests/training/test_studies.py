@@ -1,0 +1,169 @@
+"""Questions answered by training: equal budgets, runs that are kept, and tables that say what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tdm.cli import main
+from tdm.errors import TDMError
+from tdm.training.cost import passes
+from tdm.training.studies.question import Question, is_of, load_question, questions
+from tdm.training.studies.report import at_passes, at_updates, interval, reached, table
+from tdm.training.studies.runs import Point, Trained, answer, read_runs, results_file, valid_runs
+
+SMALL = """\
+asks: does it work?
+configs: [mixture]
+settings: [task.samples=200, task.width=16, batch_size=16, student.rank=2, critic.rank=2, output.teacher_steps=8]
+updates: 6
+every: 2
+seeds: [0, 1]
+measure: energy
+higher_is_better: false
+reach: 10
+variants:
+  TDM: []
+  LCM: [lcm]
+  two critic updates: [critic.per_student=2]
+"""
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Question:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return load_question(str(tmp_path / "small.yaml"))
+
+
+@pytest.mark.parametrize("name", questions())
+def test_every_question_that_ships_is_sound_and_its_results_are_of_it(name: str) -> None:
+    question = load_question(name)
+    runs = read_runs(results_file(question))
+    assert len(valid_runs(question, runs)) == len(runs)
+    for variant in question.variants:
+        config = question.config(variant, 0)
+        cost = passes(config).total
+        assert config.updates >= question.updates
+        assert config.updates * cost >= question.budget()
+        assert question.updates % config.output.evaluate_every == 0
+        assert config.updates == question.updates or (config.updates - config.output.evaluate_every) * cost < (
+            question.budget()
+        )
+
+
+def test_each_variant_gets_the_updates_and_the_passes_of_the_first(question: Question) -> None:
+    costs = {variant: passes(question.config(variant, 0)).total for variant in question.variants}
+    assert costs == {"TDM": 5.5 + 4, "LCM": 1.5 + 3 + 1 + 2, "two critic updates": 9.0 + 6}
+    assert {v: question.config(v, 0).updates for v in question.variants} == {
+        "TDM": 6,
+        "LCM": 8,  # 6 * 9.5 / 7.5 = 7.6, in steps of 2
+        "two critic updates": 6,
+    }
+
+
+def test_runs_are_made_once_and_kept_one_by_one(question: Question, tmp_path: Path) -> None:
+    path, said = tmp_path / "results.jsonl", []
+    stopped = answer(question, path, report=said.append, stop=lambda: len(read_runs(path)) >= 4)
+    assert set(stopped) == {("undistilled", 0), ("teacher", 0), ("TDM", 0), ("LCM", 0)}
+    assert stopped["TDM", 0].curve[0].step == 2
+    assert [p.step for p in stopped["LCM", 0].curve] == [2, 4, 6, 8]
+    assert [p.passes for p in stopped["TDM", 0].curve] == [19, 38, 57]
+    said.clear()
+    found = answer(question, path, report=said.append)
+    assert set(found) == {("undistilled", 0), ("teacher", 0), *question.runs()}
+    assert not any("TDM, seed 0" in line for line in said)
+    assert found["TDM", 0] == stopped["TDM", 0]
+    assert answer(question, path, report=said.append) == found
+    assert len(path.read_text().splitlines()) == 8
+
+
+def test_a_half_written_line_counts_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(asdict(run_of([1.0]))) + "\n" + '{"variant": "TD')
+    assert len(read_runs(path)) == 1
+    path.write_text('{"variant": "TDM"}\n')
+    with pytest.raises(TDMError, match="line 1, is no run"):
+        read_runs(path)
+
+
+def test_a_run_belongs_to_its_settings_and_a_younger_setting_does_not_matter(question: Question) -> None:
+    config = question.config("TDM", 0)
+    stored = json.loads(json.dumps(asdict(config)))
+    assert is_of(stored, config)
+    assert not is_of(stored, question.config("TDM", 1))
+    del stored["critic"]["head_start"]  # as if the run were older than this setting
+    assert is_of(stored, config)
+    assert not is_of(stored, replace(config, critic=replace(config.critic, head_start=3)))
+    stored["critic"]["gone"] = 1
+    assert not is_of(stored, config)
+
+
+def run_of(values: list[float], passes_each: float = 10.0) -> Trained:
+    points = [Point(2 * (i + 1), passes_each * (i + 1), {"energy": v}) for i, v in enumerate(values)]
+    return Trained("TDM", 0, {}, 1.0, "a machine", points)
+
+
+def test_values_are_read_where_the_budgets_end(question: Question) -> None:
+    dear, cheap = run_of([5.0, 4.0, 3.0, 2.0], 20.0), run_of([5.0, 4.0, 3.0, 2.0], 14.25)
+    assert question.budget() == 57
+    assert (at_updates(question, dear), at_passes(question, dear)) == (3.0, 4.0)
+    assert (at_updates(question, cheap), at_passes(question, cheap)) == (3.0, 2.0)
+    assert reached(replace(question, reach=3.5), dear) == (6, 60.0)
+    assert reached(replace(question, reach=1.0), dear) is None
+    assert reached(replace(question, reach=4.5, higher_is_better=True), dear) == (2, 20.0)
+
+
+def test_an_interval_lies_between_the_seeds() -> None:
+    assert interval([1.0, 2.0, 3.0]) == "2 (1 to 3)"
+    assert interval([2.0]) == "2"
+    assert interval([]) == "-"
+
+
+def test_the_table_has_a_row_for_everything(question: Question, tmp_path: Path) -> None:
+    found = answer(question, tmp_path / "results.jsonl", only=["TDM"], report=lambda _: None)
+    lines = table(question, found).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["teacher", "undistilled", *question.variants]
+    assert "| - | - |" in lines[-1]
+    assert lines[4].endswith("| 2 | 2 to 2 (19 to 19) |")
+
+
+@pytest.mark.usefixtures("question")
+def test_the_command_answers_reports_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, results, out = str(tmp_path / "small.yaml"), str(tmp_path / "r.jsonl"), str(tmp_path / "out")
+    common = ["study", name, "--results", results, "--out", out]
+    assert main([*common, "--report"]) == 2
+    assert "train some" in capsys.readouterr().err
+    assert main([*common, "--only", "LCM", "TDM"]) == 0
+    assert "| LCM | 7.5 |" in capsys.readouterr().out
+    with Image.open(tmp_path / "out/small.png") as picture:
+        assert picture.width > 500
+    assert (tmp_path / "out/small.md").read_text().startswith("does it work?\n\n| variant |")
+    assert main([*common, "--report", "--measure", "least_mode"]) == 0
+    assert "least_mode, equal passes" in capsys.readouterr().out
+    assert main([*common, "--report", "--measure", "beauty"]) == 2
+    assert "has the measure 'beauty'" in capsys.readouterr().err
+    assert main([*common, "--only", "GAN"]) == 2
+    assert "has no variant 'GAN'; it has TDM, LCM" in capsys.readouterr().err
+    assert main(["study", "baselines-mixtur"]) == 2
+    assert "there is no question" in capsys.readouterr().err
+    assert main(["study"]) == 0
+    assert "baselines-mixture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("variants: {}", "with its variants"),
+        ("variants: {TDM: steps=4}", "must be a list"),
+        ("variants: {TDM: [trajectory.step=4]}", "did you mean steps"),
+        ("variants: {TDM: []}\nsedes: [1]", "did you mean seeds"),
+        ("variants: {TDM: []}\nevery: 4", "multiple of every"),
+    ],
+)
+def test_an_unsound_question_is_refused_before_anything_is_trained(change: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / "q.yaml").write_text(SMALL.partition("variants:")[0] + change)
+    with pytest.raises(TDMError, match=line):
+        load_question(str(tmp_path / "q.yaml"))
