@@ -1,5 +1,5 @@
 """The command line: ``tdm app | generate | distill | estimate | export | eval | study | bench | info | convert |
-average``."""
+timesteps | average``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm bench                                                   what a call costs beside its network calls
   tdm info FILE                                               what a LoRA file or a released student is
   tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
+  tdm timesteps                                               the best timesteps for 2, 4 and 8 steps
   tdm average FILE FILE --out student.safetensors             the mean of several students
 """
 
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import app, average, bench, convert, distill, estimate, evaluate, export, generate, info, study
+    from . import app, average, bench, convert, distill, estimate, evaluate, export, generate, info, study, timesteps
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bench": bench,
         "info": info,
         "convert": convert,
+        "timesteps": timesteps,
         "average": average,
     }
     for name, module in modules.items():

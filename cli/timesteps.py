@@ -1,0 +1,146 @@
+"""tdm timesteps: the best timesteps for few steps of a given student or teacher."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TDMError
+from .generate import add_model_arguments, load, quiet
+from .output import check_writable
+
+if TYPE_CHECKING:
+    from ..pipelines.families import Family
+    from ..pipelines.searched_grids import Grid
+
+HELP = """\
+Search the K timesteps on which few steps of a network come closest to many: one run of --levels steps for each prompt
+gives the error of every possible step, and dynamic programming the best K of them, for all K at once.
+
+  tdm timesteps                                          the bundled student, prompts of its world
+  tdm timesteps --student student.safetensors --prompts prompts.txt --steps 2,3,8 --out searched.safetensors
+  tdm timesteps --model bundled --guidance 3 --steps 4,8 the teacher: a base by itself, guided
+
+  predicted   the sum of the errors of the steps, as shares of the clean latents
+  error       how far K steps really end from the run of many, in the same unit
+
+A student knows the timesteps that it was trained on, and was never made to come close to its own run of many steps: the
+error does not say what its pictures are worth. Measure those before you keep a grid (tdm eval, on the bundled world).
+For a step count that it was not trained for, the grid to beat is the trained one re-spaced, which it runs on otherwise.
+--out writes a copy of the student with the grids that have the lesser error, and a note about each.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``tdm timesteps``."""
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("--steps", default="2,4,8", help="step counts to search for (default 2,4,8)")
+    add("--levels", type=int, default=32, help="steps of the run of many, about (default 32)")
+    add("--prompts", metavar="FILE", help="text file with one prompt a line (default: the bundled model's own world)")
+    add("--count", type=int, default=64, help="how many prompts, each with a noise of its own (default 64)")
+    add("--guidance", type=float, help="guidance scale (default: the student's own; of a teacher 3)")
+    add("--out", type=Path, help="student file to write, with the grids that were found")
+    add("--force", action="store_true", help="replace it if it exists")
+
+
+def run(args: argparse.Namespace) -> None:
+    """``tdm timesteps``."""
+    try:
+        steps = sorted({int(text) for text in args.steps.split(",")})
+    except ValueError:
+        raise TDMError(f"--steps {args.steps!r} is not a list of whole numbers such as 2,4,8") from None
+    if steps[0] < 1 or args.levels < steps[-1] or args.count < 1:
+        raise TDMError("--steps and --count must be at least 1, and --levels no less than the largest of --steps")
+    teacher = args.model is not None and args.student is None
+    if args.out is not None:
+        if teacher:
+            raise TDMError("--out writes a student file: name one with --student")
+        check_writable(args.out, args.force)
+    prompts = _prompts(args)
+
+    from ..pipelines.searched_grids import search
+    from ..training.evaluate import TEACHER_GUIDANCE, progress
+
+    pipe, family = _base(args.model) if teacher else _student(args)
+    recipe = None if teacher else pipe.recipe
+    guidance = args.guidance or (TEACHER_GUIDANCE if recipe is None else recipe.guidance_scale)
+    with progress(getattr(pipe, family.denoiser), 0) as bar:
+        found = search(
+            pipe, family, recipe, prompts, steps, levels=args.levels, guidance_scale=guidance, expect=bar.reset
+        )
+    print(f"{args.model if teacher else args.student or 'bundled'}: {len(prompts)} prompts, guidance {guidance:g}\n")
+    print(table(found))
+    better = {k: of["found"].timesteps for k, of in found.items() if min(of, key=lambda g: of[g].error) == "found"}
+    print()
+    for k in (k for k in found if k not in better):
+        best = min(found[k], key=lambda grid: found[k][grid].error)
+        print(f"{k} steps: what was found is not better than the {best} grid; keep that")
+    if teacher:
+        print(f"to run it: TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps={_rounded(better)})")
+    elif args.out is None:
+        print(f"to run it: TDMPipeline.from_pretrained(..., recipe={{'trained_timesteps': {_rounded(better)}}})")
+    else:
+        _write(args, recipe, better)
+
+
+def table(found: dict[int, dict[str, Grid]]) -> str:
+    """The grids of each step count, as a Markdown table."""
+    lines = ["| steps | grid | predicted | error | timesteps |", "| --- | --- | --- | --- | --- |"]
+    for k, grids in found.items():
+        for name, grid in grids.items():
+            timesteps = ", ".join(f"{t:.4g}" for t in grid.timesteps)
+            lines.append(f"| {k} | {name} | {grid.predicted:.4f} | {grid.error:.4f} | {timesteps} |")
+    return "\n".join(lines)
+
+
+def _rounded(grids: dict[int, list[float]]) -> dict[int, list[float]]:
+    return {k: [round(t, 3) for t in grid] for k, grid in grids.items()}
+
+
+def _prompts(args: argparse.Namespace) -> Sequence[str]:
+    from ..training.tasks.prompts import STICKERS, training_prompts
+
+    bundled = args.model in (None, "bundled") and args.student in (None, "bundled")
+    if args.prompts is None and not bundled:
+        raise TDMError("--prompts is missing: a text file with one prompt a line, such as this model is meant for")
+    return training_prompts(args.prompts or STICKERS, args.count)[: args.count]
+
+
+def _student(args: argparse.Namespace) -> tuple[Any, Family]:
+    pipe = load(args)
+    if pipe.recipe.sampler is not None:
+        raise TDMError(f"this student runs on {pipe.recipe.sampler}; timesteps are searched for those of TDMScheduler")
+    return pipe, pipe._family
+
+
+def _base(name: str) -> tuple[Any, Family]:
+    import torch
+
+    from ..pipelines.locate import base_folder, family_of_base
+
+    quiet()
+    folder = base_folder(name)
+    family = family_of_base(folder)
+    pipe: Any = family.pipeline_class()
+    return pipe.from_pretrained(folder, dtype=torch.float32), family
+
+
+def _write(args: argparse.Namespace, recipe: Any, better: dict[int, list[float]]) -> None:
+    """A copy of the student with the grids, its own for the step counts where nothing better was found."""
+    from ..pipelines.convert import convert_lora
+
+    if not better:
+        raise TDMError(f"nothing was found that is better than the student's own grids: {args.out} is not written")
+    notes = {f"timesteps of K={k}": "searched, not trained" for k in better}
+    fields = {
+        "trained_timesteps": recipe.trained_timesteps | better,
+        "notes": recipe.notes | notes,
+    }
+    source = args.student or "bundled"
+    convert_lora(source, args.out, base=args.model, recipe={**vars(recipe), **fields}, force=args.force)
+    print(f"student  {args.out}, with searched timesteps for {', '.join(map(str, better))} steps")
+    if max(better) > recipe.default_steps:
+        print(f"note: it runs {max(better)} steps from now on when none are asked for, not {recipe.default_steps}")
