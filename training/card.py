@@ -24,6 +24,7 @@ from ..pipelines.locate import BUNDLED, base_folder
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.student import StudentRecipe
 from .export import Format, Trained
+from .objectives import method_of
 
 CARD_FILE = "README.md"
 
@@ -82,8 +83,8 @@ def model_card(run: Trained, name: str, form: Format) -> str:
     parts = [
         f"# TDM student of {'the bundled teacher' if base == BUNDLED else base.rsplit('/', 1)[-1]}, "
         f"{recipe.default_steps} steps",
-        f"A {recipe.default_steps}-step student of `{base}` ({recipe.family}), distilled by Trajectory Distribution "
-        f"Matching ([arXiv 2503.06674](https://arxiv.org/abs/2503.06674)) from prompts alone: {what}.",
+        f"A {recipe.default_steps}-step student of `{base}` ({recipe.family}), by {_linked(method_of(run.config))}, from "
+        f"prompts alone: {what}.",
         *(f"![the last previews]({picture})" for picture in _last_previews(run)),
         "## Use",
         *_use(recipe, family, name, form),
@@ -109,6 +110,10 @@ def model_card(run: Trained, name: str, form: Format) -> str:
         **(licence or {"license": "other"}),
     )
     return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _linked(text: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 # ---------------------------------------------------------------------- how to use it

@@ -20,6 +20,7 @@ from ..errors import TDMError
 from ..pipelines.student import MERGED_FILE, STUDENT_FILE, Layout, StudentRecipe, save_student
 from .checkpoint import read_checkpoint
 from .config import DistillConfig, from_dict
+from .objectives import method_of
 from .roles import STEPS
 
 Which = Literal["mean", "best", "last"]
@@ -68,15 +69,16 @@ def read_run(folder: Path, which: Which = "mean") -> Trained | None:
         raise TDMError(f"the checkpoint in {folder} is of an earlier tdm, without a recipe; resume it for some updates")
     if checkpoint["recipe"] is None:
         return None
-    step, weights, notes = checkpoint["step"], checkpoint["ema"]["weights"], {}
+    step, weights, notes = checkpoint["step"], checkpoint["ema"]["weights"], {"method": method_of(config)}
     if which == "last":
-        weights, notes = checkpoint["adapters"]["student"], {"weights": "those of the last update, not their mean"}
+        weights = checkpoint["adapters"]["student"]
+        notes["weights"] = "those of the last update, not their mean"
     elif which == "best":
         if not (folder / "best.pt").is_file():
             raise TDMError(f"{folder} has no best.pt: nothing was evaluated in this run; take --which mean")
         best = read_checkpoint(folder / "best.pt")
         step, weights = best["step"], best["weights"]
-        notes = {"weights": f"the best by {best['measure']}, {best['value']:.4g}"}
+        notes["weights"] = f"the best by {best['measure']}, {best['value']:.4g}"
     recipe = StudentRecipe.from_fields(checkpoint["recipe"])
     notes["training"] = (
         f"{step} updates of {config.batch_size} prompts, seed {config.seed}, "
@@ -103,8 +105,14 @@ def export_student(
     """Write the student as one self-describing file; see ``save_student``.
 
     Raises:
-        TDMError: the run trained whole weights or an embedding of the step count, or as ``save_student``.
+        TDMError: the run trained whole weights or an embedding of the step count, its sampler is not to be had, or as
+            ``save_student``.
     """
+    if run.config.trajectory.sampler == "stochastic" and run.recipe.sampler is None:
+        raise TDMError(
+            "this student takes fresh noise at each step, which no scheduler of diffusers makes for this base from a "
+            "seed; to export one, train it with trajectory.sampler=deterministic"
+        )
     if STEPS in run.weights:
         raise TDMError(
             "this student is told its step count by an embedding, which needs code at inference; to export one, "

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule, expand
+from tdm.pipelines.student import read_student
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig, load_config
+from tdm.training.export import export_student, read_run
+from tdm.training.loop import distill
 from tdm.training.losses import generator_loss, guidance_loss
 from tdm.training.objectives.matching import (
     critic_objective,
@@ -22,8 +28,11 @@ from tdm.training.objectives.matching import (
 from tdm.training.objectives.towards import consistency_objective, later_timesteps, ode_grid, regression_objective
 from tdm.training.presets import OBJECTIVES
 from tdm.training.roles import ROLES, AdapterRoles
+from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.trajectory import Trajectory, sample, with_fresh_noise
 from torch import Tensor
+
+from .base_tasks import PROMPTS, task_of
 
 FLOW = NoiseSchedule.flow()
 VP = NoiseSchedule.vp(1000, 0.00085, 0.012, "scaled_linear")
@@ -300,9 +309,6 @@ def test_settings_that_cannot_work_together_are_refused(overrides: list[str], li
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_trains_the_mixture_through_the_same_loop(name: str, tmp_path) -> None:
-    from tdm.training.loop import distill
-    from tdm.training.tasks.mixture import MixtureTask
-
     small = ["updates=4", "batch_size=16", "student.rank=2", "critic.rank=2", "output.evaluate_every=4"]
     config = load_config(["mixture", name], [*small, "objective.guidance_scale=2", "output.teacher_steps=4"])
     written: dict[str, float] = {}
@@ -316,3 +322,38 @@ def test_every_objective_trains_the_mixture_through_the_same_loop(name: str, tmp
     assert ("critic_loss" in written) == matching
     learned = {role: any(bool(w.any()) for n, w in run.roles.state(role).items() if "lora_B" in n) for role in ROLES}
     assert learned == {"student": True, "critic": matching}
+
+
+def test_a_stochastic_student_is_sampled_as_it_was_trained_where_a_scheduler_can(
+    bases: Callable[[str], Path], prompts: str, tmp_path: Path
+) -> None:
+    """By diffusers' LCMScheduler, whose noise comes from the call's generator."""
+    task = task_of("sd15", bases("sd15"), prompts)
+    fast = ["updates=2", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
+    run = distill(task, load_config("dmd2", fast), tmp_path / "run", report=lambda _: None)
+    file = export_student(read_run(tmp_path / "run"), tmp_path / "student.safetensors")  # type: ignore[arg-type]
+    recipe, _ = read_student(file)
+    assert recipe is not None
+    assert recipe.sampler is not None
+    assert "DMD2" in recipe.notes["method"]
+    pipe = TDMPipeline.from_pretrained(file)
+    pipe.set_progress_bar_config(disable=True)
+    sampled = pipe(prompt=list(PROMPTS), generator=torch.Generator().manual_seed(0), output_type="latent")[0]
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, *task.latent_shape, generator=generator)
+    fresh = torch.stack([torch.randn(3, *task.latent_shape, generator=generator) for _ in range(4)], 1)
+    grid = run.trajectory.timesteps.tolist()
+    expected = sample(with_fresh_noise(run.roles.student, fresh), task.schedule, grid, noise, task.encode(PROMPTS))
+    assert float((sampled - expected).norm() / expected.norm()) < 1e-3  # LCM keeps 1e-4 of the last state
+
+
+@pytest.mark.parametrize("family", ["sd3", "cogvideox"])
+def test_a_stochastic_student_that_no_scheduler_can_run_is_not_exported(
+    family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
+) -> None:
+    task = task_of(family, bases(family), prompts)
+    fast = ["updates=1", "batch_size=2", "precision=fp32", "output.preview_every=0"]
+    distill(task, load_config("dmd2", fast), tmp_path / "run", report=lambda _: None)
+    with pytest.raises(TDMError, match="set to deterministic|sampler=deterministic"):
+        export_student(read_run(tmp_path / "run"), tmp_path / "student.safetensors")  # type: ignore[arg-type]
