@@ -131,6 +131,7 @@ def as_json(rows: Sequence[Row], settings: dict[str, Any]) -> str:
 def plot(rows: Sequence[Row]) -> Image.Image:
     """Accuracy by attribute, power by wavelength, and diversity against distance."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     first = rows[0].measures
     figure = Figure(figsize=(15, 8.5), layout="constrained")
@@ -163,7 +164,7 @@ def plot(rows: Sequence[Row]) -> Image.Image:
         )  # fmt: skip
     axes.set_xticks(range(len(first.spectrum)), list(first.spectrum))
     axes.axhline(1, color="grey", lw=0.8, zorder=0)
-    axes.set(title="power by wavelength, over the teacher's", yscale="log")
+    axes.set_title("power by wavelength, over the teacher's")
     axes = figure.add_subplot(grid[1, 1])
     for row in rows:
         x, y = row.measures.values["distance"], row.measures.values["diversity"]
@@ -171,7 +172,9 @@ def plot(rows: Sequence[Row]) -> Image.Image:
             x.value, y.value, xerr=_bars([x]), yerr=_bars([y]), marker="o", color=colours[row.name], label=row.name
         )
     axes.axhline(1, color="grey", lw=0.8, zorder=0)
-    axes.set(xlabel="distance to the teacher", ylabel="diversity, over the teacher's", xscale="symlog")
+    axes.set(xlabel="distance to the teacher", ylabel="diversity, over the teacher's")
+    axes.set_xscale("symlog", linthresh=0.1)  # about what good students have, and below 0 for equal samplers
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_title("diversity and distance")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
     written = io.BytesIO()

@@ -206,7 +206,8 @@ def evaluate(
     several = [text for text in compared for _ in range(SEEDS_PER_PROMPT)]
     labels = names_of(students) if students else ["student"]
     plan = samplers(student_steps, labels, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance)
-    size, loaded = (pipe.recipe.height, pipe.recipe.width), None
+    _check_students(pipe, students, load)
+    loaded = None
     total = sum(s.steps * (1 + (s.guidance_scale not in (None, 1))) * (n + len(several)) for s in plan)
     rows: list[Row] = []
     sheet = []
@@ -223,8 +224,6 @@ def evaluate(
             if students and student != loaded and student is not None:
                 load(pipe, students[labels.index(student)])
                 loaded = student
-                if (pipe.recipe.height, pipe.recipe.width) != size:
-                    raise TDMError(f"{student} draws in another size than the first student; evaluate it on its own")
             (made, facts), found = drawing(sampler, texts, range(seed, seed + n))
             again = grouped(sampler, seed + 2 * APART)
             if reference is None:
@@ -276,6 +275,16 @@ def _check(pipe: Any, prompts: Prompts) -> None:
             f"{recipe.base_model} is not of the bundled world, whose pictures are {SIZE}x{SIZE}: what it should show "
             "is not known; give prompts of your own with --prompts-file"
         )
+
+
+def _check_students(pipe: Any, students: Sequence[str], load: Callable[[Any, str], None]) -> None:
+    """Load each once before anything is drawn, the first at last: its grid is the teacher's, too."""
+    sizes = set()
+    for student in [*students[1:], *students[:1]]:
+        load(pipe, student)
+        sizes.add((pipe.recipe.height, pipe.recipe.width))
+        if len(sizes) > 1:
+            raise TDMError(f"{student} draws in another size than other students; evaluate it on its own")
 
 
 def _plain(value: Any) -> Any:
