@@ -23,7 +23,7 @@ gives the error of every possible step, and dynamic programming the best K of th
   tdm timesteps --student student.safetensors --prompts prompts.txt --steps 2,3,8 --out searched.safetensors
   tdm timesteps --model bundled --guidance 3 --steps 4,8 the teacher: a base by itself, guided
 
-  predicted   the sum of the errors of the steps, as shares of the clean latents
+  predicted   the error that those of the single steps add up to, as a share of the clean latents
   error       how far K steps really end from the run of many, in the same unit
 
 A student knows the timesteps that it was trained on, and was never made to come close to its own run of many steps: the

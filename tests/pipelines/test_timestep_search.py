@@ -79,10 +79,9 @@ def test_on_a_gaussian_the_found_grids_beat_the_uniform_ones_and_more_steps_are_
         assert error < 0.9 * true_error(schedule, uniform[k])
     assert errors == sorted(errors, reverse=True)
     assert [paths[k].cost for k in counts] == sorted((paths[k].cost for k in counts), reverse=True)
-    for k in counts:  # for a linear network the sum bounds what a real run misses
+    for k in counts:
         grid = [fine[i] for i in paths[k].levels]
-        missed = run_error(gaussian(schedule), schedule, grid, noise, x0)
-        assert missed <= paths[k].cost * (1 + paths[k].cost)
+        missed = run_error(gaussian(schedule), schedule, grid, noise, x0) ** 0.5
         assert missed == pytest.approx(true_error(schedule, grid), abs=2 * true_error(schedule, fine))
 
 
@@ -105,7 +104,7 @@ def test_the_costs_are_those_of_the_steps() -> None:
         for here, there in itertools.pairwise(fine[: j + 1]):
             state = ddim_step(*(p.double() for p in predict(state.float(), here)), 1 - there / 1000, there / 1000)
         missed = ddim_step(first_x0.double(), first_eps.double(), 1 - t / 1000, t / 1000) - state
-        assert float(costs[0, j]) == pytest.approx(float(missed.norm() / state.norm()), rel=1e-6, abs=1e-7)
+        assert float(costs[0, j]) == pytest.approx(float(missed.norm() / state.norm()) ** 2, rel=1e-6)
     assert run_error(predict, schedule, fine, noise, x0) == 0
 
 
@@ -135,7 +134,7 @@ def test_the_networks_of_all_families_are_run_as_their_pipelines_run_them(family
     predict = predictor(pipe, pipe._family, [tiny.PROMPT], size, 1.0, **options)
     grid = pipe.recipe.trained_timesteps[4]
     expected = pipe._family.unpack(pipe, latents(pipe, family, latents=pipe._family.pack(noise)), size)
-    assert run_error(predict, pipe.scheduler.schedule, grid, noise, expected.double()) < 1e-4
+    assert run_error(predict, pipe.scheduler.schedule, grid, noise, expected.double()) < 1e-8
 
 
 @pytest.mark.parametrize("family", ["sd15", "pixart"])
@@ -146,7 +145,7 @@ def test_guidance_makes_two_passes_as_the_pipeline_does(family: str, make: Make)
     predict = predictor(pipe, pipe._family, [tiny.PROMPT], size, 3.0, **options)
     expected = latents(pipe, family, latents=noise, guidance_scale=3.0)
     assert (
-        run_error(predict, pipe.scheduler.schedule, pipe.recipe.trained_timesteps[4], noise, expected.double()) < 1e-4
+        run_error(predict, pipe.scheduler.schedule, pipe.recipe.trained_timesteps[4], noise, expected.double()) < 1e-8
     )
 
 
