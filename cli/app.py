@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
-import socket
 import tempfile
 import threading
+import warnings
+import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TDMError
 from ..training.presets import find_config
-from .generate import add_model_arguments, load
+from .generate import add_model_arguments, load, quiet
 from .output import check_folder
 
 if TYPE_CHECKING:
@@ -59,19 +62,36 @@ def run(args: argparse.Namespace) -> None:
     if args.students_folder is not None and not args.students_folder.is_dir():
         raise TDMError(f"--students-folder {args.students_folder} is no folder")
     check_folder(args.out)
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise TDMError("the demo needs Gradio: pip install 'gradio[mcp]>=6'") from None
+    if importlib.util.find_spec("gradio") is None:
+        raise TDMError("the demo needs Gradio: pip install 'gradio[mcp]>=6'")
+    from ..demo.waiting import Waiting
+
     # Uploads and copies of pictures are this process's own, and go with it.
     with tempfile.TemporaryDirectory(prefix="tdm-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
-        launch(build(args), args.listen, port, auth=auth, mcp=args.mcp, browser=args.open)
+        with Waiting(args.listen, port) as waiting:
+            print(f"the demo starts at {waiting.url}", flush=True)
+            if args.open:
+                webbrowser.open(waiting.url)
+            page = build(args, waiting.say)
+        launch(page, args.listen, waiting.port, auth=auth, mcp=args.mcp)
 
 
-def build(args: argparse.Namespace) -> gradio.Blocks:
-    """The page that the arguments describe, not served yet."""
-    pipe = load(args)  # first: it keeps libraries quiet
+def build(args: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> gradio.Blocks:
+    """The page that the arguments describe, not served yet.
+
+    Args:
+        args: of ``tdm app``.
+        say: is told what is being loaded.
+    """
+    say("PyTorch and diffusers")
+    quiet()
+    warnings.filterwarnings("ignore", "this student was trained for")  # the page marks the steps that it was
+    from ..pipelines import tdm_pipeline  # noqa: F401
+
+    say("the model")
+    pipe = load(args)
+    say("the page")
     from ..demo.catalogue import Catalogue
     from ..demo.engine import Engine
     from ..demo.page import build as page
@@ -91,11 +111,10 @@ def build(args: argparse.Namespace) -> gradio.Blocks:
 def launch(
     page: gradio.Blocks,
     address: str,
-    port: int | None,
+    port: int,
     *,
     auth: tuple[str, str] | None = None,
     mcp: bool = False,
-    browser: bool = False,
 ) -> None:
     """Serve the page until somebody stops it.
 
@@ -105,11 +124,6 @@ def launch(
     from ..demo.mend_mcp import mend_mcp
     from ..demo.page import css, head, theme
 
-    try:  # before Gradio does, whose server reports it from a thread of its own
-        with socket.create_server((address, 0)):
-            pass
-    except OSError as error:
-        raise TDMError(f"cannot serve on {address}: {error.strerror}") from None
     if mcp:
         mend_mcp()
     page.queue(max_size=WAITING)
@@ -128,7 +142,7 @@ def launch(
             server_port=port,
             auth=auth,
             mcp_server=mcp,
-            inbrowser=browser,
+            inbrowser=False,
             max_file_size=LARGEST_UPLOAD,
             state_session_capacity=1_000,
             prevent_thread_lock=True,

@@ -116,7 +116,8 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
         if not checked:
             raise TDMError("a table needs a prompt at least")
         counts = [whole("steps", k, 1, MOST_STEPS) for k in (steps or [checked[0].steps])]
-        wanted = grid(checked[0], [s.prompt for s in checked], counts, whole("seeds", seeds, 1, 8))
+        trained = engine.recipe(checked[0].student).trained_timesteps
+        wanted = grid(checked[0], [s.prompt for s in checked], counts, whole("seeds", seeds, 1, 8), trained)
         for done, drawn in enumerate(draw_grid(engine, wanted), 1):  # noqa: B007 (the last is saved)
             if done < len(wanted):
                 yield None, {"done": done, "of": len(wanted)}

@@ -31,23 +31,23 @@ def card(name: str, frame: Frame | None, alt: str, waiting: str = "") -> str:
     """
     if frame is None:
         shown = f'<div class="blank">{escape(waiting)}</div>'
-        figures, done, total = "&nbsp;", 0, 1
+        figures, done, total = "&nbsp;", 0, 1  # its line is there already, so that nothing moves when they come
     else:
         shown = picture(frame.picture, alt)
-        figures = f"<b>{plural(frame.calls, 'call')}</b> of {frame.total} <span>{frame.seconds:.2f} s</span>"
-        if frame.final:
-            figures = f"<b>{plural(frame.calls, 'call')}</b> <span>{frame.seconds:.2f} s</span>"
+        of = "" if frame.final else f" of {frame.total}"
+        figures = f"<span><b>{plural(frame.calls, 'call')}</b>{of}</span> <span>{frame.seconds:.2f} s</span>"
         done, total = frame.calls, frame.total
     bar = f'<progress max="{total}" value="{done}" aria-label="{escape(name)}: network calls made"></progress>'
     return (
         f'<figure class="card">{shown}{bar}'
-        f"<figcaption><strong>{escape(name)}</strong><span>{figures}</span></figcaption></figure>"
+        f"<figcaption><strong>{escape(name)}</strong><div>{figures}</div></figcaption></figure>"
     )
 
 
 def stage(cards: Sequence[str], said: str = "") -> str:
     """Cards side by side, and a line below that screen readers announce."""
-    return f'<div class="stage">{"".join(cards)}</div><p class="said" role="status">{escape(said)}</p>'
+    many = " many" if len(cards) > 4 else ""
+    return f'<div class="stage{many}">{"".join(cards)}</div><p class="said" role="status">{escape(said)}</p>'
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str], side: Sequence[str], said: str, label: str) -> str:
@@ -61,6 +61,15 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str], side: Sequence[str
         f'<div class="sheet" tabindex="0" role="region" aria-label="{escape(label)}"><table><thead><tr><td></td>{top}'
         f'</tr></thead><tbody>{body}</tbody></table></div><p class="said" role="status">{escape(said)}</p>'
     )
+
+
+def strip(pictures: Sequence[str], labels: Sequence[str], said: str) -> str:
+    """Pictures one after another, as many a line as there is room for."""
+    figures = "".join(
+        f"<figure>{shown}<figcaption>{escape(label)}</figcaption></figure>"
+        for shown, label in zip(pictures, labels, strict=True)
+    )
+    return f'<div class="strip">{figures}</div><p class="said" role="status">{escape(said)}</p>'
 
 
 def plural(n: int, noun: str) -> str:

@@ -46,14 +46,17 @@ class Comparison:
         return students and (not self.race or (self.teacher is not None and self.teacher.final))
 
     def html(self) -> str:
-        """The stage as it is now."""
+        """The stage as it is now: with a place for each picture, drawn or not."""
+        several, first = len(self.wanted) > 1, self.wanted[0]
+        frames = [*self.students, *[None] * (len(self.wanted) - len(self.students))]
         cards = [
-            card(f"Student, {plural(s.steps, 'step')}" if len(self.wanted) == 1 else f"Seed {s.seed}", frame, s.prompt)
-            for s, frame in zip(self.wanted, self.students, strict=False)
+            card(f"Seed {s.seed}" if several else f"Student, {plural(s.steps, 'step')}", frame, s.prompt)
+            for s, frame in zip(self.wanted, frames, strict=True)
         ]
         if self.race:
             waiting = "the student goes first" if self._students_run() else "at work"
-            cards.append(card(TEACHER, self.teacher, f"by the teacher: {self.wanted[0].prompt}", waiting))
+            name = f"Teacher, seed {first.seed}" if several else TEACHER
+            cards.append(card(name, self.teacher, f"by the teacher: {first.prompt}", waiting))
         return stage(cards, self._said())
 
     def _students_run(self) -> bool:
@@ -69,5 +72,5 @@ class Comparison:
         first = self.students[0]
         return (
             f"{plural(first.calls, 'network call')} instead of {self.teacher.calls}: "
-            f"{self.teacher.seconds / first.seconds:.0f} times as fast, from the same noise, on this machine."
+            f"{self.teacher.seconds / first.seconds:.0f} times as fast on this machine."
         )

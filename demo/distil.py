@@ -17,6 +17,14 @@ from .runs import Runs, State
 from .settings import whole
 
 EVERY = 2.0  # seconds between two looks at a run, while the tab is open
+# Sooner than `tdm distill` does by itself, for people who watch. The student is the same.
+OFTEN = "output.log_every=5\noutput.preview_every=20\noutput.checkpoint_every=20"
+EXPLAINED = """
+<div class="hint"><p class="said" role="status">No run yet.</p>
+<p>A run is <code>tdm distill</code> in a process of its own: this page may be closed, and the demo ended. Its curves,
+its health and what teacher and student draw appear here. The bundled teacher takes minutes on a CPU; as soon as there
+is a checkpoint the student draws in the first tab.</p></div>
+"""
 
 
 class DistilTab:
@@ -28,15 +36,18 @@ class DistilTab:
         known = runs.names()
         with gr.Row(elem_classes="work"):
             with gr.Column(scale=2, min_width=320):
-                name = gr.Textbox("first", label="Name of a new run", max_lines=1, max_length=40, elem_id="run-name")
+                self._name = gr.Textbox(
+                    runs.free_name(), label="Name of a new run", max_lines=1, max_length=40, elem_id="run-name"
+                )
                 config = gr.Dropdown(list(runs.configs), value="bundled", label="What is distilled", elem_id="config")
                 with gr.Row():
                     updates = gr.Number(200, label="Updates", minimum=1, step=1, min_width=100, elem_id="updates")
                     seed = gr.Number(0, label="Seed of the run", minimum=0, step=1, min_width=100)
                 more = gr.Textbox(
+                    OFTEN,
                     label="More settings, key=value, one a line",
-                    info="As of tdm distill, such as student.lr=1e-4",
-                    lines=2,
+                    info="As of tdm distill: student.lr=1e-4, batch_size=16; these say how often there is news",
+                    lines=3,
                     elem_id="more",
                 )
                 start = gr.Button("Start distilling", variant="primary", elem_classes="go", elem_id="start")
@@ -44,21 +55,22 @@ class DistilTab:
                     known, value=known[0] if known else None, label="Run", elem_id="run", allow_custom_value=True
                 )
                 with gr.Row():
-                    stop = gr.Button("Stop", min_width=80, elem_id="stop-run")
-                    resume = gr.Button("Resume", min_width=80, elem_id="resume-run")
-                    use = gr.Button("Draw with its student", min_width=160, elem_id="use-run")
+                    self._stop = gr.Button("Stop", min_width=80, elem_id="stop-run", interactive=False)
+                    self._resume = gr.Button("Resume", min_width=80, elem_id="resume-run", interactive=False)
+                self._use = gr.Button("Draw with its student", elem_id="use-run", interactive=False)
             with gr.Column(scale=3, min_width=320):
-                self._live = gr.HTML(elem_id="live", min_height=240, label="Run")
+                self._live = gr.HTML(EXPLAINED, elem_id="live", min_height=240, label="Run")
         self._timer = gr.Timer(EVERY, active=False)
         quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
-        asked = [name, config, updates, seed, more]
-        start.click(explained(self.start), asked, [self._run, self._live], **quick)
-        stop.click(explained(self.stop), self._run, self._live, **quick)
-        resume.click(explained(self.resume), self._run, self._live, **quick)
-        gr.on([self._timer.tick, self._run.change], self.look, self._run, self._live, **quick)
-        tabs.select(self.turned, self._run, [self._timer, self._run, self._live], **quick)
+        asked = [self._name, config, updates, seed, more]
+        shown = [self._live, self._stop, self._resume, self._use]
+        start.click(explained(self.start), asked, [self._name, self._run, *shown], **quick)
+        self._stop.click(explained(self.stop), self._run, shown, **quick)
+        self._resume.click(explained(self.resume), self._run, shown, **quick)
+        gr.on([self._timer.tick, self._run.change], self.look, self._run, shown, **quick)
+        tabs.select(self.turned, [self._name, self._run], [self._timer, self._name, self._run, *shown], **quick)
         outputs = [controls.student, *controls.all()[1:4]]
-        used = use.click(explained(self.use), [controls.prompt, self._run], outputs, **MODEL, **PRIVATE)
+        used = self._use.click(explained(self.use), [controls.prompt, self._run], outputs, **MODEL, **PRIVATE)
         used.success(lambda: gr.update(selected="generate"), None, tabs, **PRIVATE)
 
     def start(self, name: Any, config: Any, updates: Any, seed: Any, more: Any) -> list[Any]:
@@ -66,34 +78,39 @@ class DistilTab:
         own = [line.strip() for line in str(more or "").splitlines() if line.strip()]
         settings = [f"updates={whole('updates', updates, 1, 10**7)}", f"seed={whole('the seed', seed, 0, 2**31)}", *own]
         self.runs.start(str(name).strip(), config, settings)
-        return [gr.update(choices=self.runs.names(), value=str(name).strip()), self.look(str(name).strip())]
+        chosen = gr.update(choices=self.runs.names(), value=str(name).strip())
+        return [self.runs.free_name(), chosen, *self.look(str(name).strip())]
 
-    def stop(self, name: Any) -> str:
+    def stop(self, name: Any) -> list[Any]:
         """Ask a run to end with a checkpoint."""
         self.runs.stop(name)
         return self.look(name)
 
-    def resume(self, name: Any) -> str:
+    def resume(self, name: Any) -> list[Any]:
         """Go on with it."""
         self.runs.resume(name)
         return self.look(name)
 
-    def look(self, name: Any) -> str:
-        """A run as it is now."""
-        if not name:
-            return '<p class="said" role="status">No run yet. The bundled teacher takes some minutes.</p>'
+    def look(self, name: Any) -> list[Any]:
+        """A run as it is now, and which of stop, resume and draw it can be asked for."""
         try:
-            return html(str(name), self.runs.state(name))
+            state = self.runs.state(name) if name else None
         except TDMError as error:
-            return f'<p class="said" role="status">{escape(str(error))}</p>'
+            state, shown = None, f'<p class="said" role="status">{escape(str(error))}</p>'
+        else:
+            shown = html(str(name), state) if state else EXPLAINED
+        running = state is not None and state.running
+        can = [running, state is not None and not running and not state.finished, state is not None and state.resumable]
+        return [shown, *(gr.update(interactive=bool(each)) for each in can)]
 
-    def turned(self, run: Any, event: gr.SelectData) -> list[Any]:
+    def turned(self, name: Any, run: Any, event: gr.SelectData) -> list[Any]:
         """Look at the run only while its tab is open."""
-        here = event.value == "Distil"
+        if event.value != "Distil":
+            return [gr.Timer(active=False), *[gr.skip()] * 6]
         names = self.runs.names()
         run = run or (names[0] if names else None)
-        shown = [gr.update(choices=names, value=run), self.look(run)] if here else [gr.skip(), gr.skip()]
-        return [gr.Timer(active=here), *shown]
+        free = self.runs.free_name() if name in names else gr.skip()
+        return [gr.Timer(active=True), free, gr.update(choices=names, value=run), *self.look(run)]
 
     def use(self, prompt: Any, name: Any) -> list[Any]:
         """Put the run's student into the first tab."""
@@ -102,19 +119,27 @@ class DistilTab:
         return [chosen, steps, seed, size]
 
 
+def _left(state: State) -> str:
+    """The time to go, at its last pace; the line of an alarm has none."""
+    pace = next((line["seconds_per_update"] for line in reversed(state.lines) if "seconds_per_update" in line), 0.0)
+    seconds = pace * (state.updates - state.step)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
 def html(name: str, state: State) -> str:
     """A run: how far, how well, its curves and its newest preview."""
-    if state.running:
-        said = (
-            f"{name}: update {state.step} of {state.updates}" if state.step else f"{name} begins: it reads its prompts"
-        )
+    if state.running and state.step:
+        said = f"{name}: update {state.step} of {state.updates}, {_left(state)} left"
+    elif state.running:
+        said = f"{name} begins: it loads its teacher and encodes its prompts"
     elif state.finished:
         said = f"{name} is done: {plural(state.updates, 'update')}"
     else:
         said = f"{name} stopped at update {state.step} of {state.updates}"
     parts = [f'<p class="said" role="status">{escape(said)}</p>']
     parts.append(f'<progress max="{state.updates}" value="{state.step}" aria-label="Updates done"></progress>')
-    parts.append(f'<p class="line">{escape(state.said[:300])}</p>')
+    if not state.running:  # while it runs, it is the curves' figures, or remarks of libraries
+        parts.append(f'<p class="line">{escape(state.said[:300])}</p>')
     if state.lines:
         health = "".join(f"<li>{escape(alarm)}</li>" for alarm in state.alarms)
         parts.append(f"<h3>Health</h3><ul>{health}</ul>" if health else "<h3>Health</h3><p>No alarms.</p>")

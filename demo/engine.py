@@ -71,7 +71,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """A call that nobody waits for or sees the time of: a process's first is slow."""
-        for _ in self.student(self.settings({"prompt": "a", "steps": 1})):
+        for _ in self.student(self.settings({"prompt": "a"})):
             pass
 
     @property

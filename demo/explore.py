@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,22 @@ from PIL import Image
 
 from ..errors import TDMError
 from ..pipelines.sheet import contact_sheet
-from .cards import picture, plural, table
+from .cards import picture, plural, strip, table
 from .controls import MODEL, PRIVATE, explained, steps_choices
 from .engine import Engine, Frame
 from .pictures import Pictures
-from .settings import Settings, whole
+from .settings import MOST_STEPS, Settings, whole
 
 MOST_CELLS = 64
 STEPS, PROMPTS = "Steps", "Prompts"
 EMPTY = '<div class="cell"></div>'
+EXPLAINED = """
+<div class="hint">
+<p><b>Table</b>: each seed is a column. The rows are step counts of the first prompt, or all prompts.</p>
+<p><b>Trajectory</b>: the clean picture that the student predicts after each network call, of the first prompt and
+seed, in the most steps that are ticked.</p>
+</div>
+"""
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,10 @@ class Grid:
         return sum(map(len, self.rows))
 
 
-def grid(first: Settings, prompts: list[str], steps: list[int], seeds: int) -> Grid:
+def grid(first: Settings, prompts: list[str], steps: list[int], seeds: int, trained: Container[int]) -> Grid:
     """Seeds, counted up from the first's, as columns; as rows the prompts, or of one prompt the step counts.
+
+    Those that the student was trained for say so.
 
     Raises:
         TDMError: several of both, or more cells than 64.
@@ -56,7 +66,7 @@ def grid(first: Settings, prompts: list[str], steps: list[int], seeds: int) -> G
         raise TDMError(f"{cells} pictures are too many for a table; at most {MOST_CELLS}")
     columns = range(first.seed, first.seed + seeds)
     rows = [[replace(first, prompt=p, steps=k, seed=seed) for seed in columns] for p in prompts for k in steps]
-    side = prompts if len(prompts) > 1 else [plural(k, "step") for k in steps]
+    side = prompts if len(prompts) > 1 else [plural(k, "step") + ", trained" * (k in trained) for k in steps]
     return Grid(rows, side, [f"seed {seed}" for seed in columns])
 
 
@@ -73,7 +83,7 @@ def draw_grid(engine: Engine, wanted: Grid) -> Iterator[list[list[Image.Image | 
 def save_grid(pictures: Pictures, wanted: Grid, drawn: list[list[Image.Image | None]]) -> Path:
     """One sheet of them all."""
     rows = [[image for image in row if image is not None] for row in drawn]
-    labels = ["\n".join(text[i : i + 24] for i in range(0, len(text), 24)) for text in wanted.side]
+    labels = ["\n".join(textwrap.wrap(text, 24)) for text in wanted.side]
     sheet = contact_sheet(rows, labels, wanted.head, side=128)
     return pictures.save_sheet(sheet, f"table {wanted.rows[0][0].prompt}")
 
@@ -85,7 +95,7 @@ def save_strip(pictures: Pictures, frames: list[Frame], settings: Settings) -> P
 
 
 def _label(frame: Frame) -> str:
-    return "picture" if frame.final else f"step {frame.step}, t = {frame.timestep:.0f}"
+    return "picture" if frame.final else f"step {frame.step}, t\xa0=\xa0{frame.timestep:.0f}"
 
 
 class ExploreTab:
@@ -103,7 +113,7 @@ class ExploreTab:
                 prompts = gr.Textbox(
                     "two red stars above a blue ball at night" if engine.base == "bundled" else "a red fox in the snow",
                     label="Prompts, one a line",
-                    lines=4,
+                    lines=3,
                     max_lines=12,
                     elem_id="prompts",
                 )
@@ -112,19 +122,28 @@ class ExploreTab:
                     steps_choices(recipe), value=[1, 2, 4, 8], label="Steps", elem_id="table-steps"
                 )
                 with gr.Row():
-                    seed = gr.Number(0, label="First seed", minimum=0, step=1, min_width=120)
-                    seeds = gr.Slider(1, 8, value=4, step=1, label="Seeds", min_width=120)
+                    seed = gr.Number(0, label="First seed", minimum=0, step=1, min_width=160)
+                    seeds = gr.Slider(1, 8, value=4, step=1, label="Seeds", min_width=160)
                 with gr.Row():
                     go = gr.Button("Draw the table", variant="primary", elem_classes="go", elem_id="table")
                     stop = gr.Button("Stop", scale=0, min_width=90)
-                way = gr.Button("Show one sample's way, step by step", elem_id="way")
+                way = gr.Button("Show one trajectory", elem_id="way")
             with gr.Column(scale=3, min_width=320):
-                self._shown = gr.HTML(elem_id="explored", min_height=200, label="Table")
+                self._shown = gr.HTML(EXPLAINED, elem_id="explored", min_height=200, label="Table")
                 self._file = gr.DownloadButton("Download as one picture", visible=False, size="sm")
         asked, outputs = [prompts, rows, steps, seed, seeds, student], [self._shown, self._file]
-        drawing = go.click(explained(self.table), asked, outputs, **MODEL, **PRIVATE)
-        walking = way.click(explained(self.way), asked, outputs, **MODEL, **PRIVATE)
+        shown: dict[str, Any] = {"show_progress_on": self._shown, **MODEL, **PRIVATE}
+        drawing = go.click(explained(self.table), asked, outputs, **shown)
+        walking = way.click(explained(self.way), asked, outputs, **shown)
         stop.click(None, cancels=[drawing, walking], queue=False, **PRIVATE)
+        student.change(self.marked, student, steps, show_progress="hidden", **PRIVATE)
+
+    def marked(self, student: Any) -> Any:
+        """The step counts with those marked that a student was trained for; a wrong file is explained elsewhere."""
+        try:
+            return gr.update(choices=steps_choices(self.engine.recipe(student)))
+        except TDMError:
+            return gr.skip()
 
     def _first(self, prompts: Any, steps: Any, seed: Any, student: Any) -> tuple[Settings, list[str]]:
         lines = [line for line in str(prompts or "").splitlines() if line.strip()] or [""]
@@ -140,9 +159,10 @@ class ExploreTab:
         first, lines = self._first(prompts, None, seed, student)
         count = whole("the number of seeds", seeds, 1, 8)
         if rows == STEPS:
-            wanted = grid(first, lines[:1], sorted(whole("steps", k, 1, 50) for k in steps or []), count)
+            lines, counts = lines[:1], sorted(whole("steps", k, 1, MOST_STEPS) for k in steps or [])
         else:
-            wanted = grid(first, lines, [first.steps], count)
+            counts = [first.steps]
+        wanted = grid(first, lines, counts, count, self.engine.recipe(first.student).trained_timesteps)
         begun = time.monotonic()
         yield {self._shown: self._html(wanted, [], "begun"), self._file: gr.update(visible=False)}
         for done, drawn in enumerate(draw_grid(self.engine, wanted), 1):
@@ -158,15 +178,14 @@ class ExploreTab:
         self, prompts: Any, _rows: Any, steps: Any, seed: Any, _seeds: Any, student: Any
     ) -> Iterator[dict[Any, Any]]:
         """The clean picture that is predicted at each step, of the first prompt, in the most steps that are ticked."""
-        most = max((whole("steps", k, 1, 50) for k in steps or []), default=None)
+        most = max((whole("steps", k, 1, MOST_STEPS) for k in steps or []), default=None)
         settings, _ = self._first(prompts, most, seed, student)
         frames: list[Frame] = []
         for frame in self.engine.student(settings):
             frames.append(frame)
             cells = [picture(f.picture, f"{settings.prompt}: {_label(f)}") for f in frames]
-            said = f"{plural(frame.step, 'step')} of {frame.steps}."
-            label = "The predicted picture, step by step"
-            yield {self._shown: table([cells], [_label(f) for f in frames], [f"seed {settings.seed}"], said, label)}
+            said = f"Step {frame.step} of {frame.steps}, seed {settings.seed}."
+            yield {self._shown: strip(cells, [_label(f) for f in frames], said)}
         yield {self._file: gr.update(value=save_strip(self.pictures, frames, settings), visible=True)}
 
     def _html(self, wanted: Grid, drawn: list[list[Image.Image | None]], said: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,20 +69,22 @@ class GenerateTab:
     def __init__(self, engine: Engine, pictures: Pictures) -> None:
         self.engine, self.pictures = engine, pictures
         self._opening: Comparison | None = None  # what every visitor sees first is drawn once
+        self._newest: dict[str | None, object] = {}  # of each visitor, the wish that is being drawn
         prompts = BUNDLED_PROMPTS if engine.base == "bundled" else OTHER_PROMPTS
         self.first = engine.settings({"prompt": prompts[0]})
         with gr.Row(elem_classes="first"):
             with gr.Column(elem_classes="ask"):
                 prompt, go, stop = self._ask(prompts)
             with gr.Column(elem_classes="shown"):
-                self._stage = gr.HTML(elem_id="stage", label="Pictures", min_height=320)
+                blank = Comparison(engine, [self.first], race=True).html()
+                self._stage = gr.HTML(blank, elem_id="stage", label="Pictures", min_height=320)
                 self._slider = gr.ImageSlider(
                     label="Student | teacher: drag to compare",
-                    visible=False,
                     interactive=False,
                     format="png",
                     buttons=["fullscreen"],
                     elem_id="slider",
+                    height=420,  # with or without pictures: nothing below it moves when they come
                     max_height=420,
                 )
                 self._download = gr.DownloadButton("Download PNG, settings inside", visible=False, size="sm")
@@ -104,13 +106,15 @@ class GenerateTab:
         self.outputs = [self._stage, self._slider, self._download, self._gallery, self._history]
         asked = [*self.controls.all(), batch, race, self._history]
         go.click(None, self.controls.all(), js=SHARE, **PRIVATE)
-        drawing = go.click(explained(self.draw), asked, self.outputs, **MODEL, **PRIVATE, trigger_mode="always_last")
+        go.click(self.give_way, None, None, queue=False, **PRIVATE)
+        shown: dict[str, Any] = {"show_progress_on": self._stage, **MODEL, **PRIVATE}
+        drawing = go.click(explained(self.draw), asked, self.outputs, trigger_mode="always_last", **shown)
         self._gallery.select(explained(self.back), self._history, self.controls.all(), **PRIVATE)
         dropped.upload(explained(self.from_file), dropped, self.controls.all(), **PRIVATE)
         self.controls.student.input(
             explained(self.chosen), [self.controls.prompt, self.controls.student], self.controls.all()[1:], **PRIVATE
         )
-        self._asked, self._drawing, self._stop = asked, drawing, stop
+        self._asked, self._drawing, self._stop, self._shown = asked, drawing, stop, shown
 
     def _ask(self, prompts: tuple[str, ...]) -> tuple[gr.Textbox, gr.Button, gr.Button]:
         prompt = gr.Textbox(
@@ -119,7 +123,8 @@ class GenerateTab:
         with gr.Row(elem_classes="chips"):
             for text in prompts:
                 chip = gr.Button(text, size="sm", variant="secondary", min_width=0)
-                chip.click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
+                told = chip.click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
+                told.then(None, js="() => { tdm.go(); return []; }", **PRIVATE)
         with gr.Row():
             go = gr.Button("Generate", variant="primary", elem_id="go", elem_classes="go", scale=3)
             stop = gr.Button("Stop", variant="secondary", elem_id="stop", scale=1, min_width=80)
@@ -149,15 +154,15 @@ class GenerateTab:
                 label="Size",
                 allow_custom_value=True,
                 elem_id="size",
-                min_width=120,
+                min_width=160,
             )
-            batch = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", elem_id="batch", min_width=120)
+            batch = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", elem_id="batch", min_width=160)
         with gr.Accordion("Student, and settings from a picture", open=False):
             student = gr.Dropdown(
                 self.engine.catalogue.names(), value=first.student, label="Student", allow_custom_value=True
             )
             dropped = gr.File(
-                label="Drop a PNG made here to get its settings back", file_types=[".png"], type="filepath", height=120
+                label="Drop a PNG made here to get its settings back", file_types=[".png"], type="filepath", height=160
             )
         return Controls(prompt, steps, seed, size, student), batch, race, dropped
 
@@ -174,31 +179,69 @@ class GenerateTab:
         return [self.engine.settings(given | {"seed": first.seed + i}) for i in range(count)]
 
     def draw(
-        self, prompt: Any, steps: Any, seed: Any, size: Any, student: Any, batch: Any, race: Any, history: list[str]
+        self,
+        prompt: Any,
+        steps: Any,
+        seed: Any,
+        size: Any,
+        student: Any,
+        batch: Any,
+        race: Any,
+        history: list[str],
+        request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
-        """Draw, streaming the stage; then the slider, the download and the gallery."""
+        """Draw, streaming the stage; then the slider, the download and the gallery. A newer wish ends it."""
         wanted = self.wanted(prompt, steps, seed, size, student, batch)
         if words := unknown_words(self.engine, wanted[0].prompt):
             gr.Info(f"this model does not know {', '.join(words[:5])} and leaves that out")
         comparison = Comparison(self.engine, wanted, bool(race))
+        visitor, wish = request.session_hash, object()
+        self._newest[visitor] = wish
+        try:
+            yield {self._stage: comparison.html(), self._slider: gr.update(value=None, visible=comparison.race)}
+            yield from self._stream(comparison, history, lambda: self._newest.get(visitor) is wish)
+        finally:
+            if self._newest.get(visitor) is wish:
+                del self._newest[visitor]
+
+    def give_way(self, request: gr.Request) -> None:
+        """End what is being drawn for this visitor, who has a newer wish."""
+        self._newest.pop(request.session_hash, None)
+
+    def _stream(
+        self, comparison: Comparison, history: list[str], wanted: Callable[[], bool]
+    ) -> Iterator[dict[Any, Any]]:
         saved: list[str] = []
-        yield {self._stage: comparison.html(), self._slider: gr.update(visible=False)}
         for _ in comparison.run():
+            if not wanted():
+                return
             yield {self._stage: comparison.html()}
             done = sum(frame.final for frame in comparison.students)
             if len(saved) < done:
-                saved.append(str(self.pictures.save(comparison.students[done - 1].picture, wanted[done - 1])))
+                file = self.pictures.save(comparison.students[done - 1].picture, comparison.wanted[done - 1])
+                saved.append(str(file))
                 yield self._shelf(saved, history)
         if comparison.teacher is not None:
             yield self._beside(comparison)
 
-    def open(self, *asked: Any) -> Iterator[dict[Any, Any]]:
+    def open(
+        self,
+        prompt: Any,
+        steps: Any,
+        seed: Any,
+        size: Any,
+        student: Any,
+        batch: Any,
+        race: Any,
+        history: list[str],
+        request: gr.Request,
+    ) -> Iterator[dict[Any, Any]]:
         """What a visitor sees first. Without a link's settings it is the same for all, and drawn once."""
-        own = self.wanted(*asked[:5]) != [self.first]
+        own = self.wanted(prompt, steps, seed, size, student) != [self.first]
         if own or self._opening is None:
-            yield from self.draw(*asked)
+            yield from self.draw(prompt, steps, seed, size, student, batch, race, history, request)
             return
-        shown, history = self._opening, asked[-1]
+        shown = self._opening
         yield {self._stage: shown.html()}
         yield self._shelf([str(self.pictures.save(shown.students[0].picture, self.first))], history)
         yield self._beside(shown)
@@ -245,8 +288,8 @@ class GenerateTab:
 
     def opened(self, page: gr.Blocks) -> None:
         """Read the link, then draw."""
-        link = page.load(explained(self.from_link), None, self.controls.all(), **PRIVATE)
-        opening = link.then(explained(self.open), self._asked, self.outputs, **MODEL, **PRIVATE)
+        link = page.load(explained(self.from_link), None, self.controls.all(), show_progress="hidden", **PRIVATE)
+        opening = link.then(explained(self.open), self._asked, self.outputs, **self._shown)
         self._stop.click(None, cancels=[self._drawing, opening], queue=False, **PRIVATE)
 
     def from_link(self, request: gr.Request) -> list[Any]:

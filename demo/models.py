@@ -21,7 +21,9 @@ class ModelsTab:
         self.engine, self.generate = engine, generate
         self.controls: Controls = generate.controls
         folders = " and ".join(engine.catalogue.folders)
-        where = f"The one that was given at the start, and the files below {folders}"
+        where = f"{engine.catalogue.first}, and the files in the folders {folders}"
+        if "students" not in engine.catalogue.folders:
+            where = f"{engine.catalogue.first}, and those of runs; --students-folder adds a folder of files"
         with gr.Row(elem_classes="work"):
             with gr.Column(scale=2, min_width=320):
                 self.student = gr.Dropdown(
@@ -39,7 +41,7 @@ class ModelsTab:
             with gr.Column(scale=3, min_width=320):
                 self._info = gr.Code(
                     self.say(engine.catalogue.first), label="What tdm info says", elem_id="info", interactive=False,
-                    wrap_lines=True, lines=18,
+                    wrap_lines=True, lines=3, max_lines=40, show_line_numbers=False,
                 )  # fmt: skip
         self.student.change(explained(self.say), self.student, self._info, **PRIVATE)
         again.click(self.listed, None, [self.student, self.controls.student], **PRIVATE)

@@ -11,9 +11,14 @@ const tdm = {
     });
     history.replaceState(null, "", url);
   },
+  go() {  // presses the main button of the tab that is open
+    [...document.querySelectorAll("button.go")].find((button) => button.offsetParent !== null)?.click();
+  },
 };
 document.addEventListener("keydown", (event) => {
   if (!(event.ctrlKey || event.metaKey) || event.key !== "Enter") return;
-  const go = [...document.querySelectorAll("button.go")].find((button) => button.offsetParent !== null);
-  if (go) { event.preventDefault(); event.target.blur(); go.click(); event.target.focus(); }
+  event.preventDefault();
+  event.target.blur();  // hands over what was typed
+  tdm.go();
+  event.target.focus();
 }, true);

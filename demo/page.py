@@ -24,6 +24,10 @@ from. Both begin with the same noise.</p>
 """
 
 
+# On a phone Gradio hides the link to the API, but not the dot after it.
+FOOTER = "@media (max-width: 640px) { footer .divider { display: none !important; } }"
+
+
 def theme() -> gr.themes.Base:
     """Calm, and with the system's own fonts: nothing is loaded from elsewhere."""
     return gr.themes.Default(
@@ -72,8 +76,8 @@ def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
 
 
 def head() -> str:
-    """What goes into the page's head: its script."""
-    return f"<script>{(HERE / 'page.js').read_text()}</script>"
+    """What goes into the page's head: its script, and the style of what lies outside the blocks."""
+    return f"<script>{(HERE / 'page.js').read_text()}</script><style>{FOOTER}</style>"
 
 
 def css() -> str:

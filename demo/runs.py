@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -75,6 +76,10 @@ class Runs:
         """The newest first."""
         notes = sorted(self.folder.glob(f"*/{NOTE}"), key=lambda note: note.parent.stat().st_ctime, reverse=True)
         return [note.parent.name for note in notes if _is_name(note.parent.name)]
+
+    def free_name(self) -> str:
+        """A name for the next run."""
+        return next(name for i in itertools.count(1) if not (self.folder / (name := f"run-{i}")).exists())
 
     def start(self, name: str, config: str, settings: Sequence[str]) -> None:
         """Begin a run.

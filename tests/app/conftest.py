@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from playwright.sync_api import Browser, Page
@@ -27,6 +28,7 @@ class App:
     out: Path
     process: subprocess.Popen[bytes]
     log: Path
+    waited: list[int] = field(default_factory=list)  # what it answered before it was there
 
     def stop(self) -> None:
         self.process.terminate()
@@ -58,7 +60,8 @@ def start(command: list[str], out: Path, **env: str) -> App:
         try:
             urllib.request.urlopen(app.url, timeout=60).close()
             return app
-        except OSError:
+        except OSError as error:
+            app.waited += [error.code] if isinstance(error, HTTPError) else []
             if process.poll() is not None or time.monotonic() > end:
                 process.kill()
                 raise RuntimeError(f"the demo did not start:\n{log.read_text()[-3000:]}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 from playwright.sync_api import Page, expect
-from tdm.demo.runs import Runs
+from tdm.demo.distil import html
+from tdm.demo.runs import Runs, State
 from tdm.errors import TDMError
 from tdm.tests.app.accessibility import violations
 from tdm.tests.app.conftest import App
@@ -69,9 +71,28 @@ def test_a_run_is_stopped_resumed_and_outlives_what_started_it(tmp_path: Path) -
         wait(lambda: not runs.state("long").running)
 
 
+def test_a_run_says_how_long_it_will_take() -> None:
+    lines = [{"step": 10, "critic_loss": 1.0, "seconds_per_update": 3.0}, {"step": 10, "alarm/lazy": 1.0}]
+    state = State(True, 10, 210, lines, ["x0 does not change"], None, "a remark of a library", resumable=False)
+    shown = html("mine", state)
+    assert "mine: update 10 of 210, 10 min left" in shown  # the line of an alarm, which has no pace, does not hide it
+    assert "x0 does not change" in shown
+    assert "a remark of a library" not in shown
+    assert "a remark" in html("mine", dataclasses.replace(state, running=False))  # why it ended may stand there
+
+
+def test_the_next_run_has_a_free_name(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    assert runs.free_name() == "run-1"
+    (tmp_path / "run-1").mkdir()
+    assert runs.free_name() == "run-2"
+
+
 def test_the_page_starts_watches_and_draws_with_a_run(app: App, open_page: Callable[..., Page]) -> None:
     page = open_page()
     page.get_by_role("tab", name="Distil").click()
+    for button in ("#stop-run", "#resume-run", "#use-run"):  # there is no run yet
+        expect(page.locator(button)).to_be_disabled()
     page.fill("#run-name input, #run-name textarea", "tiny")
     page.fill("#updates input", "2")
     page.fill("#more textarea", "task.prompts=/etc/passwd")
@@ -80,6 +101,8 @@ def test_the_page_starts_watches_and_draws_with_a_run(app: App, open_page: Calla
     page.fill("#more textarea", "\n".join(TINY))
     page.click("#start")
     page.wait_for_selector("#live .said:has-text('tiny')")
+    expect(page.locator("#stop-run")).to_be_enabled()
+    expect(page.locator("#run-name input, #run-name textarea")).to_have_value("run-1")  # of the next
     page.close()  # which does not end the run
     page = open_page()
     page.get_by_role("tab", name="Distil").click()
@@ -88,6 +111,8 @@ def test_the_page_starts_watches_and_draws_with_a_run(app: App, open_page: Calla
     expect(page.locator("#live")).to_contain_text("No alarms")
     expect(page.locator("#live img")).to_have_count(1)
     assert violations(page) == []
+    expect(page.locator("#stop-run")).to_be_disabled()
+    expect(page.locator("#resume-run")).to_be_disabled()
     page.click("#use-run")
     expect(page.locator("#go")).to_be_visible()
     page.click("#go")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 from gradio_client import Client
 from PIL import Image
 from playwright.sync_api import Page, expect
+from tdm.pipelines.locate import bundled_path
+from tdm.pipelines.student import read_student, save_student
 from tdm.tests.app.accessibility import violations
 from tdm.tests.app.conftest import App
 
@@ -65,9 +68,12 @@ def test_a_phone_has_everything_in_one_column(open_page: Open, scheme: str) -> N
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark is (scheme == "dark")
     assert violations(page) == []
-    page.locator("#tabs .overflow-menu > button").click()
-    page.locator("#tabs .overflow-dropdown").get_by_text("Distil").click()
+    for name in ("Explore", "Models", "Distil"):  # none is hidden behind a menu
+        page.get_by_role("tab", name=name).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
     expect(page.locator("#start")).to_be_visible()
+    expect(page.get_by_text("Ctrl+Enter")).to_be_hidden()
+    expect(page.locator("footer .divider").first).to_be_hidden()  # of a link that is hidden, too
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -105,6 +111,49 @@ def test_ctrl_enter_streams_the_picture_and_the_teacher_comes_after(open_page: O
     }  # fmt: skip
 
 
+def test_nothing_moves_when_pictures_come(open_page: Open) -> None:
+    page = open_page()
+    page.wait_for_selector("#gallery img")
+    page.wait_for_selector("#slider img")
+
+    def tops() -> list[int]:
+        boxes = [page.locator(part).bounding_box() for part in ("#stage figure >> nth=1", "#slider", "#gallery")]
+        return [round(box["y"]) for box in boxes if box is not None]
+
+    before = tops()
+    page.click("#go")
+    page.wait_for_selector("#stage figcaption:has-text('of 100')")
+    assert tops() == before
+    page.wait_for_selector(DONE)
+    assert tops() == before
+
+
+def test_the_slider_shows_the_whole_of_both(open_page: Open) -> None:
+    page = open_page()
+    page.wait_for_selector("#slider img")
+    frame = page.locator("#slider").bounding_box()
+    assert frame is not None
+    for picture in page.locator("#slider img").all():
+        box = picture.bounding_box()
+        assert box is not None
+        assert box["width"] == pytest.approx(box["height"], abs=2)
+        assert box["y"] >= frame["y"]
+        assert box["y"] + box["height"] <= frame["y"] + frame["height"] + 1
+
+
+def test_an_example_draws_at_once_and_a_newer_wish_ends_the_older(open_page: Open) -> None:
+    page = open_page()
+    page.evaluate(WATCH)
+    page.get_by_role("button", name="an orange moon over the waves").click()
+    page.wait_for_selector("#stage figcaption:has-text('of 100')")
+    page.get_by_role("button", name="a green heart on the beach").click()
+    expect(page.locator("#prompt textarea")).to_have_value("a green heart on the beach")
+    wait_for_the_picture(page, "a green heart on the beach")
+    teachers = {" ".join(cards[1].split()) for cards in page.evaluate("window.seen") if len(cards) == 2}
+    assert len([text for text in teachers if re.search(r"100 calls \d", text)]) == 1  # the other never came to its end
+    assert query(page)["prompt"] == "a green heart on the beach"
+
+
 def test_a_link_brings_its_settings_and_a_broken_one_says_so(open_page: Open) -> None:
     page = open_page("/?prompt=a+green+heart+on+the+beach&seed=5&steps=2&width=96&height=64")
     expect(page.locator("#prompt textarea")).to_have_value("a green heart on the beach")
@@ -128,6 +177,7 @@ def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tm
     page.click("#go")
     page.wait_for_selector("#stage .said:has-text('3 pictures in 6 network calls')")
     expect(page.locator("#stage figcaption")).to_have_count(3)
+    expect(page.locator("#slider")).to_be_hidden()
     expect(page.locator("#stage figcaption").nth(2)).to_contain_text("Seed 22")
     expect(page.locator("#gallery img")).to_have_count(4)  # with the first screen's
 
@@ -138,8 +188,6 @@ def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tm
     settings = json.loads(Image.open(file).info["tdm"])
     assert (settings["prompt"], settings["seed"], settings["steps"]) == ("an orange moon over the waves", 22, 2)
 
-    page.get_by_role("button", name="a green heart on the beach").click()  # an example
-    expect(page.locator("#prompt textarea")).to_have_value("a green heart on the beach")
     page.locator("#gallery button").nth(1).click()
     expect(page.locator("#seed input")).to_have_value("21")
     expect(page.locator("#prompt textarea")).to_have_value("an orange moon over the waves")
@@ -183,9 +231,15 @@ def test_explore_draws_a_table_and_a_way(open_page: Open) -> None:
     expect(page.locator("#explored td img")).to_have_count(8)
     expect(page.locator("#explored tbody th")).to_have_text(["a green heart on the beach", "three yellow rings at sea"])
     assert violations(page) == []
+    page.locator("#rows label", has_text="Steps").click()
+    page.click("#table")
+    page.wait_for_selector("#explored .said:has-text('16 pictures in')")
+    expect(page.locator("#explored tbody th")).to_have_text(["1 step", "2 steps", "4 steps, trained", "8 steps"])
     page.click("#way")
-    page.wait_for_selector("#explored th:has-text('step 8')")  # the most that are ticked
-    expect(page.locator("#explored td img")).to_have_count(9)
+    page.wait_for_selector("#explored figcaption:has-text('step 8')")  # the most that are ticked
+    expect(page.locator("#explored figure img")).to_have_count(9)
+    expect(page.locator("#explored figcaption").last).to_be_in_viewport(ratio=1)
+    assert violations(page) == []
 
 
 def test_models_explains_wrong_files_and_draws_with_right_ones(
@@ -219,6 +273,19 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     expect(page.locator("#gallery img")).to_have_count(2)
     newest = max((app.out / "pictures").glob("two-red-stars*"), key=lambda file: file.stat().st_mtime)
     assert json.loads(Image.open(newest).info["tdm"])["student"] == "students/mine.safetensors"
+
+
+def test_another_student_marks_its_own_steps_everywhere(open_page: Open, students: Path) -> None:
+    recipe, tensors = read_student(bundled_path() / "student.safetensors")
+    assert recipe is not None
+    eight = dataclasses.replace(recipe, trained_timesteps={8: [1000, 929, 857, 762, 667, 533, 400, 200]})
+    save_student(students / "eight.safetensors", tensors, eight, lora_alpha=None)
+    page = open_page("/?student=students%2Feight.safetensors")
+    expect(page.locator("#steps label", has_text="8, trained")).to_be_visible()
+    expect(page.locator("#stage figcaption").nth(0)).to_contain_text("8 calls")
+    page.get_by_role("tab", name="Explore").click()
+    expect(page.locator("#table-steps")).to_contain_text("8, trained")
+    expect(page.locator("#table-steps")).not_to_contain_text("4, trained")
 
 
 def test_a_page_that_is_closed_gives_its_turn_back(app: App, open_page: Open) -> None:

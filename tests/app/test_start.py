@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import socket
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from gradio_client import Client
+from playwright.sync_api import Browser, expect
 from tdm.cli import app as command
+from tdm.demo.waiting import Waiting
+from tdm.errors import TDMError
+from tdm.tests.app.accessibility import violations
 from tdm.tests.app.conftest import App, start
 from tdm.tests.commands import refused
 from tdm.tests.processes import finish
@@ -57,6 +63,52 @@ def test_a_wrong_port_in_the_environment_and_one_that_is_taken_are_one_line(
 def test_without_gradio_it_says_what_to_install(tmp_path: Path) -> None:
     assert finish(["app", "--out", str(tmp_path / "out")], tmp_path / "err", missing="gradio") == 2
     assert "pip install 'gradio[mcp]>=6'" in (tmp_path / "err").read_text()
+
+
+def test_it_answers_before_it_is_there(app: App) -> None:
+    assert app.waited
+    assert set(app.waited) == {503}  # which clients take for "come back", and no more than a page is given away
+
+
+def test_who_waits_is_told_what_for_and_then_gets_what_was_asked_for(browser: Browser) -> None:
+    """With a server of its own in the place of Gradio's, which takes longer to come."""
+    asked: list[str] = []
+
+    class Demo(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404 if self.path == "/starting" else 200)
+            self.end_headers()
+            self.wfile.write(b"<h1>The demo</h1>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    page = browser.new_page()
+    with Waiting("127.0.0.1", None) as waiting:
+        page.goto(f"{waiting.url}?seed=5")
+        expect(page.locator("#doing")).to_have_text("Loading libraries")
+        waiting.say("the model")
+        expect(page.locator("#doing")).to_have_text("Loading the model")
+        assert violations(page) == []
+        with pytest.raises(TDMError, match=f"port {waiting.port}"):
+            Waiting("127.0.0.1", waiting.port)
+        with Waiting("127.0.0.1", None) as other:
+            assert other.port != waiting.port
+    with ThreadingHTTPServer(("127.0.0.1", waiting.port), Demo) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        expect(page.locator("h1")).to_have_text("The demo")
+        server.shutdown()
+    assert "/?seed=5" in asked
+    page.close()
+
+
+def test_who_waits_for_what_has_failed_is_told_where_to_look(browser: Browser) -> None:
+    page = browser.new_page()
+    with Waiting("127.0.0.1", None) as waiting:
+        page.goto(waiting.url)
+    expect(page.locator("#doing")).to_contain_text("It does not answer", timeout=30_000)
+    page.close()
 
 
 def test_it_is_on_the_loopback_alone(app: App) -> None:
