@@ -83,8 +83,8 @@ def model_card(run: Trained, name: str, form: Format) -> str:
     parts = [
         f"# TDM student of {'the bundled teacher' if base == BUNDLED else base.rsplit('/', 1)[-1]}, "
         f"{recipe.default_steps} steps",
-        f"A {recipe.default_steps}-step student of `{base}` ({recipe.family}), by {_linked(method_of(run.config))}, from "
-        f"prompts alone: {what}.",
+        f"A {recipe.default_steps}-step student of `{base}` ({recipe.family}), distilled by "
+        f"{_linked(method_of(run.config))} from prompts alone: {what}.",
         *(f"![the last previews]({picture})" for picture in _last_previews(run)),
         "## Use",
         *_use(recipe, family, name, form),
