@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer a question, or list them."""
     from ..training.studies.question import load_question, questions
-    from ..training.studies.report import plot, table
+    from ..training.studies.report import grid, plot, table
     from ..training.studies.runs import answer, read_runs, results_file, valid_runs
 
     if args.name is None:
@@ -72,5 +72,7 @@ def run(args: argparse.Namespace) -> None:
     plot(question, found, args.out / f"{question.name}.png")
     print(text)
     print(f"wrote {args.out / question.name}.md and .png")
+    if grid(question, path, args.out / f"{question.name}-grid.png"):
+        print(f"wrote {args.out / question.name}-grid.png: what each variant draws")
     if stopped:
         raise KeyboardInterrupt(f"stopped; tdm study {args.name} goes on where it was")

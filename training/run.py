@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..pipelines.families.base import on_device
@@ -85,6 +86,10 @@ class Task(Protocol):
 
     def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
         """The task's own measures, from fixed seeds."""
+        ...
+
+    def show(self, sampler: Sampler) -> Image.Image:
+        """What a sampler draws from fixed seeds, in a small picture: to look at beside another's."""
         ...
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe | None:

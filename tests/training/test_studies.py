@@ -140,6 +140,11 @@ def test_the_command_answers_reports_and_refuses(tmp_path: Path, capsys: pytest.
     assert "| LCM | 7.5 |" in capsys.readouterr().out
     with Image.open(tmp_path / "out/small.png") as picture:
         assert picture.width > 500
+    assert {file.name for file in (tmp_path / "r").iterdir()} == {
+        "teacher.png", "undistilled.png", "tdm.png", "lcm.png"
+    }  # fmt: skip
+    with Image.open(tmp_path / "out/small-grid.png") as picture:
+        assert picture.width > 4 * 100
     assert (tmp_path / "out/small.md").read_text().startswith("does it work?\n\n| variant |")
     assert main([*common, "--report", "--measure", "least_mode"]) == 0
     assert "least_mode, equal passes" in capsys.readouterr().out

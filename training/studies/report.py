@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from textwrap import wrap
+from typing import Any
 
 import torch
+from PIL import Image
 
 from ..cost import passes
 from ..files import replacing
 from ..metrics import bootstrap_interval
 from .question import Question
-from .runs import BASE, TEACHER, Trained
+from .runs import BASE, TEACHER, Trained, picture_folder, slug
 
 Answer = Mapping[tuple[str, int], Trained]
 
@@ -105,13 +108,33 @@ def _reached(question: Question, runs: Sequence[Trained]) -> str:
     return f"{min(steps)} to {max(steps)} ({min(costs):.0f} to {max(costs):.0f}){some}"
 
 
+def grid(question: Question, results: Path, path: Path) -> bool:
+    """What the first seed of each variant draws, from the same noise; False if nothing was kept."""
+    names = (TEACHER, BASE, *question.variants)
+    files = {name: picture_folder(results) / f"{slug(name)}.png" for name in names}
+    found = {name: Image.open(file) for name, file in files.items() if file.is_file()}
+    if not found:
+        return False
+    plt = _pyplot()
+    shape = next(iter(found.values()))
+    columns = min(len(found), max(1, 6 * shape.height // shape.width))
+    rows = -(-len(found) // columns)
+    width = 1.7 * columns if columns > 1 else 8.0
+    height = width / columns * shape.height / shape.width + 0.3
+    figure, axes = plt.subplots(rows, columns, figsize=(width, rows * height), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, image) in zip(axes.flat, found.items(), strict=False):
+        axis.imshow(image)
+        axis.set_title("\n".join(wrap(name, 24 if columns > 1 else 90)), fontsize=8)
+    figure.tight_layout(pad=0.3)
+    _save(figure, path)
+    return True
+
+
 def plot(question: Question, answer: Answer, path: Path) -> None:
     """The measure over network passes: a line is the mean over seeds, around it lowest and highest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 5))
     for i, variant in enumerate(question.variants):
         runs = seeds_of(question, answer, variant)
@@ -134,6 +157,19 @@ def plot(question: Question, answer: Answer, path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=100)
-    plt.close(figure)
+    _pyplot().close(figure)

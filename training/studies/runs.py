@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ...errors import TDMError
 from ..config import DistillConfig
@@ -122,11 +124,12 @@ def answer(
     todo = [(v, s) for v, s in question.runs() if (not only or v in only) and (v, s) not in _kept(question, path)]
     begun, seconds = time.monotonic(), 0.0
     if (BASE, 0) not in _kept(question, path):
-        _keep(path, references(question))
+        _keep(path, references(question, picture_folder(path)))
     for i, (variant, seed) in enumerate(todo):
         left = f", about {(len(todo) - i) * seconds / i / 60:.0f} min left" if i else ""
         report(f"{question.name}: {variant}, seed {seed}, run {i + 1} of {len(todo)}{left}")
-        trained = train(question, variant, seed, report=report, stop=stop)
+        here = picture_folder(path) if seed == question.seeds[0] else None
+        trained = train(question, variant, seed, pictures=here, report=report, stop=stop)
         if trained is None:
             break
         _keep(path, [trained])
@@ -155,10 +158,15 @@ def train(
     variant: str,
     seed: int,
     *,
+    pictures: Path | None = None,
     report: Callable[[str], None] = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trained | None:
-    """One run, in a folder that goes when it ends; None if it was stopped."""
+    """One run, in a folder that goes when it ends; None if it was stopped.
+
+    Args:
+        pictures: folder for what its student draws; None draws nothing.
+    """
     config = question.config(variant, seed)
     curve: list[Point] = []
     per_update = passes(config).total
@@ -176,10 +184,28 @@ def train(
         run = distill(task, config, Path(folder) / "run", callbacks=[collect], report=lambda _: None, stop=stop)
     if run.step < config.updates:
         return None
+    if pictures is not None:
+        save_picture(pictures, variant, task.show(run.student))
     return Trained(variant, seed, asdict(config), time.monotonic() - begun, machine(), curve)
 
 
-def references(question: Question) -> list[Trained]:
+def picture_folder(results: Path) -> Path:
+    """The pictures that belong to a file of results: of the first seed's students, named by their variant."""
+    return results.with_suffix("")
+
+
+def save_picture(folder: Path, name: str, picture: Image.Image) -> None:
+    """Keep what a variant draws."""
+    with replacing(folder / f"{slug(name)}.png") as file:
+        picture.save(file, format="PNG")
+
+
+def slug(name: str) -> str:
+    """A variant's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def references(question: Question, pictures: Path) -> list[Trained]:
     """What training starts from, on the first variant's grid, and the guided teacher on its many steps: the same
     evaluation, without training.
     """
@@ -187,20 +213,22 @@ def references(question: Question) -> list[Trained]:
     found = []
     for name in (BASE, TEACHER):
         begun = time.monotonic()
-        measures = untrained(config, teacher=name == TEACHER)
+        run = untrained(config)
+        sampler = run.teacher if name == TEACHER else run.student
+        measures = run.task.evaluate(sampler, run.teacher)
+        save_picture(pictures, name, run.task.show(sampler))
         point = Point(0, 0.0, measures)
         found.append(Trained(name, 0, asdict(config), time.monotonic() - begun, machine(), [point]))
     return found
 
 
-def untrained(config: DistillConfig, *, teacher: bool) -> dict[str, float]:
-    """The task's measures of the base on the student's grid, or of its guided teacher."""
+def untrained(config: DistillConfig) -> Run:
+    """A run before its first update: its student is the base on the student's grid."""
     task = build_task(config.task, config.memory, device())
     config = settled(task, config)
     roles = build_roles(task, config, torch.Generator().manual_seed(config.seed))
     trajectories = build_trajectories(config.trajectory, task.schedule)
-    run = Run(task, config, Path(), roles, trajectories, Ema(roles, decay=0.0))
-    return task.evaluate(run.teacher, run.teacher) if teacher else run.evaluate()
+    return Run(task, config, Path(), roles, trajectories, Ema(roles, decay=0.0))
 
 
 def device() -> str:

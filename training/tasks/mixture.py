@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
@@ -23,6 +24,7 @@ from ..run import Sampler, Teacher
 from ..trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared
+SHOWN = 1500  # samples in a picture
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,24 @@ class MixtureTask:
         x = student(torch.randn(self.samples, self.dim, generator=generator), {})
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}
+
+    def show(self, sampler: Sampler) -> Image.Image:
+        """Samples as points over the true modes, whose size is their weight."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+
+        x = sampler(torch.randn(SHOWN, self.dim, generator=torch.Generator().manual_seed(3)), {})
+        figure = plt.figure(figsize=(2.4, 2.4), dpi=100)
+        axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        axis.scatter(*self.mixture.means.T, s=4000 * self.mixture.weights, color="#f2b84b", alpha=0.45, linewidth=0)
+        axis.scatter(*x[:, :2].T, s=2, color="#27364f", alpha=0.5, linewidth=0)
+        axis.set(xlim=(-3.5, 3.5), ylim=(-3.0, 3.2), xticks=(), yticks=())
+        figure.canvas.draw()
+        image = Image.frombuffer("RGBA", figure.canvas.get_width_height(), figure.canvas.buffer_rgba()).convert("RGB")
+        plt.close(figure)
+        return image
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> None:
         """No pipeline: there is nothing that a student's file could be used in."""

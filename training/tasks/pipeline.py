@@ -40,6 +40,7 @@ from .prompts import STICKERS, held_out, training_prompts
 
 PREVIEWS = 4  # prompts
 SEEDS = 2  # pictures of each, since a student that collapses draws one and the same
+SHOWN = 8  # pictures in a row
 CHUNK = 32  # pictures at a time in previews and evaluation
 
 
@@ -238,6 +239,11 @@ class PipelineTask:
         rows = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in (reference, made, idea)]
         sheet = contact_sheet(rows, ["teacher", "student", "critic's\nidea"], labels)
         return Preview(sheet, picture_ratios(*(p.unflatten(0, (-1, SEEDS)) for p in (made, reference))))
+
+    def show(self, sampler: Sampler) -> Image.Image:
+        """The first of the run's prompts in a row, held-out ones where there are some."""
+        prompts = (self._held_out or self.prompts)[:SHOWN]
+        return Image.fromarray(torch.cat(list(self.pictures(sampler, prompts, 3)), 2).permute(1, 2, 0).numpy())
 
     @property
     def measure(self) -> Measure | None:
