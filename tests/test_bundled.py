@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from tdm import TDMPipeline
 from tdm.pipelines.locate import bundled_path
-from tdm.training.evaluate import Prompts, draw, evaluate, held_out_prompts, samplers
 from tdm.training.eval_report import table
+from tdm.training.evaluate import Prompts, draw, evaluate, held_out_prompts, samplers
 from tdm.training.metrics.colours import COLOURS
 from tdm.training.world.verify import verify
 
