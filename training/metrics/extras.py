@@ -182,7 +182,7 @@ def _pil(pictures: Tensor) -> list[Image.Image]:
 def _package(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:  # the last two: made for another torch
         raise TDMError(f"the package {name} is not installed, or not for what is here ({_line(error)})") from error
 
 
