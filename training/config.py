@@ -84,6 +84,11 @@ class ObjectiveConfig:
     norm_min: float = 0.01  # ... but by no less than this; raise it if the loss spikes
 
     @property
+    def own_guidance_band(self) -> Band | None:
+        """The band of tau in a decoupled guidance term; None if there is no such term."""
+        return self.guidance_band if self.guidance_term == "decoupled" else None
+
+    @property
     def teacher_guidance(self) -> str:
         """For people: the scale that the student learned from, or one for each of its steps."""
         return ", ".join(f"{w:g}" for w in self.stage_guidance or (self.guidance_scale,))

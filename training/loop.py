@@ -72,7 +72,6 @@ def distill(
     if resume:
         run.step = restore_checkpoint(checkpoint, **parts, report=report)
     log = Log(run, callbacks, report) if processes.first else None
-    guidance_band = config.objective.guidance_band if config.objective.guidance_term == "decoupled" else None
 
     def draw(student: bool) -> list[Batch]:
         cond, shape = task.conditions(config.batch_size, generator)
@@ -86,7 +85,7 @@ def distill(
             (config.batch_size, *shape),
             generator,
             student=student,
-            guidance_band=guidance_band,
+            guidance_band=config.objective.own_guidance_band,
         )
         return [batch.part(i, portions).to(task.device) for i in range(processes.rank, portions, processes.size)]
 

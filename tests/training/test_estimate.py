@@ -28,12 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 Bases = Callable[[str], Path]
 
 
-def settings(family: str, base: Path, *more: str) -> DistillConfig:
+def settings(family: str, base: Path, *more: str, preset: str | None = None) -> DistillConfig:
     call = tiny.call_kwargs(family)
     frames = [f"task.num_frames={call['num_frames']}"] if "num_frames" in call else []
     size = [f"task.height={call['height']}", f"task.width={call['width']}", *frames]
     common = ["task.name=pipeline", f"task.model={base}", "objective.guidance_scale=2", "batch_size=4"]
-    return load_config(None, [*common, *size, "student.rank=4", "critic.rank=4", *more])
+    return load_config(preset, [*common, *size, "student.rank=4", "critic.rank=4", *more])
 
 
 class WithWeights(Outline):
@@ -75,12 +75,23 @@ def test_blank_conditions_are_those_of_prompts(family: str, bases: Bases) -> Non
     assert kind.latent_shape(without, size) == kind.latent_shape(pipe, size)
 
 
-def test_flops_of_an_update_are_those_of_the_real_one(bases: Bases) -> None:
-    config = settings("pixart", bases("pixart"), "trajectory.stages=sample")  # 4 samples: each stage once
+@pytest.mark.parametrize("objective", [None, "dmd2", "sid", "lcm", "regression", "decoupled"])
+def test_flops_of_an_update_are_those_of_the_real_one(objective: str | None, bases: Bases) -> None:
+    each_once = ["trajectory.stages=sample", "critic.per_student=1"]  # four samples, four stages
+    config = settings("pixart", bases("pixart"), *each_once, preset=objective)
     run = Rehearsal(config, WithWeights(config), bf16=False)
     optimizers = {role: SGD(run.roles.parameters(role), lr=0.1) for role in ROLES}
     cond = run.task.conditions(4)
-    batch = draw_batch(run.trajectory, cond, dict(cond), (4, *run.task.latent_shape), torch.Generator(), student=True)
+    band = config.objective.own_guidance_band
+    batch = draw_batch(
+        run.trajectory,
+        cond,
+        dict(cond),
+        (4, *run.task.latent_shape),
+        torch.Generator(),
+        student=True,
+        guidance_band=band,
+    )
     with FlopCounterMode(display=False) as counter:
         update(run.roles, config, lambda _: [batch], optimizers, Processes())
     assert Estimator()(config).flops_per_update == counter.get_total_flops()

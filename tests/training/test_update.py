@@ -53,7 +53,6 @@ class Bench:
         self.batches += 1
         n = self.config.batch_size
         cond, null = {"c": torch.ones(n, 1)}, {"c": torch.zeros(n, 1)}
-        decoupled = self.config.objective.guidance_term == "decoupled"
         batch = draw_batch(
             self.trajectories[draw_steps(self.trajectories, self.generator)],
             cond,
@@ -61,7 +60,7 @@ class Bench:
             (n, 2),
             self.generator,
             student=student,
-            guidance_band=self.config.objective.guidance_band if decoupled else None,
+            guidance_band=self.config.objective.own_guidance_band,
         )
         parts = n // (self.config.micro_batch_size or n)
         return [batch.part(i, parts) for i in range(parts)]

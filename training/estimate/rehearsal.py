@@ -182,7 +182,8 @@ class Rehearsal:
         shape = (samples * parts, *self.task.latent_shape)
 
         def draw(student: bool) -> list[Batch]:
-            batch = draw_batch(self.trajectory, {}, {}, shape, torch.Generator(), student=student)
+            band = self.config.objective.own_guidance_band
+            batch = draw_batch(self.trajectory, {}, {}, shape, torch.Generator(), student=student, guidance_band=band)
             stages = torch.zeros_like(batch.stages)
             tau = self.trajectory.draw_tau(stages, torch.Generator())
             critic, again = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
@@ -200,8 +201,8 @@ class Rehearsal:
 
 
 class _Tally(LiveMemory):
-    """FLOPs by pass, while an update runs. Between the passes are the backward ones: the student's after the teacher's
-    forward, the critic's else.
+    """FLOPs by pass, while an update runs. Between the passes are the backward ones: the critic's after its forward
+    with a graph, the student's else.
     """
 
     def __init__(self, roles: Roles, device: str) -> None:
@@ -225,7 +226,8 @@ class _Tally(LiveMemory):
             self.part = name
             self.samples[name] += len(x)
             out = predict(x, *rest)
-            self.part = "student_backward" if name == "teacher" else "critic_backward"
+            critic = name == "critic" and torch.is_grad_enabled()
+            self.part = "critic_backward" if critic else "student_backward"
             return out
 
         return watched

@@ -64,7 +64,7 @@ def regression_objective(roles: Roles, config: ObjectiveConfig, batch: Batch) ->
 @torch.no_grad()
 def _ode_end(roles: Roles, config: ObjectiveConfig, batch: Batch, x: Tensor, stage: int) -> Tensor:
     """Where guided steps take the samples of one stage."""
-    here = batch.stages == stage
+    here = (batch.stages == stage).nonzero()[:, 0]  # of the CPU's stages: a mask would wait for the device
     on_device = here.to(x.device)
     x, w = x[on_device], guidance_of(config, batch)
     w = w[here] if isinstance(w, Tensor) else w
