@@ -123,6 +123,8 @@ def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
     }
     for k, timesteps in recipe.trained_timesteps.items():
         rows[f"{k} step{'s' * (k > 1)}"] = ", ".join(f"{t:g}" for t in timesteps)
+    if recipe.preferred_steps is not None:
+        rows["by default"] = f"{recipe.default_steps} steps"
     rows |= {
         "guidance scale": f"{recipe.guidance_scale:g}" + (" (none)" if recipe.guidance_scale == 1 else ""),
         "size": f"{recipe.width} x {recipe.height}" + (f" x {recipe.num_frames} frames" if recipe.num_frames else ""),

@@ -138,9 +138,8 @@ def _write(args: argparse.Namespace, recipe: Any, better: dict[int, list[float]]
     fields = {
         "trained_timesteps": recipe.trained_timesteps | better,
         "notes": recipe.notes | notes,
+        "preferred_steps": recipe.default_steps,
     }
     source = args.student or "bundled"
     convert_lora(source, args.out, base=args.model, recipe={**vars(recipe), **fields}, force=args.force)
     print(f"student  {args.out}, with searched timesteps for {', '.join(map(str, better))} steps")
-    if max(better) > recipe.default_steps:
-        print(f"note: it runs {max(better)} steps from now on when none are asked for, not {recipe.default_steps}")

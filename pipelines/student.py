@@ -60,6 +60,7 @@ class StudentRecipe:
         solver_order: 1 (DDIM / Euler) or 2 (DPM-Solver++ 2M on the same grid).
         num_frames: recommended length of a video.
         notes: free text about the training, by topic.
+        preferred_steps: the step count to use when none is asked for, one of the trained ones; None: the largest.
         sampler: what a student of another method samples with (a `Sampler` or its fields); None for `TDMScheduler`.
     """
 
@@ -74,6 +75,7 @@ class StudentRecipe:
     solver_order: int = 1
     num_frames: int | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    preferred_steps: int | None = None
     sampler: Sampler | None = None
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class StudentRecipe:
             self._require("flow_shift", self.prediction_type in ("flow_prediction", "sample"), "absent: no flow model")
             self._require("flow_shift", _is_number(self.flow_shift) and self.flow_shift > 0, "above 0")
         self._require("solver_order", self.solver_order in (1, 2), "1 or 2")
+        known_steps = self.preferred_steps in (None, *self.trained_timesteps)
+        self._require("preferred_steps", known_steps, f"one of {', '.join(map(str, self.trained_timesteps))}")
         if self.sampler is not None:
             self._check_sampler(self.sampler)
         texts = isinstance(self.notes, Mapping) and all(isinstance(v, str) for kv in self.notes.items() for v in kv)
@@ -116,8 +120,9 @@ class StudentRecipe:
 
     @property
     def default_steps(self) -> int:
-        """The step count to use when none is asked for: the sampler's default, or else the largest trained K."""
-        return (self.sampler and self.sampler.default_steps) or max(self.trained_timesteps)
+        """The step count to use when none is asked for: the preferred one, or else the largest trained K."""
+        preferred = self.sampler.default_steps if self.sampler else self.preferred_steps
+        return preferred or max(self.trained_timesteps)
 
     @classmethod
     def required(cls) -> list[str]:
@@ -125,10 +130,13 @@ class StudentRecipe:
         return [spec.name for spec in dataclasses.fields(cls) if spec.default is spec.default_factory]  # both MISSING
 
     def to_metadata(self) -> dict[str, str]:
-        """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler` refuses a file that has it."""
+        """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler` or `preferred_steps` refuses a
+        file that has them.
+        """
         fields = dataclasses.asdict(self)
-        if self.sampler is None:
-            del fields["sampler"]
+        for name in ("sampler", "preferred_steps"):
+            if fields[name] is None:
+                del fields[name]
         return {HEADER_KEY: json.dumps({"version": VERSION, **fields}, sort_keys=True)}
 
     @classmethod

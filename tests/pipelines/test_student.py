@@ -64,6 +64,18 @@ def test_no_length_of_the_header_is_taken_for_a_pickle(tmp_path: Path) -> None:
     assert 0x80 in lengths
 
 
+def test_a_preferred_step_count_is_the_default_and_comes_back(tmp_path: Path) -> None:
+    assert RECIPE.default_steps == 4
+    assert "preferred_steps" not in RECIPE.to_metadata()[HEADER_KEY]  # readers that do not know it read the file
+    preferring = dataclasses.replace(RECIPE, preferred_steps=1)
+    path = save_student(tmp_path / "student.safetensors", tensors(), preferring, lora_alpha=4)
+    read, _ = read_student(path)
+    assert read == preferring
+    assert read.default_steps == 1
+    with pytest.raises(TDMError, match="preferred_steps must be one of 1, 4, got 2"):
+        dataclasses.replace(RECIPE, preferred_steps=2)
+
+
 def test_a_file_comes_back_bit_equal(file: Path) -> None:
     recipe, read = read_student(file)
     assert recipe == RECIPE

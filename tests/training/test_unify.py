@@ -140,11 +140,12 @@ def test_every_step_count_is_sampled_as_it_was_trained(
     """In a stock pipeline, by its timesteps alone: epsilon, v and flow."""
     task = task_of(family, bases(family), prompts)
     fast = ["updates=4", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
-    run = distill(task, load_config("unify", [*fast, "trajectory.steps=8"]), tmp_path / "run", report=lambda _: None)
+    run = distill(task, load_config("unify", fast), tmp_path / "run", report=lambda _: None)
     file = export_student(read_run(tmp_path / "run"), tmp_path / "student.safetensors")  # type: ignore[arg-type]
     recipe, _ = read_student(file)
     assert recipe is not None
     assert list(recipe.trained_timesteps) == list(COUNTS)
+    assert recipe.default_steps == 4
     pipe = TDMPipeline.from_pretrained(file)
     pipe.set_progress_bar_config(disable=True)
     options = {} if family != "cogvideox" else {"max_sequence_length": 16}  # the tiny one has room for no more

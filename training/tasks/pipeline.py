@@ -136,6 +136,7 @@ class PipelineTask:
             num_frames=self.size.num_frames,
             flow_shift=config.shift if self.schedule.kind == "flow" else None,
             notes=notes,
+            preferred_steps=config.steps if len(trajectories) > 1 and config.sampler == "deterministic" else None,
             sampler=self._lcm_sampler() if config.sampler == "stochastic" else None,
         )
 
