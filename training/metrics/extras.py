@@ -5,10 +5,10 @@
     image_reward       ImageReward-v1.0, of the package image-reward; image_reward=FILE for weights that lie elsewhere
     fid=FOLDER         FID to the pictures in a folder, of the package torch-fidelity; means little below some thousands
 
-What was run: CLIP, on tiny random weights against transformers' own logits; FID, torch-fidelity 0.4.0 with random
-weights. Of the other two no weights were at hand. Their calls follow the packages' code, hpsv2 1.2.0 and image-reward
-1.5; as they lie on PyPI neither can be imported beside transformers 5: the first lacks its vocabulary file, the second
-wants what transformers had before. A version that can be imported is used, one that cannot be is one line.
+What was run: CLIP, on tiny random weights against transformers' own logits, and every refusal. Of the others no weights
+were at hand and nothing was run: their calls follow the packages' code, hpsv2 1.2.0, image-reward 1.5 and torch-fidelity
+0.4.0. The wheel of hpsv2 on PyPI lacks its vocabulary file (its repository has it), and image-reward was made for
+transformers 4. A package that cannot be imported or weights that cannot be had are one line.
 """
 
 from __future__ import annotations
