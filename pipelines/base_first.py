@@ -1,7 +1,7 @@
 """A call whose first step is the base's: `TDMPipeline.base_first`.
 
-A student has learned to jump from noise, and draws the same few layouts for a prompt; what it adds in the first step is
-what narrows them. The base makes that step with the student's own scheduler, and the student goes on from there.
+A student's pictures of one prompt vary less than its base's, and most of what they show is settled in the first step.
+The base makes that step with the student's own scheduler, and the student goes on from there.
 
 The switch sits between two steps, in the pipeline's own callback, and not in the network: a compiled denoiser stays
 what it is, and nothing waits for the device.
