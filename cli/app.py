@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="tdm-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         with Waiting(args.listen, port) as waiting:
-            print(f"the demo starts at {waiting.url}", flush=True)
+            if sys.stdout.isatty():  # for who waits for it; of a start that fails nothing is left but the reason
+                print(f"the demo starts at {waiting.url}", flush=True)
             if args.open:
                 webbrowser.open(waiting.url)
             page = build(args, waiting.say)
