@@ -19,14 +19,15 @@ Distil a few-step student by Trajectory Distribution Matching: prompts only, no 
 LoRA adapters on the one frozen base; the teacher is the base itself.
 
 CONFIG is a YAML file or the name of a preset (--list shows them); of several, a later one replaces what it sets: a
-model family first, then a memory class or an objective. Without one that says what to distil it is the bundled teacher (some minutes
-on two CPU cores). Any setting can be given as key=value; training/config.py explains each. Out of memory: lower
-micro_batch_size, then memory.gradient_checkpointing=true, then a smaller base (memory.base); `tdm estimate` says what
-a run will take before it starts.
+model family first, then a memory class or an objective. Without one that says what to distil it is the bundled teacher
+(some minutes on two CPU cores). Any setting can be given as key=value; training/config.py explains each. Out of memory:
+lower micro_batch_size, then memory.gradient_checkpointing=true, then a smaller base (memory.base); `tdm estimate` says
+what a run will take before it starts.
 
   tdm distill
   tdm distill seed=1 updates=200 --out runs/short
   tdm distill sdxl 24gb task.prompts=prompts.txt student.lr=2e-4 --dry-run
+  tdm distill unify --out runs/unified                 one student for 1, 2, 4 and 8 steps
   tdm distill my.yaml 12gb
   tdm distill --resume --out runs/short
   torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml
