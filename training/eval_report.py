@@ -135,7 +135,7 @@ def plot(rows: Sequence[Row]) -> Image.Image:
 
     first = rows[0].measures
     figure = Figure(figsize=(15, 8.5), layout="constrained")
-    colours = {row.name: f"C{i}" for i, row in enumerate(rows)}
+    colours: dict[str, Any] = {row.name: f"C{i}" for i, row in enumerate(rows)}
     if len(rows) > 10:
         from matplotlib import colormaps
 

@@ -8,7 +8,7 @@ the share of its peak that is reached. None of it has been checked against a GPU
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,7 +81,7 @@ class Estimate:
     passes: Passes
     parameters: int
     trained: dict[str, int]
-    flops: dict[str, float]
+    flops: Mapping[str, float]
     memory: dict[str, float]
     prompt: int
 

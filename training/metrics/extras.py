@@ -7,8 +7,9 @@
 
 What was run: CLIP, on tiny random weights against transformers' own logits, and every refusal. Of the others no
 weights were at hand and nothing was run: their calls follow the packages' code, hpsv2 1.2.0, image-reward 1.5 and
-torch-fidelity 0.4.0. The wheel of hpsv2 on PyPI lacks its vocabulary file (its repository has it), and image-reward
-was made for transformers 4. A package that cannot be imported or weights that cannot be had are one line.
+torch-fidelity 0.4.0. As they are on PyPI the first two cannot be imported here: hpsv2's wheel lacks its vocabulary
+file, and image-reward wants functions that transformers 5 no longer has. What cannot be imported, or whose weights
+cannot be had, is refused in one line.
 """
 
 from __future__ import annotations

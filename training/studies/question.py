@@ -59,8 +59,8 @@ class Question:
         often = self.every * min(1.0, share)
         every = max(n for n in range(1, self.every + 1) if self.updates % n == 0 and n <= max(1.0, often))
         updates = math.ceil(self.updates * max(1.0, share) / every) * every
-        quiet = {"preview_every": 0, "checkpoint_every": 0, "evaluate_every": every, "log_every": every}
-        return replace(config, updates=updates, output=replace(config.output, **quiet))
+        quiet = replace(config.output, preview_every=0, checkpoint_every=0, evaluate_every=every, log_every=every)
+        return replace(config, updates=updates, output=quiet)
 
     @property
     def first(self) -> str:

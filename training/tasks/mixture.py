@@ -8,6 +8,7 @@ image model: this file only says what ``training.loop.Task`` asks.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,13 +176,14 @@ class MixtureTask:
         x = sampler(torch.randn(SHOWN, self.dim, generator=torch.Generator().manual_seed(3)), {})
         figure = plt.figure(figsize=(2.4, 2.4), dpi=100)
         axis = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-        axis.scatter(*self.mixture.means.T, s=4000 * self.mixture.weights, color="#f2b84b", alpha=0.45, linewidth=0)
-        axis.scatter(*x[:, :2].T, s=2, color="#27364f", alpha=0.5, linewidth=0)
+        modes, sizes = self.mixture.means.T, (4000 * self.mixture.weights).tolist()
+        axis.scatter(modes[0], modes[1], s=sizes, color="#f2b84b", alpha=0.45, linewidth=0)
+        axis.scatter(x[:, 0], x[:, 1], s=2, color="#27364f", alpha=0.5, linewidth=0)
         axis.set(xlim=(-3.5, 3.5), ylim=(-3.0, 3.2), xticks=(), yticks=())
-        figure.canvas.draw()
-        image = Image.frombuffer("RGBA", figure.canvas.get_width_height(), figure.canvas.buffer_rgba()).convert("RGB")
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
         plt.close(figure)
-        return image
+        return Image.open(file).convert("RGB")
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> None:
         """No pipeline: there is nothing that a student's file could be used in."""
