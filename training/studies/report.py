@@ -149,8 +149,8 @@ def plot(question: Question, answer: Answer, path: Path) -> None:
         value = reference(question, answer, name)
         if value is not None:
             axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=name)
-    if not question.higher_is_better:
-        axis.set_yscale("symlog", linthresh=0.005)
+    if not question.higher_is_better and axis.dataLim.y0 > 0:  # a distance, whose differences grow with it
+        axis.set_yscale("log")
     axis.set_xlabel("network passes per sample of the batch (a backward one counts as two)")
     axis.set_ylabel(question.measure)
     axis.set_title(question.asks, fontsize=10, wrap=True)
