@@ -27,7 +27,8 @@ gives the error of every possible step, and dynamic programming the best K of th
   error       how far K steps really end from the run of many, in the same unit
 
 A student knows the timesteps that it was trained on, and was never made to come close to its own run of many steps: the
-error does not say what its pictures are worth. Measure those before you keep a grid (tdm eval, on the bundled world).
+error does not say what its pictures are worth: at 3 steps of the bundled student the grid with the lesser error draws
+the worse pictures. Measure those before you keep a grid (tdm eval, on the bundled world).
 For a step count that it was not trained for, the grid to beat is the trained one re-spaced, which it runs on otherwise.
 --out writes a copy of the student with the grids that have the lesser error, and a note about each.
 """
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
     for k in (k for k in found if k not in better):
         best = min(found[k], key=lambda grid: found[k][grid].error)
         print(f"{k} steps: what was found is not better than the {best} grid; keep that")
+    if not teacher:
+        print("the error is to the student's own run of many steps, not that of its pictures: measure those (tdm eval)")
     if teacher:
         print(f"to run it: TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps={_rounded(better)})")
     elif args.out is None:
