@@ -57,7 +57,7 @@ def over_students(rows: Sequence[Row]) -> list[Row]:
 
 def _together(tables: list[dict[str, Value]]) -> dict[str, Value]:
     found = {}
-    for name in tables[0]:
+    for name in (name for name in tables[0] if all(name in table for table in tables)):
         values = [table[name].value for table in tables]
         found[name] = Value(sum(values) / len(values), min(values), max(values))
     return found
@@ -77,8 +77,8 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row.seconds:.3f}{'†' * row.cached}",
                 cell(values.get("accuracy")),
                 cell(values["distance"]),
-                f"{values['diversity'].value:.2f}",
-                *(f"{values[name].value:.3f}" for name in COLOURS),
+                f"{values['diversity'].value:.2f}" if "diversity" in values else "",
+                *(f"{values[name].value:.3f}" if name in values else "" for name in COLOURS),
             ]
         )
     return _markdown(head, lines)
@@ -159,15 +159,16 @@ def plot(rows: Sequence[Row]) -> Image.Image:
         bands = row.measures.spectrum
         values = list(bands.values())
         axes.errorbar(
-            range(len(bands)), [v.value for v in values], yerr=_bars(values), marker="o", ms=3,
+            list(bands), [v.value for v in values], yerr=_bars(values), marker="o", ms=3,
             color=colours[row.name], capsize=2,
         )  # fmt: skip
-    axes.set_xticks(range(len(first.spectrum)), list(first.spectrum))
     axes.axhline(1, color="grey", lw=0.8, zorder=0)
     axes.set_title("power by wavelength, over the teacher's")
     axes = figure.add_subplot(grid[1, 1])
     for row in rows:
-        x, y = row.measures.values["distance"], row.measures.values["diversity"]
+        x, y = row.measures.values["distance"], row.measures.values.get("diversity")
+        if y is None:
+            continue
         axes.errorbar(
             x.value, y.value, xerr=_bars([x]), yerr=_bars([y]), marker="o", color=colours[row.name], label=row.name
         )

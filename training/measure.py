@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,11 @@ from .metrics.distances import DIMENSIONS, picture_frechet, picture_sliced_wasse
 from .metrics.diversity import diversity_by_prompt
 from .metrics.spectrum import octaves
 from .world.scene import Scene
+
+
+def _finite(found: dict[str, Value]) -> dict[str, Value]:
+    """Without the ratios to nothing, such as the saturation of pictures over that of grey ones: they say nothing."""
+    return {name: v for name, v in found.items() if all(math.isfinite(x) for x in v if x is not None)}
 
 
 @dataclass
@@ -74,7 +80,8 @@ class Reference:
         found.values |= self._of_laws(again)
         spectra = torch.stack([power_spectrum(made), self._spectrum], 2)
         bands = octaves(*made.shape[2:])
-        found.spectrum = {name: measured(spectra[:, i], ratio) for i, name in enumerate(bands)}
+        found.spectrum = _finite({name: measured(spectra[:, i], ratio) for i, name in enumerate(bands)})
+        found.values = _finite(found.values)
         return found
 
     def _colours(self, made: Tensor) -> dict[str, Value]:

@@ -17,7 +17,7 @@ from tdm.errors import TDMError
 from tdm.pipelines.student import StudentRecipe, save_student
 from tdm.tests.commands import refused
 from tdm.training import evaluate as module
-from tdm.training.eval_report import over_students, table
+from tdm.training.eval_report import over_students, table, write
 from tdm.training.evaluate import Prompts, Row, evaluate, held_out_prompts, names_of
 from tdm.training.measure import Measures, Reference
 from tdm.training.metrics.bootstrap import Value
@@ -188,6 +188,20 @@ def test_the_reference_against_itself_has_no_ratio_but_one() -> None:
     assert not found.attributes
     darker = Reference(made, again, other, None).measures((made // 2), again)
     assert darker.values["brightness"].value == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_ratio_to_nothing_is_left_out_of_all_that_is_written(tmp_path: Path) -> None:
+    grey = torch.full((12, 3, 64, 64), 90, dtype=torch.uint8)
+    several = grey[:9, None].expand(9, 4, -1, -1, -1)
+    noise = torch.randint(256, grey.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = Reference(grey, several, several, None).measures(noise, several)
+    assert found.values["brightness"].value == pytest.approx(127.5 / 90, rel=0.01)
+    assert not {"saturation", "contrast", "diversity", "ode"} & set(found.values)
+    assert not found.spectrum
+    rows = [Row("a", 4, 4.0, 1.0, False, "a", found), Row("b", 4, 4.0, 1.0, False, "b", found)]
+    write([*rows, *over_students(rows)], Image.new("RGB", (8, 8)), tmp_path, {})
+    assert "NaN" not in (tmp_path / "eval.json").read_text()
+    assert "nan" not in (tmp_path / "eval.md").read_text()
 
 
 def test_a_mean_over_students_is_for_those_alone_that_were_run_alike() -> None:
