@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("name", nargs="?", help="a question, by its name or as a YAML file")
     add("--only", nargs="+", default=[], metavar="VARIANT", help="train these variants alone")
     add("--report", action="store_true", help="train nothing")
-    add("--measure", help="another measure of the runs than the question's, such as energy/1_steps, in table and plot")
+    add("--steps", type=int, metavar="K", help="table and plot of unified students at another of their step counts")
     add("--results", type=Path, help="file of the runs (default: training/studies/results/NAME.jsonl)")
     add("--out", type=Path, default=Path("outputs/study"), help="folder of table and plot (default outputs/study)")
 
@@ -63,10 +63,11 @@ def run(args: argparse.Namespace) -> None:
     found = valid_runs(question, read_runs(path))
     if not found:
         raise TDMError(f"no run of {question.name} is in {path}; train some: tdm study {args.name}")
-    if args.measure is not None:
-        question = replace(question, measure=args.measure, name=f"{question.name}-{args.measure.replace('/', '-')}")
-        if not any(args.measure in run.curve[-1].measures for run in found.values()):
-            raise TDMError(f"no run of {args.name} has the measure {args.measure!r}")
+    if args.steps is not None:
+        measure = f"{question.measure}/{args.steps}_steps"
+        if not any(measure in run.curve[-1].measures for run in found.values()):
+            raise TDMError(f"no run of {args.name} was evaluated at {args.steps} steps beside its own")
+        question = replace(question, measure=measure, name=f"{question.name}-{args.steps}-steps", reach=None)
     text = table(question, found)
     (args.out / f"{question.name}.md").write_text(f"{question.asks}\n\n{text}\n")
     plot(question, found, args.out / f"{question.name}.png")

@@ -146,16 +146,29 @@ def test_the_command_answers_reports_and_refuses(tmp_path: Path, capsys: pytest.
     with Image.open(tmp_path / "out/small-grid.png") as picture:
         assert picture.width > 4 * 100
     assert (tmp_path / "out/small.md").read_text().startswith("does it work?\n\n| variant |")
-    assert main([*common, "--report", "--measure", "least_mode"]) == 0
-    assert "least_mode, equal passes" in capsys.readouterr().out
-    assert main([*common, "--report", "--measure", "beauty"]) == 2
-    assert "has the measure 'beauty'" in capsys.readouterr().err
+    assert main([*common, "--report", "--steps", "2"]) == 2
+    assert "was evaluated at 2 steps" in capsys.readouterr().err
     assert main([*common, "--only", "GAN"]) == 2
     assert "has no variant 'GAN'; it has TDM, LCM" in capsys.readouterr().err
     assert main(["study", "baselines-mixtur"]) == 2
     assert "there is no question" in capsys.readouterr().err
     assert main(["study"]) == 0
     assert "baselines-mixture" in capsys.readouterr().out
+
+
+def test_a_unified_student_is_reported_at_each_of_its_step_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = SMALL.replace("  LCM: [lcm]\n  two critic updates: [critic.per_student=2]\n", "  unified: [unify]\n")
+    (tmp_path / "both.yaml").write_text(text.replace("seeds: [0, 1]", "seeds: [0]"))
+    common = ["study", str(tmp_path / "both.yaml"), "--results", str(tmp_path / "r.jsonl"), "--out", str(tmp_path)]
+    assert main(common) == 0
+    assert main([*common, "--report", "--steps", "2"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    (own,) = [row for row in rows if row.startswith("| unified") and row.endswith("| 1 |")]
+    value = read_runs(tmp_path / "r.jsonl")[-1].curve[-1].measures["energy/2_steps"]
+    assert f"| {value:.4g} |" in own
+    assert (tmp_path / "both-2-steps.png").is_file()
 
 
 @pytest.mark.parametrize(
