@@ -8,6 +8,7 @@ minutes, once.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -54,9 +55,17 @@ def installed() -> bool:
 
 
 def install() -> None:
-    """Install, unless that has been done. What an interrupted install left is removed first."""
-    if installed():
-        return
+    """Install, unless that has been done. What an interrupted install left is removed first; one that is under way in
+    another process is waited for.
+    """
+    root().parent.mkdir(parents=True, exist_ok=True)
+    with root().with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a process that dies lets go of it
+        if not installed():
+            _install()
+
+
+def _install() -> None:
     shutil.rmtree(root(), ignore_errors=True)
     root().mkdir(parents=True)
     subprocess.run([sys.executable, "-m", "venv", root() / "venv"], check=True)
