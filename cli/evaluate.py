@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TDMError
-from .generate import load_pipeline
+from .generate import check_strength, load_pipeline
 from .output import check_folder
 
 HELP = """\
@@ -29,6 +29,7 @@ The verifier reads the world of the bundled model. For any other base, --prompts
 
   tdm eval --model my/base --student mine.safetensors --prompts-file prompts.txt --teacher-guidance 7
   tdm eval --student runs/seed0/student.safetensors runs/seed1/student.safetensors    and their mean and range
+  tdm eval --model my/fine-tune --student mine.safetensors --strength 0.5 0.75 1 --prompts-file prompts.txt
   tdm eval --extra clip=openai/clip-vit-large-patch14 --extra fid=real_pictures    needs those weights
 
 The teacher's pictures are kept in ~/.cache/tdm/pictures; a † marks seconds that were measured when they were drawn.
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--student", nargs="+", metavar="STUDENT", help="files, folders or hub ids (default: the bundled one)")
     add("--steps", default="1,2,4,8", help="the students' step counts (default 1,2,4,8)")
     add("--solver-order", type=int, choices=(1, 2), help="of the students' sampler (default: the students' own)")
+    add(
+        "--strength",
+        type=float,
+        nargs="+",
+        default=[],
+        help="of the students on the base, a row for each (default 1); less may suit a fine-tuned base",
+    )
     add("--prompts", type=int, help="how many (default 256 held-out prompts, or the whole file)")
     add("--prompts-file", type=Path, metavar="FILE", help="prompts of your own, one a line; without accuracy")
     add("--seed", type=int, default=20_000, help="of held-out prompts and noises (default 20000)")
@@ -64,6 +72,10 @@ def run(args: argparse.Namespace) -> None:
         raise TDMError(f"--steps {args.steps!r} is not a list of whole numbers such as 1,2,4,8") from None
     if min(steps) < 1 or args.teacher_steps < 1:
         raise TDMError("--steps and --teacher-steps must be at least 1")
+    for strength in args.strength:
+        check_strength(strength)
+    if len({f"{strength:g}" for strength in args.strength}) < len(args.strength):  # rows are named so
+        raise TDMError("a --strength is given twice")
     if args.prompts is not None and args.prompts < 8:
         raise TDMError("--prompts must be at least 8")
     if not 0 <= args.seed < 2**62:
@@ -95,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
         student_steps=steps,
         teacher_steps=args.teacher_steps,
         teacher_guidance=args.teacher_guidance,
+        strengths=args.strength,
         seed=args.seed,
         cache=user_cache() / "pictures",
         extras=extras,

@@ -27,6 +27,7 @@ examples:
   tdm generate --compare "a blue ring in the snow" --out compare.png      teacher beside student, with timings
   tdm generate "a red cube" --model stabilityai/... --student my_student.safetensors
   tdm generate "a red heart at sea" --base-first        more variety from seed to seed, for as many network calls
+  tdm generate "a red heart at sea" --model my/fine-tune --student mine.safetensors --strength 0.7
   tdm generate "a red heart at sea" --solver-order 2    the same timesteps and calls, other arithmetic between them
 """
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the base makes the first step, the student the others: more variety over seeds, less accuracy",
     )
+    add("--strength", type=float, help="of the student: less than 1 may suit a fine-tuned base (default 1)")
     add("--seed", type=int, default=0, help="of the first picture; the next ones count up (default 0)")
     add("--size", help="pixels, as 64 or 96x64 (width x height); default: the student's")
     add("--out", type=Path, help="a .png file, or a folder for several prompts (default: outputs/<prompt>-<seed>.png)")
@@ -90,6 +92,12 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def check_strength(strength: float) -> None:
+    """Raise TDMError for a strength at which no student draws."""
+    if not 0 < strength <= 2:
+        raise TDMError(f"--strength {strength:g} is not above 0 and at most 2; 1 is as the student was trained")
+
+
 def parse_size(text: str | None) -> dict[str, int]:
     """``--size`` as call arguments; {} leaves the student's own."""
     if text is None:
@@ -125,12 +133,19 @@ def run(args: argparse.Namespace) -> None:
         raise TDMError(f"--steps must be at least 1, not {args.steps}")
     if not 0 <= args.seed < 2**63:
         raise TDMError(f"--seed must be 0 or more and below 2^63, not {args.seed}")
+    if args.strength is not None:
+        check_strength(args.strength)
     size = parse_size(args.size)
     files = [_file_for(prompt, args.seed + i, args) for i, prompt in enumerate(args.prompts)]
     for file in files[:1] if args.compare else files:
         check_writable(file, args.force)
     chosen = {"solver_order": args.solver_order} if args.solver_order else {}
     pipe = load(args, **chosen)
+    if args.strength is not None:
+        from ..pipelines.student_adapter import STUDENT_ADAPTER
+
+        pipe._require_unfused()
+        pipe.set_adapters(STUDENT_ADAPTER, args.strength)
     for prompt in args.prompts:
         if words := unknown_words(pipe, prompt):
             print(f"note: this model does not know {', '.join(map(repr, words))} and will leave it out")
@@ -145,6 +160,7 @@ def run(args: argparse.Namespace) -> None:
             image, seconds = _draw(pipe, prompt, args.seed + i, steps, size)
             settings = {"prompt": prompt, "seed": args.seed + i, "steps": steps, **size, **chosen}
             settings |= {"base_first": True} if args.base_first else {}
+            settings |= {"strength": args.strength} if args.strength is not None else {}
             save_png(image, file, prompt=prompt, tdm=json.dumps(settings))
             print(f"{file}  {image.width}x{image.height}  {steps} network calls  {seconds:.2f} s")
 
@@ -173,9 +189,10 @@ def _compare(pipe: Any, args: argparse.Namespace, steps: int, size: dict[str, in
         teacher.append(image)
         seconds["teacher"] += spent
         print(f"{i + 1}/{len(args.prompts)}  {prompt}", flush=True)
+    at = "" if args.strength is None else f" at {args.strength:g}"
     labels = [
         f"teacher\n{TEACHER_STEPS} guided steps\n{2 * TEACHER_STEPS} calls",
-        f"student\n{steps} step{'s' * (steps > 1)}\n{steps} call{'s' * (steps > 1)}",
+        f"student{at}\n{steps} step{'s' * (steps > 1)}\n{steps} call{'s' * (steps > 1)}",
     ]
     save_png(contact_sheet([teacher, student], labels, args.prompts), file)
     n = len(args.prompts)

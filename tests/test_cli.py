@@ -38,6 +38,8 @@ def wrong_files(tmp_path: Path) -> Path:
         (["generate", PROMPT, "--seed", "-1"], "0 or more"),
         (["generate", PROMPT, "--solver-order", "3"], "invalid choice: 3"),
         (["generate", PROMPT, "--base-first", "--steps", "1"], "--steps 2 or more"),
+        (["generate", PROMPT, "--strength", "0"], "--strength 0 is not above 0 and at most 2"),
+        (["generate", PROMPT, "--strength", "70"], "--strength 70 is not above 0"),
         (["generate", PROMPT, "--size", "big"], "is not a size"),
         (["generate", PROMPT, "--size", "60"], "multiples of 8"),
         (["generate", PROMPT, PROMPT, "--out", "x.png"], "give a folder"),
@@ -52,6 +54,8 @@ def wrong_files(tmp_path: Path) -> Path:
         (["info", "{tmp}/missing.safetensors"], "missing.safetensors"),
         (["info", "{tmp}/pickle.safetensors"], "pickle.safetensors"),
         (["eval", "--steps", "1,x"], "whole numbers"),
+        (["eval", "--strength", "0.5", "nan"], "--strength nan is not above 0"),
+        (["eval", "--strength", "0.5", "0.50"], "a --strength is given twice"),
         (["distill", "{tmp}/missing.yaml"], "missing.yaml"),
         (["distill", "{tmp}/a.yaml"], "did you mean updates?"),
         (["distill", "sdlx", "24gb"], "did you mean sdxl?"),
@@ -103,11 +107,14 @@ def test_generate_has_the_options_of_the_sampler(tmp_path: Path) -> None:
     pipe.load_student("bundled")
     with pipe.base_first():
         expected.append(drawn(0))
+    pipe.set_adapters("student", 0.5)
     expected.append(drawn(0))
-    assert len(set(expected)) == 3
+    pipe.set_adapters("student", 1.0)
+    expected.append(drawn(0))
+    assert len(set(expected)) == 4
     for options, settings, picture in zip(
-        (["--solver-order", "2"], ["--base-first"], []),
-        ({"solver_order": 2}, {"base_first": True}, {}),
+        (["--solver-order", "2"], ["--base-first"], ["--strength", "0.5"], []),
+        ({"solver_order": 2}, {"base_first": True}, {"strength": 0.5}, {}),
         expected,
         strict=True,
     ):

@@ -33,22 +33,26 @@ EXPLAINED = {
 
 
 def over_students(rows: Sequence[Row]) -> list[Row]:
-    """For each step count that several students were run with, a row of their means; the intervals are their ranges."""
+    """A row of their means for several students that were run alike, with as many steps and at one strength; the
+    intervals are their ranges.
+    """
     made = []
-    for steps in dict.fromkeys(row.steps for row in rows if row.student is not None):
-        same = [row for row in rows if row.student is not None and row.steps == steps]
+    for strength, steps in dict.fromkeys((row.strength, row.steps) for row in rows if row.student is not None):
+        same = [row for row in rows if row.student is not None and (row.strength, row.steps) == (strength, steps)]
         if len(same) < 2:
             continue
+        at = "" if strength is None else f" at {strength:g}"
         tables = ("values", "attributes", "combinations", "spectrum")
         measures = Measures(**{t: _together([getattr(row.measures, t) for row in same]) for t in tables})
         made.append(
             Row(
-                name=f"mean of {len(same)}, {steps} step{'s' * (steps > 1)}",
+                name=f"mean of {len(same)}{at}, {steps} step{'s' * (steps > 1)}",
                 steps=steps,
                 calls=sum(row.calls for row in same) / len(same),
                 seconds=sum(row.seconds for row in same) / len(same),
                 cached=False,
                 student=None,
+                strength=strength,
                 measures=measures,
             )
         )

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..errors import TDMError
 from ..pipelines.sheet import contact_sheet
+from ..pipelines.student_adapter import STUDENT_ADAPTER
 from .measure import Measures, Reference
 from .metrics.extras import Extra
 from .pictures import Drawn, cached
@@ -42,8 +43,9 @@ class Sampler:
     name: str
     steps: int
     guidance_scale: float | None  # None: the student's own
-    teacher: bool  # the base alone; False: with the student's adapter
+    student: str | None  # whose adapter is on; None: the teacher, which is the base alone
     own_scheduler: bool = False  # the teacher's own scheduler; False: the student's sampler and grid
+    strength: float | None = None  # of the student on the base; None: as it is, 1 of a student just loaded
 
 
 class Prompts(NamedTuple):
@@ -63,6 +65,7 @@ class Row:
     seconds: float  # per picture, everything included
     cached: bool  # the pictures, and with them calls and seconds, are from an earlier evaluation
     student: str | None  # None: the teacher
+    strength: float | None = None  # of the student; None: none was asked for
     measures: Measures = field(default_factory=Measures)
 
 
@@ -72,15 +75,22 @@ def samplers(
     *,
     teacher_steps: int = TEACHER_STEPS,
     teacher_guidance: float = TEACHER_GUIDANCE,
+    strengths: Sequence[float] = (),
 ) -> list[Sampler]:
     """The rows of the table: the teacher as it is meant to be run, undistilled at 4 calls (with its own scheduler, and
-    with the first student's sampler and grid), and the students.
+    with the first student's sampler and grid), and the students, at each of ``strengths`` if any are given.
     """
+    at: list[tuple[float | None, str]] = [(s, f" at {s:g}") for s in strengths] or [(None, "")]
     return [
-        Sampler(f"teacher, {teacher_steps} steps, guided", teacher_steps, teacher_guidance, True, own_scheduler=True),
-        Sampler("teacher, 4 steps", 4, None, True, own_scheduler=True),
-        Sampler("teacher, 4 steps of the student's", 4, None, True),
-        *(Sampler(f"{name}, {k} step{'s' * (k > 1)}", k, None, False) for name in students for k in student_steps),
+        Sampler(f"teacher, {teacher_steps} steps, guided", teacher_steps, teacher_guidance, None, own_scheduler=True),
+        Sampler("teacher, 4 steps", 4, None, None, own_scheduler=True),
+        Sampler("teacher, 4 steps of the student's", 4, None, None),
+        *(
+            Sampler(f"{name}{told}, {k} step{'s' * (k > 1)}", k, None, name, strength=strength)
+            for name in students
+            for strength, told in at
+            for k in student_steps
+        ),
     ]
 
 
@@ -97,10 +107,12 @@ def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[in
     scale = pipe.recipe.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
     with contextlib.ExitStack() as stack:
         student_scheduler = pipe.scheduler
-        if sampler.teacher:
+        if sampler.student is None:
             stack.enter_context(pipe.teacher())
             if not sampler.own_scheduler:
                 pipe.scheduler = student_scheduler  # teacher() puts things back at its end
+        elif sampler.strength is not None:
+            pipe.set_adapters(STUDENT_ADAPTER, sampler.strength)
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
             made.append(
@@ -143,7 +155,7 @@ class Drawing:
             seconds, calls = time.perf_counter() - begun, self.bar.n - called
             return Drawn(pictures, {"calls": calls / len(prompts), "seconds": seconds / len(prompts)})
 
-        if self.cache is None or not sampler.teacher:
+        if self.cache is None or sampler.student is not None:
             return now(), False
         drawn = cached(self.cache, self._identity(sampler, prompts, seeds), now)
         if not fresh:
@@ -177,6 +189,7 @@ def evaluate(
     student_steps: Sequence[int] = (1, 2, 4, 8),
     teacher_steps: int = TEACHER_STEPS,
     teacher_guidance: float = TEACHER_GUIDANCE,
+    strengths: Sequence[float] = (),
     seed: int = SEED,
     cache: Path | None = None,
     extras: Sequence[Extra] = (),
@@ -184,14 +197,16 @@ def evaluate(
 ) -> tuple[list[Row], Image.Image]:
     """Measure a teacher and its students; returns the table and a grid of eight prompts drawn by every sampler.
 
-    The teacher's pictures are drawn once, for all students. Distance and diversity come from ``SEEDS_PER_PROMPT``
-    noises on a quarter of the prompts; the reference of the distance has other noises, so the teacher's own row is its
-    floor.
+    The teacher's pictures are drawn once, for all students and strengths. Distance and diversity come from
+    ``SEEDS_PER_PROMPT`` noises on a quarter of the prompts; the reference of the distance has other noises, so the
+    teacher's own row is its floor.
 
     Args:
         pipe: a ``TDMPipeline``, with the student that is measured if ``students`` names none.
         prompts: at least 2 of them.
         students: files, folders or hub repositories, each loaded in turn.
+        strengths: of the students on the base, above 0: a row for each. None given: as they are. The pipeline is left
+            at the last of them, and with no other adapter on.
         seed: of the noises: ``seed`` to ``seed + N`` of the pictures that are judged.
         cache: folder of teachers' pictures (`pictures.cached`); None draws them each time.
         load: puts one of ``students`` into the pipeline.
@@ -205,7 +220,9 @@ def evaluate(
     compared = texts[: max(8, n // 4)]
     several = [text for text in compared for _ in range(SEEDS_PER_PROMPT)]
     labels = names_of(students) if students else ["student"]
-    plan = samplers(student_steps, labels, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance)
+    plan = samplers(
+        student_steps, labels, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, strengths=strengths
+    )
     _check_students(pipe, students, load)
     loaded = None
     total = sum(s.steps * (1 + (s.guidance_scale not in (None, 1))) * (n + len(several)) for s in plan)
@@ -220,7 +237,7 @@ def evaluate(
             return made.view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
 
         for sampler in plan:
-            student = None if sampler.teacher else sampler.name.rpartition(", ")[0]
+            student = sampler.student
             if students and student != loaded and student is not None:
                 load(pipe, students[labels.index(student)])
                 loaded = student
@@ -230,11 +247,12 @@ def evaluate(
                 reference = Reference(made, again, grouped(sampler, seed + APART), prompts.wanted)
             measures = reference.measures(made, again)
             measures.values |= {extra.name: extra(made, texts) for extra in extras}
-            rows.append(Row(sampler.name, sampler.steps, facts["calls"], facts["seconds"], found, student, measures))
+            told = (sampler.name, sampler.steps, facts["calls"], facts["seconds"], found, student, sampler.strength)
+            rows.append(Row(*told, measures))
             sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:SHOWN]])
             bar.write(f"{sampler.name}: {measures.headline}")
-    told = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
-    return rows, contact_sheet(sheet, told, texts[:SHOWN])
+    labelled = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
+    return rows, contact_sheet(sheet, labelled, texts[:SHOWN])
 
 
 @contextlib.contextmanager

@@ -157,6 +157,39 @@ def test_order_two_is_the_students_grid_with_another_sampler(
     assert one["measures"] != two["measures"]
 
 
+def test_each_strength_of_a_student_is_a_row_on_its_way_from_the_base(
+    student: Callable[..., Path], prompts_file: Path, tmp_path: Path
+) -> None:
+    file = student(1, trained_timesteps={4: [900.0, 700.0, 400.0, 200.0]})
+    given = [
+        "eval",
+        "--prompts-file",
+        str(prompts_file),
+        "--steps",
+        "4",
+        "--teacher-steps",
+        "2",
+        "--student",
+        str(file),
+    ]
+    assert main([*given, "--strength", "1e-6", "0.5", "1", "--out", str(tmp_path / "strengths")]) == 0
+    assert main([*given, "--out", str(tmp_path / "plain")]) == 0
+    base, none, half, whole = rows = read(tmp_path / "strengths")[2:]
+    plain = read(tmp_path / "plain")[3]
+    assert [(row["name"], row["strength"]) for row in (*rows, plain)] == [
+        ("teacher, 4 steps of the student's", None),
+        ("student at 1e-06, 4 steps", 1e-6),
+        ("student at 0.5, 4 steps", 0.5),
+        ("student at 1, 4 steps", 1.0),
+        ("student, 4 steps", None),
+    ]
+    near = {"rel": 1e-4, "abs": 1e-4}
+    assert numbers(whole) == pytest.approx(numbers(plain), **near)
+    assert numbers(none) == pytest.approx(numbers(base), **near)
+    for one, other in ((none, half), (half, whole)):
+        assert numbers(one) != pytest.approx(numbers(other), **near)
+
+
 def test_the_bundled_world_is_measured_by_attribute_and_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SEEDS_PER_PROMPT", 2)
     pipe = TDMPipeline.from_pretrained()
@@ -205,15 +238,20 @@ def test_a_ratio_to_nothing_is_left_out_of_all_that_is_written(tmp_path: Path) -
 
 
 def test_a_mean_over_students_is_for_those_alone_that_were_run_alike() -> None:
-    def row(student: str | None, steps: int, value: float) -> Row:
+    def row(student: str | None, steps: int, value: float, strength: float | None = None) -> Row:
         measures = Measures(values={"accuracy": Value(value, 0, 1)}, spectrum={"2-4 px": Value(value)})
-        return Row(f"{student}, {steps}", steps, float(steps), 1.0, False, student, measures)
+        return Row(f"{student}, {steps}", steps, float(steps), 1.0, False, student, strength, measures)
 
     rows = [row(None, 4, 9.0), row("a", 4, 0.2), row("b", 4, 0.4), row("c", 4, 0.9), row("a", 2, 0.1)]
     (mean,) = over_students(rows)
     assert mean.name == "mean of 3, 4 steps"
     assert mean.measures.values["accuracy"] == pytest.approx((0.5, 0.2, 0.9))
     assert mean.measures.spectrum["2-4 px"] == pytest.approx((0.5, 0.2, 0.9))
+    rows = [row(name, 4, value, strength) for strength in (0.5, 1) for name, value in (("a", 0.1), ("b", strength))]
+    assert [(mean.name, mean.measures.values["accuracy"].high) for mean in over_students(rows)] == [
+        ("mean of 2 at 0.5, 4 steps", 0.5),
+        ("mean of 2 at 1, 4 steps", 1),
+    ]
 
 
 def test_students_are_named_after_what_tells_them_apart() -> None:

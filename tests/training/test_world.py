@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import replace
 from itertools import islice
@@ -12,7 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 from tdm.training.teacher.data import pictures
 from tdm.training.world.captions import caption, vocabulary
-from tdm.training.world.draw import draw
+from tdm.training.world.draw import STYLES, draw, paint_background
 from tdm.training.world.scene import BACKGROUNDS, COLOURS, HELD_OUT, KINDS, Group, Scene, scenes
 from tdm.training.world.verify import judge, read, verify
 
@@ -89,6 +90,24 @@ def test_same_seed_same_pictures() -> None:
     assert torch.equal(a[0], b[0])
     assert a[1:] == b[1:]
     assert not torch.equal(a[0], pictures(8, 4)[0])
+
+
+def test_stickers_are_drawn_as_those_that_the_bundled_model_learned_from() -> None:
+    drawn = pictures(24, 3)[0].numpy().tobytes()
+    assert hashlib.sha256(drawn).hexdigest() == "8e60c918d3334a80f8070870cb31c6682ddfc99f048752e543f47b752a112df3"
+
+
+def test_postcards_are_the_same_scenes_in_another_style_and_are_read_as_well() -> None:
+    stickers, texts, wanted = pictures(200, 11, "held_out")
+    postcards, same_texts, same_wanted = pictures(200, 11, "held_out", "postcard")
+    assert (same_texts, same_wanted) == (texts, wanted)
+    assert sum(v.correct for v in verify(postcards, wanted)) >= 0.95 * len(wanted)
+    white = torch.stack([(p >= 250).all(1).float()[:, 0].mean(1) for p in (stickers, postcards)])  # the topmost row
+    assert white[0].max() < 0.1
+    assert white[1].min() == 1
+    for name in ("meadow", "sea"):
+        inside = np.asarray(paint_background(random.Random(0), name, 64, STYLES["postcard"]))[2:-2, 2:-2]
+        assert (inside == inside[:, :1]).all()  # straight bands
 
 
 def test_one_scene_has_many_pictures_and_many_captions() -> None:

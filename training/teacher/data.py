@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..world.captions import caption
-from ..world.draw import draw
+from ..world.draw import Style, draw
 from ..world.scene import Scene, Split, scenes
 
 
-def pictures(count: int, seed: int, split: Split = "train") -> tuple[Tensor, list[str], list[Scene]]:
-    """``count`` drawn pictures, their captions and scenes; the same seed gives the same ones.
+def pictures(
+    count: int, seed: int, split: Split = "train", style: Style = "sticker"
+) -> tuple[Tensor, list[str], list[Scene]]:
+    """``count`` drawn pictures, their captions and scenes; the same seed gives the same ones, in every style.
 
     Returns:
         uint8 pictures of shape (count, 3, 64, 64), the captions, and the scenes.
@@ -24,7 +26,7 @@ def pictures(count: int, seed: int, split: Split = "train") -> tuple[Tensor, lis
     rng = random.Random(f"pictures-{split}-{seed}")
     drawn, texts, held = [], [], []
     for scene, _ in zip(scenes(seed, split), range(count), strict=False):
-        drawn.append(np.asarray(draw(scene, rng)))
+        drawn.append(np.asarray(draw(scene, rng, style)))
         texts.append(caption(scene, rng))
         held.append(scene)
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous(), texts, held

@@ -5,7 +5,11 @@
 Needs ``runs/teacher/vae`` (see :mod:`.vae`). Stopped at any moment, the same command goes on from the last
 checkpoint. The rate is constant and falls to zero over the last 30 % of ``--steps``; until then ``--steps`` may be
 changed. Ends with a complete diffusers pipeline in ``runs/teacher/pipeline``. ``--start-from bundled/teacher`` begins
-with the weights of a finished pipeline instead of random ones (its VAE must be ``runs/teacher/vae``).
+with the weights of a finished pipeline instead of random ones, and with its VAE unless there is a ``runs/teacher/vae``,
+which must then have the same latents. A teacher fine-tuned to another style of drawing:
+
+    python -m tdm.training.teacher.denoiser --out runs/postcard --start-from bundled/teacher --style postcard \\
+        --steps 160 --batch 24 --shards 1 --rate 0.01
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from ..precision import Precision, autocast
 from ..world.captions import caption, vocabulary
+from ..world.draw import STYLES, Style
 from ..world.scene import Scene
 from .data import pictures, replace_folder, to_model
 
@@ -110,14 +115,14 @@ class Model(nn.Module):
 class LatentStream:
     """Endless (latents, captions): drawn and encoded shard by shard on the first pass, kept in memory after it."""
 
-    def __init__(self, vae: Any, shards: int, seed: int) -> None:
-        self.vae, self.shards, self.seed = vae, shards, seed
+    def __init__(self, vae: Any, shards: int, seed: int, style: Style = "sticker") -> None:
+        self.vae, self.shards, self.seed, self.style = vae, shards, seed, style
         self.kept: dict[int, tuple[Tensor, list[Scene]]] = {}
 
     @torch.no_grad()
     def shard(self, index: int) -> tuple[Tensor, list[Scene]]:
         if index not in self.kept:
-            drawn, _, scenes = pictures(SHARD, 1000 * self.seed + index)
+            drawn, _, scenes = pictures(SHARD, 1000 * self.seed + index, style=self.style)
             latents = []
             for part in drawn.split(128):
                 with autocast("bf16"):
@@ -183,9 +188,12 @@ def train(
     seed: int,
     precision: Precision,
     start_from: Path | None,
+    style: Style,
 ) -> None:
     torch.manual_seed(seed)
-    vae: Any = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
+    parts = out if start_from is None or (out / "vae").exists() else start_from
+    vae: Any = AutoencoderKL.from_pretrained(parts / "vae").eval().requires_grad_(False)
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     if start_from is None:
         model = Model(build_text_encoder(len(tokenizer)), build_denoiser(vae.config.latent_channels))
@@ -207,7 +215,7 @@ def train(
         noise.set_state(state["noise"])
         first, seconds = state["step"], state["seconds"]
         print(f"resumed at step {first}", flush=True)
-    stream = LatentStream(vae, shards, seed)
+    stream = LatentStream(vae, shards, seed, style)
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {torch.get_num_threads()} threads", flush=True)
 
@@ -253,7 +261,8 @@ def train(
             running = 0.0
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save(step + 1)
-    record: dict[str, Any] = {"updates": steps, "batch": batch, "seed": seed, "minutes": round(seconds / 60, 1)}
+    record: dict[str, Any] = {"updates": steps, "batch": batch, "seed": seed, "style": style}
+    record["minutes"] = round(seconds / 60, 1)
     if start_from is not None and (before := start_from / "training.json").exists():
         record["started_from"] = json.loads(before.read_text())
     (out / "denoiser.json").write_text(json.dumps(record))
@@ -268,9 +277,12 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=30, help="pictures to draw, in shards of 4096")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start-from", type=Path, help="folder of a finished pipeline to begin with")
+    parser.add_argument("--style", choices=tuple(STYLES), default="sticker", help="of the pictures it learns to draw")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     args = parser.parse_args()
-    train(args.out, args.steps, args.batch, args.rate, args.shards, args.seed, args.precision, args.start_from)
+    train(
+        args.out, args.steps, args.batch, args.rate, args.shards, args.seed, args.precision, args.start_from, args.style
+    )
 
 
 if __name__ == "__main__":
