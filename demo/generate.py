@@ -84,7 +84,7 @@ class GenerateTab:
                     format="png",
                     buttons=["fullscreen"],
                     elem_id="slider",
-                    height=420,  # with or without pictures: nothing below it moves when they come
+                    height=422,  # with its border; with or without pictures: nothing below it moves when they come
                     max_height=420,
                 )
                 self._download = gr.DownloadButton("Download PNG, settings inside", visible=False, size="sm")
