@@ -225,7 +225,8 @@ def evaluate(
     )
     _check_students(pipe, students, load)
     loaded = None
-    total = sum(s.steps * (1 + (s.guidance_scale not in (None, 1))) * (n + len(several)) for s in plan)
+    calls = [s.steps * (1 + (s.guidance_scale not in (None, 1))) for s in plan]
+    total = sum(calls) * (n + len(several)) + calls[0] * len(several)  # the teacher once more: the reference
     rows: list[Row] = []
     sheet = []
     reference: Reference | None = None
