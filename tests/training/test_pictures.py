@@ -21,7 +21,7 @@ from tdm.training.roles import Ema
 from tdm.training.run import Run, Teacher
 from tdm.training.tasks.base_model import BaseModel
 from tdm.training.tasks.pipeline import PipelineTask
-from tdm.training.trajectory import Trajectory
+from tdm.training.trajectory import build_trajectories
 from torch import Tensor
 
 from .base_tasks import task_of
@@ -127,7 +127,12 @@ def run_of(task: PipelineTask, *settings: str) -> Run:
     config = load_config(None, ["output.teacher_steps=2", "objective.guidance_scale=2", "student.rank=1", *settings])
     roles = build_roles(task, config, torch.Generator().manual_seed(0))
     return Run(
-        task, config, Path("nowhere"), roles, Trajectory(config.trajectory, task.schedule), Ema(roles, decay=0.9)
+        task,
+        config,
+        Path("nowhere"),
+        roles,
+        build_trajectories(config.trajectory, task.schedule),
+        Ema(roles, decay=0.9),
     )
 
 

@@ -13,7 +13,7 @@ from tdm.training.tasks.pipeline import PipelineTaskConfig
 def test_every_preset_is_sound_and_says_what_it_is_for() -> None:
     assert set(presets()) == {*tiny.FAMILIES, *BEHIND, "bundled", "mixture"}
     for name, line in presets().items():
-        load_config(name)
+        load_config(name, ["objective.guidance_scale=2"] if name == "decoupled" else [])
         assert line[0].isupper()
         assert line.endswith(".")
 
@@ -41,7 +41,11 @@ def test_every_family_goes_with_every_memory_class(family: str, memory: str) -> 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "bundled"])
 def test_every_family_goes_with_every_objective(family: str, objective: str) -> None:
-    """It changes how is learned, and neither what nor at what rates."""
+    """It changes how is learned, and neither what nor at what rates. Without guidance it is no term of its own."""
+    if objective == "decoupled" and load_config(family).objective.guidance_scale == 1:
+        with pytest.raises(TDMError, match="a guidance_scale above 1"):
+            load_config([family, objective])
+        return
     alone, both = load_config(family), load_config([family, objective])
     assert (both.task, both.batch_size, both.student, both.trajectory.shift) == (
         alone.task,
