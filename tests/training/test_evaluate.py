@@ -231,7 +231,7 @@ def test_a_ratio_to_nothing_is_left_out_of_all_that_is_written(tmp_path: Path) -
     assert found.values["brightness"].value == pytest.approx(127.5 / 90, rel=0.01)
     assert not {"saturation", "contrast", "diversity", "ode"} & set(found.values)
     assert not found.spectrum
-    rows = [Row("a", 4, 4.0, 1.0, False, "a", found), Row("b", 4, 4.0, 1.0, False, "b", found)]
+    rows = [Row(name, 4, 4.0, 1.0, False, name, measures=found) for name in ("a", "b")]
     write([*rows, *over_students(rows)], Image.new("RGB", (8, 8)), tmp_path, {})
     assert "NaN" not in (tmp_path / "eval.json").read_text()
     assert "nan" not in (tmp_path / "eval.md").read_text()
