@@ -55,7 +55,7 @@ def start(command: list[str], out: Path, **env: str) -> App:
             stderr=subprocess.STDOUT,
         )
     app = App(f"http://127.0.0.1:{port}", out, process, log)
-    end = time.monotonic() + 1200  # a busy machine takes its time
+    end = time.monotonic() + 300
     while True:
         try:
             urllib.request.urlopen(app.url, timeout=60).close()
@@ -108,7 +108,7 @@ def open_page(app: App, browser: Browser) -> Iterator[Callable[..., Page]]:
     def open_one(query: str = "", **context: object) -> Page:
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context}))
         page = contexts[-1].new_page()
-        page.set_default_timeout(600_000)
+        page.set_default_timeout(120_000)
         page.on("console", lambda m: seen.errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: seen.errors.append(str(error)))
         inside = (app.url, "data:", "blob:")
