@@ -80,6 +80,23 @@ def test_runs_are_made_once_and_kept_one_by_one(question: Question, tmp_path: Pa
     assert len(path.read_text().splitlines()) == 8
 
 
+def test_a_run_that_another_question_made_is_not_made_again(question: Question, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    made = answer(question, first, only=["TDM", "two critic updates"])
+    variants = {"as it is": [], "a larger rank": ["student.rank=3"], "critic twice": ["critic.per_student=2"]}
+    said: list[str] = []
+    other = replace(question, name="other", variants=variants)
+    found = answer(other, second, only=["as it is", "critic twice"], report=said.append)
+    assert said == []
+    assert {(name, seed) for name, seed in found if seed in (0, 1)} == {
+        ("undistilled", 0), ("teacher", 0), ("as it is", 0), ("as it is", 1), ("critic twice", 0), ("critic twice", 1)
+    }  # fmt: skip
+    assert found["critic twice", 1].curve == made["two critic updates", 1].curve
+    assert found["teacher", 0] == made["teacher", 0]
+    here, there = tmp_path / "second" / "as-it-is.png", tmp_path / "first" / "tdm.png"
+    assert Image.open(here).tobytes() == Image.open(there).tobytes()
+
+
 def test_a_half_written_line_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(asdict(run_of([1.0]))) + "\n" + '{"variant": "TD')

@@ -9,7 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,14 @@ def read_runs(path: Path) -> list[Trained]:
 
 def valid_runs(question: Question, runs: Sequence[Trained]) -> dict[tuple[str, int], Trained]:
     """Those that are still what the question asks for, by (variant, seed)."""
-    wanted = {(variant, seed): question.config(variant, seed) for variant, seed in question.runs()}
-    wanted |= {(name, 0): question.config(question.first, question.seeds[0]) for name in (BASE, TEACHER)}
+    wanted = _wanted(question)
     known = [run for run in runs if (run.variant, run.seed) in wanted]
     return {(run.variant, run.seed): run for run in known if is_of(run.config, wanted[run.variant, run.seed])}
+
+
+def _wanted(question: Question) -> dict[tuple[str, int], DistillConfig]:
+    wanted = {(variant, seed): question.config(variant, seed) for variant, seed in question.runs()}
+    return wanted | {(name, 0): question.config(question.first, question.seeds[0]) for name in (BASE, TEACHER)}
 
 
 def answer(
@@ -108,8 +112,8 @@ def answer(
     report: Callable[[str], None] = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[tuple[str, int], Trained]:
-    """Make all runs that are missing, and keep each as soon as it has ended. Two processes may share a question, each
-    with variants of its own.
+    """Make all runs that are missing, and keep each as soon as it has ended; one that another question beside it had
+    made is taken from there. Two processes may share a question, each with variants of its own.
 
     Args:
         path: of the results.
@@ -121,10 +125,11 @@ def answer(
     for variant in only:
         if variant not in question.variants:
             raise TDMError(f"{question.name} has no variant {variant!r}; it has {', '.join(question.variants)}")
-    todo = [(v, s) for v, s in question.runs() if (not only or v in only) and (v, s) not in _kept(question, path)]
-    begun, seconds = time.monotonic(), 0.0
+    borrow(question, path)
     if (BASE, 0) not in _kept(question, path):
         _keep(path, references(question, picture_folder(path)))
+    todo = [(v, s) for v, s in question.runs() if (not only or v in only) and (v, s) not in _kept(question, path)]
+    begun, seconds = time.monotonic(), 0.0
     for i, (variant, seed) in enumerate(todo):
         left = f", about {(len(todo) - i) * seconds / i / 60:.0f} min left" if i else ""
         report(f"{question.name}: {variant}, seed {seed}, run {i + 1} of {len(todo)}{left}")
@@ -139,6 +144,29 @@ def answer(
         with replacing(path) as file:
             file.write("".join(json.dumps(asdict(kept[key])) + "\n" for key in sorted(kept)).encode())
     return kept
+
+
+def borrow(question: Question, path: Path) -> None:
+    """Keep as this question's what is missing, and was trained with the same configuration for another question whose
+    results lie beside `path`; a variant's name may be another there.
+    """
+    for other in sorted(set(path.parent.glob("*.jsonl")) - {path}):
+        kept = _kept(question, path)
+        missing = {key: config for key, config in _wanted(question).items() if key not in kept}
+        for run in read_runs(other):
+            for name, seed in [key for key, config in missing.items() if _is_it(run, key, config)]:
+                _keep(path, [replace(run, variant=name, seed=seed)])
+                del missing[name, seed]
+                picture = picture_folder(other) / f"{slug(run.variant)}.png"
+                if seed == question.seeds[0] and picture.is_file():
+                    with Image.open(picture) as image:
+                        save_picture(picture_folder(path), name, image)
+
+
+def _is_it(run: Trained, key: tuple[str, int], config: DistillConfig) -> bool:
+    """Whether a run of any question is what `key` names, which has this configuration."""
+    references = {run.variant, key[0]} & {BASE, TEACHER}
+    return (not references or run.variant == key[0]) and is_of(run.config, config)
 
 
 def _kept(question: Question, path: Path) -> dict[tuple[str, int], Trained]:
