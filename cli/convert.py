@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """``tdm convert``."""
     from ..pipelines.convert import convert_checkpoint, convert_lora, is_checkpoint
-    from .info import describe
+    from ..pipelines.describe import describe
 
     if is_checkpoint(args.file):
         if not args.base or args.recipe:

@@ -30,6 +30,7 @@ The verifier reads the world of the bundled model. For any other base, --prompts
   tdm eval --model my/base --student mine.safetensors --prompts-file prompts.txt --teacher-guidance 7
   tdm eval --student runs/seed0/student.safetensors runs/seed1/student.safetensors    and their mean and range
   tdm eval --model my/fine-tune --student mine.safetensors --strength 0.5 0.75 1 --prompts-file prompts.txt
+  tdm eval --steps 4 --base-first                 what more variety costs
   tdm eval --extra clip=openai/clip-vit-large-patch14 --extra fid=real_pictures    needs those weights
 
 The teacher's pictures are kept in ~/.cache/tdm/pictures; a † marks seconds that were measured when they were drawn.
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="of the students on the base, a row for each (default 1); less may suit a fine-tuned base",
     )
+    add("--base-first", action="store_true", help="a row more for each of the students': the first step by the base")
     add("--prompts", type=int, help="how many (default 256 held-out prompts, or the whole file)")
     add("--prompts-file", type=Path, metavar="FILE", help="prompts of your own, one a line; without accuracy")
     add("--seed", type=int, default=20_000, help="of held-out prompts and noises (default 20000)")
@@ -108,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         teacher_steps=args.teacher_steps,
         teacher_guidance=args.teacher_guidance,
         strengths=args.strength,
+        base_first=args.base_first,
         seed=args.seed,
         cache=user_cache() / "pictures",
         extras=extras,

@@ -6,8 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..cli.info import about
 from ..errors import TDMError
+from ..pipelines.describe import about
 from ..pipelines.locate import BUNDLED, student_file
 from .controls import MODEL, PRIVATE, explained
 from .engine import Engine

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tdm.cli import main
-from tdm.cli.info import describe
+from tdm.pipelines.describe import describe
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.layer_names import layer_shapes, names_of
 from tdm.pipelines.loras.skeleton import released, skeletons

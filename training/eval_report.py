@@ -33,12 +33,15 @@ EXPLAINED = {
 
 
 def over_students(rows: Sequence[Row]) -> list[Row]:
-    """A row of their means for several students that were run alike, with as many steps and at one strength; the
-    intervals are their ranges.
+    """A row of their means for several students that were run alike, with as many steps, at one strength and by the
+    base first or not; the intervals are their ranges.
     """
+    alike: dict[tuple[float | None, int, bool], list[Row]] = {}
+    for row in rows:
+        if row.student is not None:
+            alike.setdefault((row.strength, row.steps, row.base_first), []).append(row)
     made = []
-    for strength, steps in dict.fromkeys((row.strength, row.steps) for row in rows if row.student is not None):
-        same = [row for row in rows if row.student is not None and (row.strength, row.steps) == (strength, steps)]
+    for (strength, steps, base_first), same in alike.items():
         if len(same) < 2:
             continue
         at = "" if strength is None else f" at {strength:g}"
@@ -46,13 +49,14 @@ def over_students(rows: Sequence[Row]) -> list[Row]:
         measures = Measures(**{t: _together([getattr(row.measures, t) for row in same]) for t in tables})
         made.append(
             Row(
-                name=f"mean of {len(same)}{at}, {steps} step{'s' * (steps > 1)}",
+                name=f"mean of {len(same)}{at}, {steps} step{'s' * (steps > 1)}{', base first' * base_first}",
                 steps=steps,
                 calls=sum(row.calls for row in same) / len(same),
                 seconds=sum(row.seconds for row in same) / len(same),
                 cached=False,
                 student=None,
                 strength=strength,
+                base_first=base_first,
                 measures=measures,
             )
         )

@@ -46,6 +46,7 @@ class Sampler:
     student: str | None  # whose adapter is on; None: the teacher, which is the base alone
     own_scheduler: bool = False  # the teacher's own scheduler; False: the student's sampler and grid
     strength: float | None = None  # of the student on the base; None: as it is, 1 of a student just loaded
+    base_first: bool = False  # the first step is the base's (`TDMPipeline.base_first`)
 
 
 class Prompts(NamedTuple):
@@ -67,6 +68,7 @@ class Row:
     student: str | None  # None: the teacher
     strength: float | None = None  # of the student; None: none was asked for
     measures: Measures = field(default_factory=Measures)
+    base_first: bool = False
 
 
 def samplers(
@@ -76,9 +78,11 @@ def samplers(
     teacher_steps: int = TEACHER_STEPS,
     teacher_guidance: float = TEACHER_GUIDANCE,
     strengths: Sequence[float] = (),
+    base_first: bool = False,
 ) -> list[Sampler]:
     """The rows of the table: the teacher as it is meant to be run, undistilled at 4 calls (with its own scheduler, and
-    with the first student's sampler and grid), and the students, at each of ``strengths`` if any are given.
+    with the first student's sampler and grid), and the students, at each of ``strengths`` if any are given, and with
+    ``base_first`` once more so, where they have 2 steps or more.
     """
     at: list[tuple[float | None, str]] = [(s, f" at {s:g}") for s in strengths] or [(None, "")]
     return [
@@ -86,10 +90,18 @@ def samplers(
         Sampler("teacher, 4 steps", 4, None, None, own_scheduler=True),
         Sampler("teacher, 4 steps of the student's", 4, None, None),
         *(
-            Sampler(f"{name}{told}, {k} step{'s' * (k > 1)}", k, None, name, strength=strength)
+            Sampler(
+                f"{name}{told}, {k} step{'s' * (k > 1)}{', base first' * first}",
+                k,
+                None,
+                name,
+                strength=strength,
+                base_first=first,
+            )
             for name in students
             for strength, told in at
             for k in student_steps
+            for first in (False, True)[: 1 + (base_first and k > 1)]
         ),
     ]
 
@@ -113,6 +125,8 @@ def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[in
                 pipe.scheduler = student_scheduler  # teacher() puts things back at its end
         elif sampler.strength is not None:
             pipe.set_adapters(STUDENT_ADAPTER, sampler.strength)
+        if sampler.base_first:
+            stack.enter_context(pipe.base_first())
         for start in range(0, len(prompts), BATCH):
             part = slice(start, start + BATCH)
             made.append(
@@ -190,6 +204,7 @@ def evaluate(
     teacher_steps: int = TEACHER_STEPS,
     teacher_guidance: float = TEACHER_GUIDANCE,
     strengths: Sequence[float] = (),
+    base_first: bool = False,
     seed: int = SEED,
     cache: Path | None = None,
     extras: Sequence[Extra] = (),
@@ -207,6 +222,7 @@ def evaluate(
         students: files, folders or hub repositories, each loaded in turn.
         strengths: of the students on the base, above 0: a row for each. None given: as they are. The pipeline is left
             at the last of them, and with no other adapter on.
+        base_first: a further row for each of a student's of 2 steps or more, with the first step by the base.
         seed: of the noises: ``seed`` to ``seed + N`` of the pictures that are judged.
         cache: folder of teachers' pictures (`pictures.cached`); None draws them each time.
         load: puts one of ``students`` into the pipeline.
@@ -221,7 +237,12 @@ def evaluate(
     several = [text for text in compared for _ in range(SEEDS_PER_PROMPT)]
     labels = names_of(students) if students else ["student"]
     plan = samplers(
-        student_steps, labels, teacher_steps=teacher_steps, teacher_guidance=teacher_guidance, strengths=strengths
+        student_steps,
+        labels,
+        teacher_steps=teacher_steps,
+        teacher_guidance=teacher_guidance,
+        strengths=strengths,
+        base_first=base_first,
     )
     _check_students(pipe, students, load)
     loaded = None
@@ -249,7 +270,7 @@ def evaluate(
             measures = reference.measures(made, again)
             measures.values |= {extra.name: extra(made, texts) for extra in extras}
             told = (sampler.name, sampler.steps, facts["calls"], facts["seconds"], found, student, sampler.strength)
-            rows.append(Row(*told, measures))
+            rows.append(Row(*told, measures, sampler.base_first))
             sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:SHOWN]])
             bar.write(f"{sampler.name}: {measures.headline}")
     labelled = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]

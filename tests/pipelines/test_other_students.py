@@ -15,9 +15,9 @@ import pytest
 import torch
 from tdm import TDMPipeline, TDMScheduler
 from tdm.cli import main
-from tdm.cli.info import describe
 from tdm.errors import TDMError
 from tdm.pipelines.convert import convert_lora
+from tdm.pipelines.describe import describe
 from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.presets import PRESETS, Preset, known_of, preset_of
 from tdm.pipelines.student import HEADER_KEY, StudentRecipe, read_header

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tdm.cli.info import describe
 from tdm.errors import TDMError
+from tdm.pipelines.describe import describe
 from tdm.pipelines.student import HEADER_KEY, StudentRecipe, read_header, read_student, read_tensors, save_student
 from torch import Tensor
 

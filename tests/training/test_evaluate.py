@@ -18,7 +18,7 @@ from tdm.pipelines.student import StudentRecipe, save_student
 from tdm.tests.commands import refused
 from tdm.training import evaluate as module
 from tdm.training.eval_report import over_students, table, write
-from tdm.training.evaluate import Prompts, Row, evaluate, held_out_prompts, names_of
+from tdm.training.evaluate import Prompts, Row, Sampler, draw, evaluate, held_out_prompts, names_of
 from tdm.training.measure import Measures, Reference
 from tdm.training.metrics.bootstrap import Value
 from torch import Tensor
@@ -188,6 +188,33 @@ def test_each_strength_of_a_student_is_a_row_on_its_way_from_the_base(
     assert numbers(none) == pytest.approx(numbers(base), **near)
     for one, other in ((none, half), (half, whole)):
         assert numbers(one) != pytest.approx(numbers(other), **near)
+
+
+def test_the_first_step_by_the_base_is_a_row_more(
+    student: Callable[..., Path], prompts_file: Path, tmp_path: Path
+) -> None:
+    grids = {1: [900.0], 2: [900.0, 500.0]}
+    given = ["eval", "--prompts-file", str(prompts_file), "--steps", "1,2", "--teacher-steps", "2", "--base-first"]
+    files = [str(student(seed, trained_timesteps=grids)) for seed in (1, 2)]
+    assert main([*given, "--student", *files, "--out", str(tmp_path / "out")]) == 0
+    rows = read(tmp_path / "out")[3:]
+    plain = [f"{name}, {steps}" for name in ("seed1", "seed2") for steps in ("1 step", "2 steps")]
+    named = {row["name"]: row for row in rows}
+    by_base = {f"{name}, base first" for name in plain if name.endswith("2 steps")}
+    means = {"mean of 2, 1 step", "mean of 2, 2 steps", "mean of 2, 2 steps, base first"}
+    assert named.keys() == {*plain, *by_base, *means}
+    assert named["seed1, 2 steps, base first"]["calls"] == 2
+    assert named["seed1, 2 steps, base first"]["measures"] != named["seed1, 2 steps"]["measures"]
+
+
+def test_base_first_draws_what_the_pipeline_draws_so() -> None:
+    pipe = TDMPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    made = draw(pipe, Sampler("", 4, None, "student", base_first=True), ["a red star on a beach"], [7])
+    with pipe.base_first():
+        call = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4, "output_type": "pt"}
+        picture = pipe("a red star on a beach", **call).images
+    assert torch.equal(made, (picture * 255).round().to(torch.uint8))
 
 
 def test_the_bundled_world_is_measured_by_attribute_and_combination(monkeypatch: pytest.MonkeyPatch) -> None:

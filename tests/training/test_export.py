@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from tdm import TDMPipeline, TDMScheduler
 from tdm.cli import main
-from tdm.cli.info import describe
+from tdm.pipelines.describe import describe
 from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.loras.places import flat, place
 from tdm.pipelines.loras.skeleton import skeletons

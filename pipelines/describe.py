@@ -1,0 +1,161 @@
+"""What a LoRA file or a released student is and how to run it, in words: ``tdm info``."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import TDMError
+from .loras.file import LoraFile, read_lora_file
+from .loras.layouts import NamedLoras, parse
+from .presets import Preset, known_of, preset_of_id
+from .student import HEADER_KEY, MERGED_FILE, VERSION, StudentRecipe, fields_of
+
+
+def about(source: str, *, base: str | None = None) -> str:
+    """What a file, a student's folder or the id of a released student is, as lines of text.
+
+    Raises:
+        TDMError: there is nothing of this name, or as `describe`.
+    """
+    if not os.path.exists(source) and (preset := preset_of_id(source)) is not None:
+        return describe_preset(preset)
+    path = source
+    if os.path.isfile(merged := os.path.join(path, MERGED_FILE)):
+        fields = fields_of({HEADER_KEY: Path(merged).read_text()})
+        return _lines({"folder": path, "layout": "a pipeline with the student in its weights", **_recipe_rows(fields)})
+    if os.path.isdir(path):
+        from .locate import student_file
+
+        path = str(student_file(path, {}))
+    return describe(path, base=base)
+
+
+def describe_preset(preset: Preset) -> str:
+    """A released student, as lines of text."""
+    return _lines({"released student": preset.name, **_preset_rows(preset), **_recipe_rows(preset.fields)})
+
+
+def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
+    """The recipe and the LoRA of a file of any layout, as lines of text.
+
+    A LoRA without a recipe is described as far as it goes, with the fields that it lacks.
+
+    Args:
+        path: the file.
+        base: what to match its layers to; None: the base that its recipe names, if that is at hand, or else the
+            released network of the family that its names point to.
+
+    Raises:
+        TDMError: the file cannot be read, it is no LoRA, its metadata is wrong, or `base` cannot be read; layers
+            that do not fit the base are told in the text.
+    """
+    file = read_lora_file(path)
+    fields, preset = known_of(file)
+    try:
+        named = parse(file) if file.positional is None else None
+    except TDMError as error:
+        raise TDMError(f"{file.path}: {error}") from None
+    rows = {"file": str(path), "layout": f"{named.layout if named else _nameless(file)}; {file.container}"}
+    if preset is not None:
+        rows |= {"released student": preset.name, **_preset_rows(preset)}
+    if fields:
+        rows["recipe"] = f"in the file, format version {VERSION}" if fields_of(file.metadata) else "of the preset"
+        rows |= _recipe_rows(fields)
+    else:
+        rows["recipe"] = f"none: no TDM metadata; to run it, pass recipe= with {', '.join(StudentRecipe.required())}"
+    rows |= _match_rows(file, named, preset, fields, base)
+    if named is not None:
+        rows |= _lora_rows(named)
+    return _lines(rows | _weight_rows(file))
+
+
+def _lines(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:<17} {text}" for name, text in rows.items())
+
+
+def _nameless(file: LoraFile) -> str:
+    return f"list of {len(file.positional or [])} tensors without names (EMA)"
+
+
+def _preset_rows(preset: Preset) -> dict[str, str]:
+    rows = {"sampler": preset.sampler, "source": preset.source, "preset scale": f"{preset.scale:g}"}
+    if preset.positional is not None:
+        positional = preset.positional
+        rows["preset scale"] = f"{preset.scale * positional.scale:g} (rank {positional.rank}, alpha / rank included)"
+        rows["layers"] = ", ".join(positional.targets)
+    return rows | ({"released file": preset.file} if preset.file else {})
+
+
+def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
+    recipe = StudentRecipe.from_fields(fields)
+    rows = {
+        "base model": recipe.base_model,
+        "family": recipe.family,
+        "prediction type": recipe.prediction_type,
+    }
+    for k, timesteps in recipe.trained_timesteps.items():
+        rows[f"{k} step{'s' * (k > 1)}"] = ", ".join(f"{t:g}" for t in timesteps)
+    if recipe.preferred_steps is not None:
+        rows["by default"] = f"{recipe.default_steps} steps"
+    rows |= {
+        "guidance scale": f"{recipe.guidance_scale:g}" + (" (none)" if recipe.guidance_scale == 1 else ""),
+        "size": f"{recipe.width} x {recipe.height}" + (f" x {recipe.num_frames} frames" if recipe.num_frames else ""),
+        "flow shift": "none" if recipe.flow_shift is None else f"{recipe.flow_shift:g}",
+        "solver order": str(recipe.solver_order),
+    }
+    if recipe.sampler is not None:
+        rows["scheduler"] = f"{recipe.sampler}; {recipe.default_steps} steps if none are asked for"
+    return rows | {f"note: {topic}": text for topic, text in recipe.notes.items()}
+
+
+def _match_rows(
+    file: LoraFile, named: NamedLoras | None, preset: Preset | None, fields: Mapping[str, Any], base: str | None
+) -> dict[str, str]:
+    """What the layers belong to: a base that is at hand, or else the family whose released network knows most."""
+    from .loras.places import flat, place
+    from .loras.skeleton import family_by_names, known_layers, skeletons
+
+    at_hand = base or str(fields.get("base_model", ""))
+    try:
+        family, networks = skeletons(at_hand, **({} if base else {"local_files_only": True}))
+    except TDMError:
+        if base:
+            raise
+    else:
+        try:
+            placed = place(file, family, networks, **(preset.placing if preset else {}))
+        except TDMError as error:
+            return {"family": family.name, "matched": str(error)}
+        return {"family": family.name, "matched": f"all of its LoRA layers, {len(flat(placed))} modules of {at_hand}"}
+    if named is None:
+        return {}
+    name = fields.get("family") or family_by_names(named.layers)
+    if name is None:
+        return {"family": "unknown: no supported model has layers of these names"}
+    known, _ = known_layers(name, named.layers)
+    return {"family": name, "matched": f"{known} of its {len(named.layers)} LoRA layers are in a released {name}"}
+
+
+def _lora_rows(named: NamedLoras) -> dict[str, str]:
+    layers, scales = named.layers, named.scales
+
+    def counted(values: list[float]) -> str:
+        return ", ".join(f"{value:g} ({count} layers)" for value, count in sorted(Counter(values).items()))
+
+    return {
+        "LoRA rank": counted([lora.rank for lora in layers.values()]),
+        "LoRA alpha": counted([scales[address] * lora.rank for address, lora in layers.items()]),
+        "LoRA scale": counted(list(scales.values())),
+    }
+
+
+def _weight_rows(file: LoraFile) -> dict[str, str]:
+    tensors = [*file.tensors.values(), *(file.positional or [])]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    parameters = sum(tensor.numel() for tensor in tensors)
+    size = Path(file.path).stat().st_size / 1e6
+    return {"LoRA weights": f"{parameters:,} parameters, {', '.join(sorted(dtypes))}, {size:.2f} MB"}
