@@ -47,7 +47,7 @@ def test_where_nothing_tells_the_grids_are_the_usual_ones() -> None:
 
 
 def test_a_shared_timestep_is_refused() -> None:
-    with pytest.raises(TDMError, match=r"1 and 4 steps share timestep 1000, .* trajectory.spread"):
+    with pytest.raises(TDMError, match=r"1 and 2 steps share timestep 999, .* trajectory.spread"):
         build_trajectories(TrajectoryConfig(unify=(1, 2, 4, 8), spread=0.0005), FLOW)
 
 
