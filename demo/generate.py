@@ -279,6 +279,8 @@ class GenerateTab:
         if given["student"] and given["student"] not in self.engine.catalogue.names():
             gr.Warning(f"its student, {str(given['student'])[:60]}, is not here; {self.engine.catalogue.first} draws")
             given["student"] = None
+        if more := ", ".join(sorted(given.keys() - Settings.__dataclass_fields__.keys()))[:60]:
+            gr.Warning(f"it was made with {more}, which this page does not have; it draws without")
         return self.controls.values(self.engine, self.engine.settings(given))
 
     def chosen(self, prompt: Any, student: Any) -> list[Any]:

@@ -65,7 +65,8 @@ class Pictures:
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a picture of this demo or of `tdm generate`, not checked yet. Its pixels are not read.
+    """The settings in a picture of this demo or of `tdm generate`, not checked yet, with those that this page does
+    not have. Its pixels are not read.
 
     Raises:
         TDMError: the file is too large, no PNG, cut off, or without settings.
@@ -88,7 +89,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict):
         raise TDMError("this PNG has no settings in it; drop one that was made here or by tdm generate")
-    return {name: settings.get(name) for name in Settings.__dataclass_fields__}
+    return {**dict.fromkeys(Settings.__dataclass_fields__), **settings}
 
 
 def _png(picture: Image.Image, info: PngInfo) -> bytes:

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 from gradio_client import Client
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, expect
 from tdm.pipelines.locate import bundled_path
 from tdm.pipelines.student import read_student, save_student
@@ -199,6 +200,15 @@ def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tm
     page.set_input_files("input[type=file]", file)
     expect(page.locator("#seed input")).to_have_value("22")
     expect(page.locator("#prompt textarea")).to_have_value("an orange moon over the waves")
+
+    info = PngInfo()
+    info.add_text("tdm", json.dumps({**settings, "seed": 5, "base_first": True, "solver_order": 2}))
+    Image.open(file).save(file, pnginfo=info)
+    page = open_page()
+    page.get_by_text("Student, and settings from a picture").click()
+    page.set_input_files("input[type=file]", file)
+    expect(page.get_by_text("made with base_first, solver_order, which this page does not have")).to_be_visible()
+    expect(page.locator("#seed input")).to_have_value("5")
 
 
 def test_dice_stop_and_a_wrong_wish(open_page: Open) -> None:
