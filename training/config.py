@@ -40,8 +40,8 @@ class TrajectoryConfig:
     # critic, which nobody ships, is told by an embedding); embedding: one for each, added to the time embedding of
     # student and critic, so that the student needs code at inference and cannot be exported; none: neither is told.
     tell_steps: Literal["timestep", "embedding", "none"] = "timestep"
-    # tell_steps=timestep: `steps` begin at the last timestep, and each other count by this share of the range below the
-    # one before.
+    # tell_steps=timestep: `steps` begin at the last timestep, and each other count, from many to few, by this share of
+    # the range below the one before.
     spread: float = 0.02
     timesteps: tuple[float, ...] | None = None  # the grid, strictly decreasing; None: uniform steps (with `shift`)
     shift: float = 1.0  # flow models: time shift of the grid and of tau (SD3 3.0); must be 1 for epsilon and v models

@@ -174,11 +174,12 @@ class Trajectory:
 
 def _uniform(config: TrajectoryConfig, schedule: NoiseSchedule, steps: int) -> list[float]:
     """Uniform steps. Of a unified student whose timesteps tell the step count, the one that it is run with by default
-    starts at the last timestep, as stock samplers do, and each other one a little lower.
+    starts at the last timestep, as stock samplers do, and each other one a little lower: from many steps to one, for
+    neighbours in time are to want the most alike predictions.
     """
     first = None
     if config.unify is not None and config.tell_steps == "timestep":
-        counts = sorted(config.unify, key=lambda k: (k != config.steps, k))
+        counts = sorted(config.unify, key=lambda k: (k != config.steps, -k))
         first = schedule.last_timestep * (1 - config.spread * counts.index(steps))
         first = first if schedule.kind == "flow" else float(round(first))
     return uniform_grid(steps, schedule, config.shift, first)
