@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from textwrap import wrap
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...errors import TDMError
 from ..cost import passes
 from ..files import replacing
 from ..metrics import bootstrap_interval
@@ -20,10 +22,28 @@ from .runs import BASE, TEACHER, Trained, picture_folder, slug
 Answer = Mapping[tuple[str, int], Trained]
 
 
+def at_steps(question: Question, answer: Answer, steps: int) -> tuple[Question, dict[tuple[str, int], Trained]]:
+    """The question and its answer at a step count: of unified students that learned it, and of those of it alone.
+
+    Raises:
+        TDMError: none was evaluated there.
+    """
+    name = f"{question.measure}/{steps}_steps"
+
+    def there(run: Trained) -> Trained:
+        own = question.measure if run.config["trajectory"]["steps"] == steps else name
+        points = [replace(p, measures={name: p.measures[own]}) for p in run.curve if own in p.measures]
+        return replace(run, curve=points)
+
+    found = {key: run for key, run in ((key, there(run)) for key, run in answer.items()) if run.curve}
+    if not found:
+        raise TDMError(f"no run of {question.name} was evaluated at {steps} steps")
+    return replace(question, measure=name, name=f"{question.name}-{steps}-steps", reach=None), found
+
+
 def seeds_of(question: Question, answer: Answer, variant: str) -> list[Trained]:
-    """The runs of a variant that are there and have the measure."""
-    runs = [answer[variant, seed] for seed in question.seeds if (variant, seed) in answer]
-    return [run for run in runs if question.measure in run.curve[-1].measures]
+    """The runs of a variant that are there."""
+    return [answer[variant, seed] for seed in question.seeds if (variant, seed) in answer]
 
 
 def reference(question: Question, answer: Answer, name: str) -> float | None:
