@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 
 from ..errors import TDMError
@@ -33,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("name", nargs="?", help="a question, by its name or as a YAML file")
     add("--only", nargs="+", default=[], metavar="VARIANT", help="train these variants alone")
     add("--report", action="store_true", help="train nothing")
-    add("--steps", type=int, metavar="K", help="table and plot of unified students at another of their step counts")
+    add(
+        "--steps", type=int, metavar="K", help="table and plot at K steps: of unified students, and of those of K alone"
+    )
     add("--results", type=Path, help="file of the runs (default: training/studies/results/NAME.jsonl)")
     add("--out", type=Path, default=Path("outputs/study"), help="folder of table and plot (default outputs/study)")
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer a question, or list them."""
     from ..training.studies.question import load_question, questions
-    from ..training.studies.report import grid, plot, table
+    from ..training.studies.report import at_steps, grid, plot, table
     from ..training.studies.runs import answer, read_runs, results_file, valid_runs
 
     if args.name is None:
@@ -64,10 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if not found:
         raise TDMError(f"no run of {question.name} is in {path}; train some: tdm study {args.name}")
     if args.steps is not None:
-        measure = f"{question.measure}/{args.steps}_steps"
-        if not any(measure in run.curve[-1].measures for run in found.values()):
-            raise TDMError(f"no run of {args.name} was evaluated at {args.steps} steps beside its own")
-        question = replace(question, measure=measure, name=f"{question.name}-{args.steps}-steps", reach=None)
+        question, found = at_steps(question, found, args.steps)
     text = table(question, found)
     (args.out / f"{question.name}.md").write_text(f"{question.asks}\n\n{text}\n")
     plot(question, found, args.out / f"{question.name}.png")

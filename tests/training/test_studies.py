@@ -176,15 +176,21 @@ def test_the_command_answers_reports_and_refuses(tmp_path: Path, capsys: pytest.
 def test_a_unified_student_is_reported_at_each_of_its_step_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = SMALL.replace("  LCM: [lcm]\n  two critic updates: [critic.per_student=2]\n", "  unified: [unify]\n")
+    variants = "  unified: [unify]\n  2 steps alone: [trajectory.steps=2]\n"
+    text = SMALL.replace("  LCM: [lcm]\n  two critic updates: [critic.per_student=2]\n", variants)
     (tmp_path / "both.yaml").write_text(text.replace("seeds: [0, 1]", "seeds: [0]"))
     common = ["study", str(tmp_path / "both.yaml"), "--results", str(tmp_path / "r.jsonl"), "--out", str(tmp_path)]
     assert main(common) == 0
     assert main([*common, "--report", "--steps", "2"]) == 0
     rows = capsys.readouterr().out.splitlines()
     (own,) = [row for row in rows if row.startswith("| unified") and row.endswith("| 1 |")]
-    value = read_runs(tmp_path / "r.jsonl")[-1].curve[-1].measures["energy/2_steps"]
-    assert f"| {value:.4g} |" in own
+    (alone,) = [row for row in rows if row.startswith("| 2 steps alone") and row.endswith("| 1 |")]
+    last = {run.variant: run.curve[-1].measures for run in read_runs(tmp_path / "r.jsonl")}
+    assert f"| {last['unified']['energy/2_steps']:.4g} |" in own
+    assert f"| {last['2 steps alone']['energy']:.4g} |" in alone
+    assert any(row.startswith("| TDM") and row.endswith("| 0 |") for row in rows)
+    assert main([*common, "--report", "--steps", "3"]) == 2
+    assert "was evaluated at 3 steps" in capsys.readouterr().err
     assert (tmp_path / "both-2-steps.png").is_file()
 
 
