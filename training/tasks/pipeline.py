@@ -257,7 +257,7 @@ class PipelineTask:
             return {}
         prompts, wanted = self._held_out, self._wanted
         reference = self._by_teacher(teacher, prompts, 1)
-        made = self.pictures(student, prompts, 1)
+        made = reference if student is teacher else self.pictures(student, prompts, 1)
         accuracy = {"accuracy": _accuracy(made, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
         return accuracy | colour_ratios(made, reference)
 
