@@ -202,8 +202,10 @@ def _report(layers: int, encoder_layers: int, recipe: StudentRecipe | None) -> s
     text = f"{layers} layers matched, 0 unmatched" + (f" ({encoder_layers} more in CLIP)" if encoder_layers else "")
     if recipe is None:
         return f"{text}\nno recipe in the file: choose released_as, or type the timesteps into TDM Sigmas"
-    grids = "; ".join(", ".join(f"{t:g}" for t in grid) for grid in recipe.trained_timesteps.values())
+    grids = {k: ", ".join(f"{t:.4g}" for t in grid) for k, grid in recipe.trained_timesteps.items()}
+    several = [f"{k} step{'s' * (k > 1)}: {grid}" for k, grid in grids.items()]
     size = f"{recipe.width} x {recipe.height}" + (f", {recipe.num_frames} frames" if recipe.num_frames else "")
     sampler = f"order {recipe.solver_order}" if recipe.sampler is None else str(recipe.sampler)
-    lines = [text, f"student of {recipe.base_model}", f"timesteps {grids}"]
+    steps = several if len(several) > 1 else [f"timesteps {grid}" for grid in grids.values()]
+    lines = [text, f"student of {recipe.base_model}", *steps]
     return "\n".join([*lines, f"{sampler}, guidance {recipe.guidance_scale:g}, {size}"])

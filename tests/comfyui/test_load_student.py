@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,6 +225,9 @@ def test_the_node_shows_its_counts_and_gives_the_recipe(server: Server, model: M
         "timesteps 999, 749, 499, 249",
         "order 1, guidance 1, 64 x 64",
     ]
+    save(server, "several.safetensors", model.student, replace(RECIPE, trained_timesteps={1: [899.5], 4: GRID}))
+    _, text = shown(server, loaded("several.safetensors"))
+    assert text.splitlines()[2:4] == ["1 step: 899.5", "4 steps: 999, 749, 499, 249"]
     raw_peft(model, server.models / "loras" / "unknown.safetensors")
     recipe, text = shown(server, loaded("unknown.safetensors"))
     assert recipe == ""
