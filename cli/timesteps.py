@@ -27,8 +27,8 @@ gives the error of every possible step, and dynamic programming the best K of th
   error       how far K steps really end from the run of many, in the same unit
 
 A student knows the timesteps that it was trained on, and was never made to come close to its own run of many steps: the
-error does not say what its pictures are worth: at 3 steps of the bundled student the grid with the lesser error draws
-the worse pictures. Measure those before you keep a grid (tdm eval, on the bundled world).
+error does not say what its pictures are worth: at 3 steps the grid with the lesser error drew better pictures of one
+bundled student, and worse ones of another. Measure those before you keep a grid (tdm eval, on the bundled world).
 For a step count that it was not trained for, the grid to beat is the trained one re-spaced, which it runs on otherwise.
 --out writes a copy of the student with the grids that have the lesser error, and a note about each.
 """
