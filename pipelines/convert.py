@@ -23,7 +23,7 @@ from .loras.skeleton import skeletons
 from .presets import known_of
 from .recipe_on_base import recipe_for
 from .scheduler import TDMScheduler
-from .student import save_student
+from .student import completed, save_student
 
 
 def convert_lora(
@@ -57,7 +57,7 @@ def convert_lora(
     """
     file = read_lora_file(student_file(source, {}))
     known, preset = known_of(file)
-    fields = {**known, **(recipe or {})}
+    fields = completed(known, recipe)
     base = base or fields.get("base_model")
     if not base:
         raise TDMError(f"{file.path} does not name its base; pass it")

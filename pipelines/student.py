@@ -182,6 +182,17 @@ def fields_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
+def completed(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Fields of a recipe, with those that a caller gives in their place. Other trained timesteps than the file's are
+    run with their own step counts, so what the file prefers goes with its timesteps.
+    """
+    given = given or {}
+    stays = dict(known)
+    if "trained_timesteps" in given:
+        stays.pop("preferred_steps", None)
+    return {**stays, **given}
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a .safetensors file; its tensors are not read.
 

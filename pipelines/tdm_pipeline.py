@@ -27,7 +27,7 @@ from .presets import known_of
 from .recipe_on_base import recipe_for, student_scheduler
 from .scheduler import TDMScheduler
 from .stream import Step, stream
-from .student import HEADER_KEY, MERGED_FILE, STUDENT_FILE, StudentRecipe, fields_of, save_student
+from .student import HEADER_KEY, MERGED_FILE, STUDENT_FILE, StudentRecipe, completed, fields_of, save_student
 from .student_adapter import STUDENT_ADAPTER, StudentAdapter
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
@@ -95,7 +95,7 @@ class TDMPipeline(StudentAdapter):
         merged = base is not None and student is None and file.name == MERGED_FILE
         lora = None if merged else read_lora_file(file)
         known = fields_of({HEADER_KEY: file.read_text()}) if lora is None else known_of(lora)[0]
-        fields = {**known, **(recipe or {})}
+        fields = completed(known, recipe)
         base = base or fields.get("base_model")
         if not base:
             raise TDMError(f"{file} does not name its base; pass it: from_pretrained(base, student=...)")
@@ -182,7 +182,7 @@ class TDMPipeline(StudentAdapter):
         (2, ['student'])
         """
         lora = read_lora_file(student_file(student, {}))
-        self._load(lora, {**known_of(lora)[0], **(recipe or {})})
+        self._load(lora, completed(known_of(lora)[0], recipe))
 
     def _load(self, lora: LoraFile, fields: Mapping[str, Any]) -> None:
         config = self._teacher_scheduler.config

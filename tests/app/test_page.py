@@ -291,7 +291,8 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
 def test_another_student_marks_its_own_steps_everywhere(open_page: Open, students: Path) -> None:
     recipe, tensors = read_student(bundled_path() / "student.safetensors")
     assert recipe is not None
-    eight = dataclasses.replace(recipe, trained_timesteps={8: [1000, 929, 857, 762, 667, 533, 400, 200]})
+    grid = [1000, 929, 857, 762, 667, 533, 400, 200]
+    eight = dataclasses.replace(recipe, trained_timesteps={8: grid}, preferred_steps=None)
     save_student(students / "eight.safetensors", tensors, eight, lora_alpha=None)
     page = open_page("/?student=students%2Feight.safetensors")
     expect(page.locator("#steps label", has_text="8, trained")).to_be_visible()

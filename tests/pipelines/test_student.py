@@ -14,7 +14,15 @@ import safetensors.torch
 import torch
 from tdm.errors import TDMError
 from tdm.pipelines.describe import describe
-from tdm.pipelines.student import HEADER_KEY, StudentRecipe, read_header, read_student, read_tensors, save_student
+from tdm.pipelines.student import (
+    HEADER_KEY,
+    StudentRecipe,
+    completed,
+    read_header,
+    read_student,
+    read_tensors,
+    save_student,
+)
 from torch import Tensor
 
 RECIPE = StudentRecipe(
@@ -74,6 +82,15 @@ def test_a_preferred_step_count_is_the_default_and_comes_back(tmp_path: Path) ->
     assert read.default_steps == 1
     with pytest.raises(TDMError, match="preferred_steps must be one of 1, 4, got 2"):
         dataclasses.replace(RECIPE, preferred_steps=2)
+
+
+def test_timesteps_of_ones_own_are_run_with_their_own_step_count() -> None:
+    known = dataclasses.asdict(dataclasses.replace(RECIPE, preferred_steps=1))
+    assert completed(known, None) == known
+    assert completed(known, {"guidance_scale": 2.0}) == known | {"guidance_scale": 2.0}
+    assert StudentRecipe.from_fields(completed(known, {"trained_timesteps": {2: [999.0, 499.0]}})).default_steps == 2
+    own = {"trained_timesteps": {2: [999.0, 499.0], 3: [999.0, 666.0, 333.0]}, "preferred_steps": 2}
+    assert StudentRecipe.from_fields(completed(known, own)).default_steps == 2
 
 
 def test_a_file_comes_back_bit_equal(file: Path) -> None:
