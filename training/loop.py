@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -194,13 +194,23 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         )
     _tell_steps(roles, task, config.trajectory)
     if config.start_from is not None:
-        saved = read_checkpoint(Path(config.start_from))
-        roles.load("student", saved["ema"]["weights"])
-        if config.critic.start == "student":
-            roles.load("critic", saved["ema"]["weights"])
-        elif config.critic.start == "checkpoint":
-            roles.load("critic", saved["adapters"]["critic"])
+        _start(roles, config.critic.start, read_checkpoint(Path(config.start_from)))
     return roles
+
+
+def _start(roles: Roles, critic: Literal["checkpoint", "student", "teacher"], saved: dict[str, Any]) -> None:
+    """The weights of an earlier run.
+
+    Raises:
+        TDMError: they do not fit; for the critic, such as one that was not told step counts, there is another way.
+    """
+    roles.load("student", saved["ema"]["weights"])
+    if critic == "teacher":
+        return
+    try:
+        roles.load("critic", saved["ema"]["weights"] if critic == "student" else saved["adapters"]["critic"])
+    except TDMError as error:
+        raise TDMError(f"start_from: {error}; critic.start=teacher begins a new critic") from None
 
 
 def draw_steps(trajectories: Mapping[int, Trajectory], generator: torch.Generator) -> int:

@@ -112,6 +112,18 @@ def test_a_unified_run_resumes_bit_for_bit(tell: str, tmp_path: Path) -> None:
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_unified_student_goes_on_from_one_of_a_single_step_count(tmp_path: Path) -> None:
+    first = go(tmp_path / "first", "trajectory.unify=null", "updates=6")
+    start = f"start_from={tmp_path / 'first' / 'checkpoint.pt'}"
+    with pytest.raises(TDMError, match=r"these critic weights .*; critic.start=teacher begins a new critic"):
+        go(tmp_path / "second", start)
+    still = ["updates=1", "student.lr=1e-30", "output.checkpoint_every=1", "output.evaluate_every=1"]
+    second = go(tmp_path / "second", start, "critic.start=teacher", *still)
+    weights = second.roles.state("student")
+    assert all(torch.equal(weights[name], value) for name, value in first.roles.state("student").items())
+    assert list(second.trajectories) == [1, 2, 4, 8]
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_time_embedding_of_every_family_can_be_told(
     family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
