@@ -88,7 +88,7 @@ class TDMSigmas(io.ComfyNode):
         schedule = schedule_of(sampling)
         if recipe is None and student == TYPED:
             typed = check_grid(_numbers(timesteps), schedule)
-            trained, order = {len(typed): typed}, 1
+            trained, order, by_default = {len(typed): typed}, 1, len(typed)
         else:
             chosen = recipe_of(student) if recipe is None else recipe_of_text(recipe)
             predicts = prediction_type_of(sampling)
@@ -97,8 +97,8 @@ class TDMSigmas(io.ComfyNode):
                     f"{student if recipe is None else 'this'} is a student of {chosen.base_model}, which predicts "
                     f"{chosen.prediction_type}; this model predicts {predicts}: load the student's own base"
                 )
-            trained, order = chosen.trained_timesteps, chosen.solver_order
-        steps = steps or max(trained)
+            trained, order, by_default = chosen.trained_timesteps, chosen.solver_order, chosen.default_steps
+        steps = steps or by_default
         grid, nearest = grid_of_steps(trained, steps, schedule)
         if nearest != steps:
             known = ", ".join(map(str, trained))

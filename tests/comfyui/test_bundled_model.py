@@ -67,6 +67,14 @@ def test_student_prompt_and_seed_give_the_same_picture(server: Server, pipe: Any
     assert np.abs(found - rounded).max() <= 1
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_each_step_count_of_the_student_gives_the_same_latents(server: Server, pipe: Any, steps: int) -> None:
+    """Those that it learned beside its own begin below the last timestep; 3 is re-spaced."""
+    (found,) = server.latents(student(steps=steps), ["samples", 0])
+    expected = pipe(PROMPT, generator=seeded(), num_inference_steps=steps, output_type="latent")[0]
+    assert error(found, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_guided_teacher_gives_the_same_latents(server: Server, pipe: Any, order: int) -> None:
     grid: list[float] = [1000, 870, 740, 610, 480, 350, 220, 90]

@@ -231,7 +231,7 @@ def test_the_bundled_world_is_measured_by_attribute_and_combination(monkeypatch:
     assert teacher.values["ode"].value == 0
     assert rows[3].calls == 4
     assert sheet.width > sheet.height
-    assert len(re.findall(r"\(\d\.\d{3}, \d\.\d{3}\)", table(rows).splitlines()[5])) == 2
+    assert len(re.findall(r"\(-?\d\.\d{3}, \d\.\d{3}\)", table(rows).splitlines()[5])) == 2
 
 
 def test_the_reference_against_itself_has_no_ratio_but_one() -> None:
