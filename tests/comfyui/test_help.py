@@ -84,17 +84,34 @@ def chinese_page(server: Server) -> Iterator[Page]:
 
 
 def test_the_front_end_shows_nodes_and_their_help_in_the_language_of_the_user(chinese_page: Page) -> None:
-    help = chinese_page.locator(".node-help-content")
     for node, shown in texts("zh").items():
-        assert click_on(chinese_page, node) == shown["display_name"]
-        chinese_page.get_by_test_id("info-button").click()
-        expect(help.locator("h1")).to_have_text(shown["display_name"])
-        expect(help.locator("img").first).to_have_js_property("complete", True)
-        assert help.locator("img").first.evaluate("picture => picture.naturalWidth") > 0
+        assert ask_for_help(chinese_page, node, shown["display_name"]) == shown["display_name"]
+        picture = chinese_page.locator(".node-help-content img").first
+        expect(picture).to_have_js_property("complete", True)
+        assert picture.evaluate("picture => picture.naturalWidth") > 0
 
 
-def click_on(page: Page, node: str) -> str:
-    """Put a node on the empty canvas and select it, as a user does; its title."""
+def ask_for_help(page: Page, node: str, heading: str) -> str:
+    """Select a node and click its info button, as a user does, until its page is there; the node's title. A front end
+    that is still busy with the graph drops a click, or takes the node's toolbox away under the second one.
+    """
+    button, shown = (
+        page.get_by_test_id("info-button"),
+        page.locator(".node-help-content h1").get_by_text(heading, exact=True),
+    )
+    for _ in range(20):
+        title, x, y = put_alone(page, node)
+        with contextlib.suppress(TimeoutError):
+            page.mouse.click(x, y)
+            button.click(timeout=5_000)
+            shown.wait_for(timeout=5_000)
+            break
+    expect(shown).to_be_visible()
+    return title
+
+
+def put_alone(page: Page, node: str) -> tuple[str, float, float]:
+    """Put a node on the emptied canvas; its title, and where in the page it can be clicked."""
     title, x, y = page.evaluate(
         """(type) => {
             app.graph.clear();
@@ -106,10 +123,4 @@ def click_on(page: Page, node: str) -> str:
         }""",
         node,
     )
-    button = page.get_by_test_id("info-button")
-    for _ in range(20):  # a page that is still busy with the graph may not take the first click
-        page.mouse.click(x, y)
-        with contextlib.suppress(TimeoutError):
-            button.wait_for(timeout=5_000)
-            break
-    return title
+    return title, x, y
