@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .workflows import Workflow
+from .workflow import Workflow
 
 Node = dict[str, Any]  # as the front end saves it
 
@@ -21,7 +21,7 @@ _WIDTH = {
 }
 _HEIGHT = {
     "TDMLoadDiffusers": 150,
-    "TDMLoadStudent": 250,
+    "TDMLoadStudent": 340,
     "TDMGenerate": 560,
     "TDMCompare": 640,
     "CLIPTextEncode": 140,

@@ -14,7 +14,8 @@ from ..browser import chromium
 from .front_end import FrontEnd
 from .layout import laid_out
 from .server import Server
-from .workflows import FOLDER, WORKFLOWS, Workflow, stand_ins
+from .workflow import Workflow
+from .workflows import FOLDER, WORKFLOWS, stand_ins
 
 
 def main() -> None:

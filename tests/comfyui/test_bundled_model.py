@@ -75,6 +75,24 @@ def test_each_step_count_of_the_student_gives_the_same_latents(server: Server, p
     assert error(found, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("steps", [2, 4, 8])
+def test_the_first_step_by_the_base_gives_the_latents_of_base_first(server: Server, pipe: Any, steps: int) -> None:
+    """Two samplers on the two parts of the schedule, as the workflow for more variety has them."""
+    graph = student(steps=steps)
+    whole = graph["samples"]["inputs"]
+    graph["base sigmas"] = node("TDMSigmas", **{**graph["sigmas"]["inputs"], "model": ["load", 0]})
+    graph["base"] = node("BasicGuider", model=["base sigmas", 0], conditioning=["prompt", 0])
+    graph["parts"] = node("SplitSigmas", sigmas=["sigmas", 1], step=1)
+    graph["first"] = node("SamplerCustomAdvanced", **{**whole, "guider": ["base", 0], "sigmas": ["parts", 0]})
+    graph["none"] = node("DisableNoise")
+    others = {"noise": ["none", 0], "sigmas": ["parts", 1], "latent_image": ["first", 0]}
+    graph["samples"] = node("SamplerCustomAdvanced", **{**whole, **others})
+    (found,) = server.latents(graph, ["samples", 0])
+    with pipe.base_first():
+        expected = pipe(PROMPT, generator=seeded(), num_inference_steps=steps, output_type="latent")[0]
+    assert error(found, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_guided_teacher_gives_the_same_latents(server: Server, pipe: Any, order: int) -> None:
     grid: list[float] = [1000, 870, 740, 610, 480, 350, 220, 90]

@@ -22,7 +22,7 @@ from tdm.tests.pipelines.students import lora_for
 from tdm.training.world.scene import Group, Scene
 from tdm.training.world.verify import verify
 
-from . import tiny_sd15
+from . import bundled_workflows, tiny_sd15
 from .conftest import Checkpoint
 from .front_end import FrontEnd
 from .server import Graph, PromptError, Server
@@ -30,7 +30,7 @@ from .workflows import FOLDER, WORKFLOWS, stand_ins
 
 STARS = Scene("night", (Group(2, "red", "star"), Group(1, "blue", "moon")), "above")
 REDRAWN = Scene("night", (Group(2, "yellow", "star"), Group(1, "green", "moon")), "above")
-BUNDLED = {"tdm-first-picture": STARS, "tdm-bundled": STARS, "tdm-image-to-image": REDRAWN, "tdm-compare": STARS}
+BUNDLED = {name: REDRAWN if name == "tdm-image-to-image" else STARS for name in bundled_workflows.BUNDLED}
 SYNTHESISED = [name for name, each in WORKFLOWS.items() if each.too_large is None and name not in BUNDLED]
 
 
