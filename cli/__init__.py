@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm timesteps                                               the best timesteps for 2, 4 and 8 steps
   tdm average FILE FILE --out student.safetensors             the mean of several students
 """
+
+# They remark, on being imported, on kernels for other machines and on each other, and bury what is said.
+CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         args = build_parser().parse_args(argv)
         args.run(args)

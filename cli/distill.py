@@ -12,7 +12,6 @@ from types import FrameType
 
 from .generate import quiet
 from .output import check_folder
-from .settings import print_presets, read_settings
 
 HELP = """\
 Distil a few-step student by Trajectory Distribution Matching: prompts only, no pictures. Student and critic are two
@@ -76,8 +75,12 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 def run(args: argparse.Namespace) -> None:
     if args.list:
-        print_presets()
+        from ..training.presets import presets
+
+        print("\n".join(f"{name:10} {line}" for name, line in presets().items()))
         return
+    from ..training.settings import read_settings
+
     config = read_settings(args.settings)
     if args.dry_run:
         from .dry_run import dry_run

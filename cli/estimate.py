@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ..errors import TDMError
 from .generate import quiet
-from .settings import read_settings
 
 if TYPE_CHECKING:
     from ..training.estimate.estimator import Estimate, Estimator, Gpu
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..training.estimate.estimator import Estimator
+    from ..training.settings import read_settings
 
     if args.gpus < 1:
         raise TDMError(f"--gpus must be at least 1, not {args.gpus}")

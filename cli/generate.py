@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import re
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TDMError
+from ..pipelines.vocabulary import unknown_words
 from .output import check_writable, save_png
 
 if TYPE_CHECKING:
@@ -82,9 +82,7 @@ def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, A
 
 
 def quiet() -> None:
-    """No progress bars of loading, and no remarks of torchao on kernels for other machines: they bury what is said."""
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """No progress bars of loading: they bury what is said."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -119,13 +117,6 @@ def _file_for(prompt: str, seed: int, args: argparse.Namespace) -> Path:
             raise TDMError(f"--out {args.out} is one file for {len(args.prompts)} prompts; give a folder")
         return args.out
     return args.out / f"{slug}-{seed}.png"
-
-
-def unknown_words(pipe: Any, prompt: str) -> list[str]:
-    """Words that the tokenizer does not know, which a small vocabulary silently drops."""
-    tokenizer = pipe.tokenizer
-    pieces = {w: tokenizer(w, add_special_tokens=False).input_ids for w in re.findall(r"\w+", prompt.lower())}
-    return [w for w, ids in pieces.items() if tokenizer.unk_token_id in ids]  # CLIP's ends every prompt, too
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..cli.generate import unknown_words
 from ..errors import TDMError
+from ..pipelines.vocabulary import unknown_words
 from .compare import Comparison
 from .controls import (
     BUNDLED_PROMPTS,

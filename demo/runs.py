@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from ..cli.settings import read_settings
 from ..errors import TDMError
 from ..pipelines.student import STUDENT_FILE
 from ..training.export import export_student, read_run
 from ..training.health import Monitor
+from ..training.settings import read_settings
 from . import APP
 
 NOTE = "demo.json"  # in the run's folder: how it was started, and its process

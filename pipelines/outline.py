@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -54,5 +55,7 @@ def _part(family: Family, name: str, library: str | None, class_name: str | None
     if name in (family.denoiser, "vae"):
         return network_without_weights(library, class_name, folder, name, hub)
     if name == "scheduler" or name.startswith("tokenizer"):
+        if Path(folder).is_dir() and not (Path(folder) / name).is_dir():  # transformers makes an empty tokenizer then
+            raise OSError(f"there is no folder {name}")
         return getattr(importlib.import_module(library), class_name).from_pretrained(folder, subfolder=name, **hub)
     return None

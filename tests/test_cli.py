@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,13 @@ def test_generate_has_the_options_of_the_sampler(tmp_path: Path) -> None:
         made = Image.open(out)
         assert made.tobytes() == picture
         assert json.loads(made.info["tdm"]) == {"prompt": PROMPT, "seed": 0, "steps": 4, **settings}
+
+
+@pytest.mark.parametrize("arguments", [["generate", PROMPT, "--out", "a.png"], ["distill", "--dry-run"]])
+def test_nothing_is_said_but_what_was_asked(arguments: list[str], tmp_path: Path) -> None:
+    """The optional libraries of quantisation, both here, have remarks to make on being imported."""
+    done = subprocess.run([sys.executable, "-m", "tdm.cli", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_unknown_words_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

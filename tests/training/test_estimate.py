@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,15 @@ def test_full_size_bases_have_their_published_number_of_weights(family: str, bil
     assert sum(p.numel() for p in denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=0.06)
     assert all(p.device.type == "meta" for p in denoiser.parameters())
     assert kind.latent_shape(pipe, kind.default_size(pipe))[-2:] == (128, 128)
+
+
+def test_a_tokenizer_that_the_base_names_and_lacks_is_said(tmp_path: Path) -> None:
+    """transformers makes one of nothing, whose prompts have no longest length."""
+    index = outline_folder("sdxl", tmp_path) / "model_index.json"
+    named = {"tokenizer": ["transformers", "CLIPTokenizer"]}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **named}))
+    with pytest.raises(TDMError, match=r"the config of tokenizer of the base .* \(there is no folder tokenizer\)"):
+        outline(str(tmp_path))
 
 
 def test_on_a_gpu_products_are_half_and_norms_single() -> None:

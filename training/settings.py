@@ -1,12 +1,11 @@
-"""The configurations and settings that `tdm distill` and `tdm estimate` are given."""
+"""The configurations and settings that `tdm distill`, `tdm estimate` and the demo are given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..training.config import DistillConfig
+from .config import DistillConfig, load_config
+from .presets import BEHIND
 
 
 def read_settings(settings: Sequence[str]) -> DistillConfig:
@@ -16,18 +15,7 @@ def read_settings(settings: Sequence[str]) -> DistillConfig:
     Raises:
         TDMError: what `load_config` refuses.
     """
-    from ..training.config import load_config
-    from ..training.presets import BEHIND
-
     configs = [text for text in settings if "=" not in text]
     if all(config in BEHIND for config in configs):
         configs = ["bundled", *configs]
     return load_config(configs, [text for text in settings if "=" in text])
-
-
-def print_presets() -> None:
-    """One line for each preset."""
-    from ..training.presets import presets
-
-    for name, line in presets().items():
-        print(f"{name:10} {line}")
