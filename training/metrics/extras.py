@@ -5,11 +5,11 @@
     image_reward       ImageReward-v1.0, of the package image-reward; image_reward=FILE for weights that lie elsewhere
     fid=FOLDER         FID to the pictures in a folder, of the package torch-fidelity; means little below some thousands
 
-What was run: CLIP, on tiny random weights against transformers' own logits, and every refusal. Of the others no
-weights were at hand and nothing was run: their calls follow the packages' code, hpsv2 1.2.0, image-reward 1.5 and
-torch-fidelity 0.4.0. As they are on PyPI the first two cannot be imported here: hpsv2's wheel lacks its vocabulary
-file, and image-reward wants functions that transformers 5 no longer has. What cannot be imported, or whose weights
-cannot be had, is refused in one line.
+What was run: CLIP, on tiny random weights against transformers' own logits; FID, on random weights in the package's
+own network (torch-fidelity 0.4.0), against the distance of its features; and every refusal. Of the others no weights
+were at hand and nothing was run: their calls follow the packages' code, hpsv2 1.2.0 and image-reward 1.5. As they are
+on PyPI these two cannot be imported here: hpsv2's wheel lacks its vocabulary file, and image-reward wants functions
+that transformers 5 no longer has. What cannot be imported, or whose weights cannot be had, is refused in one line.
 """
 
 from __future__ import annotations
