@@ -30,6 +30,7 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
         width: int | None = None,
         height: int | None = None,
         student: str | None = None,
+        base_first: bool = False,
     ) -> Iterator[Result]:
         """Draw a picture from a prompt with a few-step TDM student. The same seed gives the same picture.
 
@@ -40,12 +41,13 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             width: pixels, a multiple of 8; leave it out for the student's own
             height: pixels, a multiple of 8; leave it out for the student's own
             student: one of the names that info lists; leave it out for the first
+            base_first: let the base make the first step: more variety over seeds, less exact; 2 steps or more
 
         Returns:
             the picture, a PNG with its settings inside
             settings, network calls and seconds; before the end, how far it is, without a picture
         """
-        settings = engine.settings(_given(prompt, seed, steps, width, height, student))
+        settings = engine.settings({**_given(prompt, seed, steps, width, height, student), "base_first": base_first})
         for frame in engine.student(settings):
             if not frame.final:
                 yield None, {"step": frame.step, "steps": frame.steps, "calls": frame.calls, "seconds": frame.seconds}
@@ -59,6 +61,7 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
         width: int | None = None,
         height: int | None = None,
         student: str | None = None,
+        base_first: bool = False,
     ) -> Iterator[tuple[FileData | None, FileData | None, dict[str, Any]]]:
         """Draw the same prompt from the same noise twice: the few-step student, then its teacher in 50 guided steps.
 
@@ -69,13 +72,14 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             width: pixels, a multiple of 8; leave it out for the student's own
             height: pixels, a multiple of 8; leave it out for the student's own
             student: one of the names that info lists; leave it out for the first
+            base_first: let the base make the student's first step: more variety over seeds, less exact; 2 steps or more
 
         Returns:
             the student's picture, which is there before the teacher begins
             the teacher's picture
             settings, and network calls and seconds of both
         """
-        settings = engine.settings(_given(prompt, seed, steps, width, height, student))
+        settings = engine.settings({**_given(prompt, seed, steps, width, height, student), "base_first": base_first})
         comparison = Comparison(engine, [settings], race=True)
         drawn: FileData | None = None
         made: dict[str, Any] = settings.to_dict()

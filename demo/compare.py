@@ -50,7 +50,7 @@ class Comparison:
         several, first = len(self.wanted) > 1, self.wanted[0]
         frames = [*self.students, *[None] * (len(self.wanted) - len(self.students))]
         cards = [
-            card(f"Seed {s.seed}" if several else f"Student, {plural(s.steps, 'step')}", frame, s.prompt)
+            card(f"Seed {s.seed}" if several else _named(s), frame, s.prompt)
             for s, frame in zip(self.wanted, frames, strict=True)
         ]
         if self.race:
@@ -74,3 +74,7 @@ class Comparison:
             f"{plural(first.calls, 'network call')} instead of {self.teacher.calls}: "
             f"{self.teacher.seconds / first.seconds:.0f} times as fast on this machine."
         )
+
+
+def _named(settings: Settings) -> str:
+    return f"Student, {plural(settings.steps, 'step')}" + ", the first its base's" * settings.base_first

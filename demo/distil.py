@@ -69,8 +69,8 @@ class DistilTab:
         self._resume.click(explained(self.resume), self._run, shown, **quick)
         gr.on([self._timer.tick, self._run.change], self.look, self._run, shown, **quick)
         tabs.select(self.turned, [self._name, self._run], [self._timer, self._name, self._run, *shown], **quick)
-        outputs = [controls.student, *controls.all()[1:4]]
-        used = self._use.click(explained(self.use), [controls.prompt, self._run], outputs, **MODEL, **PRIVATE)
+        wish = [controls.prompt, self._run]
+        used = self._use.click(explained(self.use), wish, controls.all()[1:], **MODEL, **PRIVATE)
         used.success(lambda: gr.update(selected="generate"), None, tabs, **PRIVATE)
 
     def start(self, name: Any, config: Any, updates: Any, seed: Any, more: Any) -> list[Any]:
@@ -114,9 +114,7 @@ class DistilTab:
 
     def use(self, prompt: Any, name: Any) -> list[Any]:
         """Put the run's student into the first tab."""
-        student = f"runs/{self.runs.student(name)}"
-        steps, seed, size, chosen = self.generate.chosen(prompt, student)
-        return [chosen, steps, seed, size]
+        return self.generate.chosen(prompt, f"runs/{self.runs.student(name)}")
 
 
 def _left(state: State) -> str:

@@ -130,7 +130,8 @@ class Engine:
             generator = torch.Generator().manual_seed(settings.seed)
             size = {"width": settings.width, "height": settings.height}
             run = pipe.stream(settings.prompt, generator=generator, **size, **call)  # which begins when it is asked
-            with _explained(), pipe.teacher() if teacher else nullcontext(), closing(run):
+            first = pipe.base_first() if settings.base_first and not teacher else nullcontext()
+            with _explained(), pipe.teacher() if teacher else first, closing(run):
                 yield from self._timed(run, BETWEEN_FRAMES if teacher else 0)
 
     def _timed(self, run: Iterator[Any], pause: float) -> Generator[Frame, None, None]:

@@ -42,10 +42,11 @@ class Controls:
     seed: gr.Number
     size: gr.Dropdown
     student: gr.Dropdown
+    base_first: gr.Checkbox
 
     def all(self) -> list[Any]:
         """In this order everywhere."""
-        return [self.prompt, self.steps, self.seed, self.size, self.student]
+        return [self.prompt, self.steps, self.seed, self.size, self.student, self.base_first]
 
     def values(self, engine: Engine, settings: Settings) -> list[Any]:
         """Updates that put settings into the components."""
@@ -56,6 +57,7 @@ class Controls:
             settings.seed,
             gr.update(choices=size_choices(recipe), value=size_text(settings.width, settings.height)),
             gr.update(choices=engine.catalogue.names(), value=settings.student),
+            settings.base_first,
         ]
 
 
@@ -157,6 +159,11 @@ class GenerateTab:
                 min_width=160,
             )
             batch = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", elem_id="batch", min_width=160)
+        base_first = gr.Checkbox(
+            first.base_first,
+            label="More variety",
+            info="The base makes the first step: pictures differ more from seed to seed, and are less exact",
+        )
         with gr.Accordion("Student, and settings from a picture", open=False):
             student = gr.Dropdown(
                 self.engine.catalogue.names(), value=first.student, label="Student", allow_custom_value=True
@@ -164,16 +171,19 @@ class GenerateTab:
             dropped = gr.File(
                 label="Drop a PNG made here to get its settings back", file_types=[".png"], type="filepath", height=160
             )
-        return Controls(prompt, steps, seed, size, student), batch, race, dropped
+        return Controls(prompt, steps, seed, size, student, base_first), batch, race, dropped
 
-    def wanted(self, prompt: Any, steps: Any, seed: Any, size: Any, student: Any, batch: Any = 1) -> list[Settings]:
+    def wanted(
+        self, prompt: Any, steps: Any, seed: Any, size: Any, student: Any, base_first: Any, batch: Any = 1
+    ) -> list[Settings]:
         """Checked settings of each picture; seeds count up.
 
         Raises:
             TDMError: a value is wrong.
         """
         width, height = parse_size(size)
-        given = {"prompt": prompt, "steps": steps, "seed": seed, "width": width, "height": height, "student": student}
+        given = {"prompt": prompt, "steps": steps, "seed": seed, "width": width, "height": height}
+        given |= {"student": student, "base_first": base_first}
         first = self.engine.settings(given)
         count = whole("the number of pictures", batch, 1, MOST_PICTURES)
         return [self.engine.settings(given | {"seed": first.seed + i}) for i in range(count)]
@@ -185,13 +195,14 @@ class GenerateTab:
         seed: Any,
         size: Any,
         student: Any,
+        base_first: Any,
         batch: Any,
         race: Any,
         history: list[str],
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
         """Draw, streaming the stage; then the slider, the download and the gallery. A newer wish ends it."""
-        wanted = self.wanted(prompt, steps, seed, size, student, batch)
+        wanted = self.wanted(prompt, steps, seed, size, student, base_first, batch)
         if words := unknown_words(self.engine, wanted[0].prompt):
             gr.Info(f"this model does not know {', '.join(words[:5])} and leaves that out")
         comparison = Comparison(self.engine, wanted, bool(race))
@@ -231,15 +242,16 @@ class GenerateTab:
         seed: Any,
         size: Any,
         student: Any,
+        base_first: Any,
         batch: Any,
         race: Any,
         history: list[str],
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
         """What a visitor sees first. Without a link's settings it is the same for all, and drawn once."""
-        own = self.wanted(prompt, steps, seed, size, student) != [self.first]
+        own = self.wanted(prompt, steps, seed, size, student, base_first) != [self.first]
         if own or self._opening is None:
-            yield from self.draw(prompt, steps, seed, size, student, batch, race, history, request)
+            yield from self.draw(prompt, steps, seed, size, student, base_first, batch, race, history, request)
             return
         shown = self._opening
         yield {self._stage: shown.html()}
@@ -299,6 +311,7 @@ class GenerateTab:
         query = dict(request.query_params)
         given: dict[str, Any] = {name: query[name] for name in ("prompt", "student") if name in query}
         given |= {name: _number(query[name]) for name in ("steps", "seed", "width", "height") if name in query}
+        given |= {"base_first": query["base_first"] == "true"} if "base_first" in query else {}
         try:
             settings = self.engine.settings({"prompt": self.first.prompt} | given)
         except TDMError as error:

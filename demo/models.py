@@ -74,4 +74,4 @@ class ModelsTab:
         try:
             return ["", *self.generate.chosen(prompt, student)]
         except TDMError as error:
-            return [f"**It cannot draw here.** {error}", *[gr.skip()] * 4]
+            return [f"**It cannot draw here.** {error}", *[gr.skip()] * len(self.controls.all()[1:])]

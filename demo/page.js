@@ -1,9 +1,10 @@
 // What the page does without the server: Ctrl+Enter, and the settings in its address.
 const tdm = {
-  names: ["prompt", "steps", "seed", "size", "student"],
+  names: ["prompt", "steps", "seed", "size", "student", "base_first"],
   share(settings) {
     const url = new URL(location);
     settings.forEach((value, i) => {
+      if (tdm.names[i] === "base_first" && !value) return url.searchParams.delete("base_first");
       if (tdm.names[i] !== "size") return url.searchParams.set(tdm.names[i], value);
       const [width, height] = String(value).split(/\s*[x×*]\s*/);
       url.searchParams.set("width", width);

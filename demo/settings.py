@@ -26,6 +26,7 @@ class Settings:
         steps: of the student, 1 to 50.
         width, height: in pixels, multiples of 8.
         student: its name in the `Catalogue`.
+        base_first: the first step is the base's (`TDMPipeline.base_first`).
     """
 
     prompt: str
@@ -34,6 +35,7 @@ class Settings:
     width: int
     height: int
     student: str
+    base_first: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As they stand in a picture and in what the API returns."""
@@ -73,13 +75,20 @@ def check(given: Mapping[str, Any], recipe: StudentRecipe, student: str) -> Sett
             f"{width} x {height} is too large here: at most {MOST_AREA} times the pixels of {recipe.width} x "
             f"{recipe.height}, which the student was trained for"
         )
+    steps = count("steps", recipe.default_steps, 1, MOST_STEPS)
+    base_first = given.get("base_first") or False
+    if not isinstance(base_first, bool):
+        raise TDMError(f"base_first must be true or false, not {str(base_first)[:40]!r}")
+    if base_first and steps < 2:
+        raise TDMError("the base's first step wants 2 steps or more: of one nothing is left for the student")
     return Settings(
         prompt=" ".join(prompt.split()),
         seed=count("seed", 0, 0, 2**53 - 1),
-        steps=count("steps", recipe.default_steps, 1, MOST_STEPS),
+        steps=steps,
         width=width,
         height=height,
         student=student,
+        base_first=base_first,
     )
 
 

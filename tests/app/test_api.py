@@ -59,6 +59,19 @@ def test_a_seed_gives_the_picture_of_tdm_generate(client: Client, tmp_path: Path
     assert settings.items() >= written.items()
 
 
+def test_more_variety_is_the_picture_of_tdm_generate_base_first(client: Client, tmp_path: Path) -> None:
+    path, made = client.predict(PROMPT, 7, base_first=True, api_name="/generate")
+    plain, _ = client.predict(PROMPT, 7, api_name="/generate")  # which leaves nothing of it behind
+    ours, theirs = tmp_path / "a.png", tmp_path / "b.png"
+    assert main(["generate", PROMPT, "--seed", "7", "--base-first", "--out", str(ours)]) == 0
+    assert main(["generate", PROMPT, "--seed", "7", "--out", str(theirs)]) == 0
+    assert Image.open(path).tobytes() == Image.open(ours).tobytes()
+    assert Image.open(plain).tobytes() == Image.open(theirs).tobytes() != Image.open(ours).tobytes()
+    assert (made["calls"], made["base_first"]) == (4, True)
+    with pytest.raises(AppError, match="of one nothing is left for the student"):
+        client.predict(PROMPT, 7, 1, base_first=True, api_name="/generate")
+
+
 def test_every_step_is_streamed(client: Client) -> None:
     job = client.submit(PROMPT, 1, 8, api_name="/generate")
     job.result()
@@ -119,7 +132,7 @@ def test_a_wrong_value_gets_one_clear_line(client: Client, endpoint: str, argume
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_number_at_all_is_told_so(app: App, value: float) -> None:
     """Python's own client refuses to send it; others do not."""
-    body = json.dumps({"data": [PROMPT, value, None, None, None, None]}).encode()
+    body = json.dumps({"data": [PROMPT, value, None, None, None, None, False]}).encode()
     request = urllib.request.Request(f"{app.url}/gradio_api/call/generate", body, {"Content-Type": "application/json"})
     event = json.load(urllib.request.urlopen(request))["event_id"]
     answer = urllib.request.urlopen(f"{app.url}/gradio_api/call/generate/{event}").read().decode()

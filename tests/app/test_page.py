@@ -165,6 +165,16 @@ def test_a_link_brings_its_settings_and_a_broken_one_says_so(open_page: Open) ->
     expect(page.locator("#stage figcaption").nth(0)).to_contain_text("2 calls")
     shown = page.locator("#stage img").nth(0)
     assert shown.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [96, 64]
+    varied = open_page("/?base_first=true&seed=5")
+    expect(varied.locator("#stage figcaption").nth(0)).to_contain_text("4 steps, the first its base's")
+    varied.get_by_label("More variety").uncheck()
+    varied.click("#go")
+    expect(varied.locator("#stage figcaption").nth(0)).not_to_contain_text("base")
+    assert "base_first" not in query(varied)
+    varied.get_by_label("More variety").check()
+    varied.click("#go")
+    expect(varied.locator("#stage figcaption").nth(0)).to_contain_text("its base's")
+    assert query(varied)["base_first"] == "true"
     broken = open_page("/?seed=-3&steps=many")
     expect(broken.get_by_text("the link's settings are left out")).to_be_visible()
     expect(broken.locator("#seed input")).to_have_value("0")
@@ -207,8 +217,9 @@ def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tm
     page = open_page()
     page.get_by_text("Student, and settings from a picture").click()
     page.set_input_files("input[type=file]", file)
-    expect(page.get_by_text("made with base_first, solver_order, which this page does not have")).to_be_visible()
+    expect(page.get_by_text("made with solver_order, which this page does not have")).to_be_visible()
     expect(page.locator("#seed input")).to_have_value("5")
+    expect(page.get_by_label("More variety")).to_be_checked()
 
 
 def test_dice_stop_and_a_wrong_wish(open_page: Open) -> None:
