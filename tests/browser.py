@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
+expect.set_options(timeout=60_000)  # of a machine that does other work too; without failures nothing waits so long
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
