@@ -77,4 +77,4 @@ class Comparison:
 
 
 def _named(settings: Settings) -> str:
-    return f"Student, {plural(settings.steps, 'step')}" + ", the first its base's" * settings.base_first
+    return "Student, " + ("base first" if settings.base_first else plural(settings.steps, "step"))  # on one line
