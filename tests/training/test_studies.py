@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tdm.errors import TDMError
 from tdm.training.cost import passes
 from tdm.training.studies.question import Question, is_of, load_question, questions
 from tdm.training.studies.report import at_passes, at_updates, interval, reached, table
-from tdm.training.studies.runs import Point, Trained, answer, read_runs, results_file, valid_runs
+from tdm.training.studies.runs import Point, Trained, answer, read_runs, results_file, save_picture, valid_runs
 
 SMALL = """\
 asks: does it work?
@@ -208,3 +209,13 @@ def test_an_unsound_question_is_refused_before_anything_is_trained(change: str, 
     (tmp_path / "q.yaml").write_text(SMALL.partition("variants:")[0] + change)
     with pytest.raises(TDMError, match=line):
         load_question(str(tmp_path / "q.yaml"))
+
+
+def test_two_who_share_a_question_may_write_a_picture_at_the_same_time(tmp_path: Path) -> None:
+    """Both begin by taking over what other questions have."""
+    picture = Image.effect_noise((256, 256), 50)
+    with ThreadPoolExecutor(4) as pool:
+        for written in [pool.submit(save_picture, tmp_path, "a", picture) for _ in range(40)]:
+            written.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert Image.open(tmp_path / "a.png").tobytes() == picture.tobytes()

@@ -141,7 +141,7 @@ def answer(
         seconds = time.monotonic() - begun
     kept = _kept(question, path)
     if len(kept) == len(question.runs()) + 2:  # complete: what it once asked for and no longer does goes
-        with replacing(path) as file:
+        with replacing(path, shared=True) as file:
             file.write("".join(json.dumps(asdict(kept[key])) + "\n" for key in sorted(kept)).encode())
     return kept
 
@@ -224,7 +224,7 @@ def picture_folder(results: Path) -> Path:
 
 def save_picture(folder: Path, name: str, picture: Image.Image) -> None:
     """Keep what a variant draws."""
-    with replacing(folder / f"{slug(name)}.png") as file:
+    with replacing(folder / f"{slug(name)}.png", shared=True) as file:
         picture.save(file, format="PNG")
 
 
