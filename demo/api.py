@@ -47,7 +47,7 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             the picture, a PNG with its settings inside
             settings, network calls and seconds; before the end, how far it is, without a picture
         """
-        settings = engine.settings({**_given(prompt, seed, steps, width, height, student), "base_first": base_first})
+        settings = engine.settings(_given(prompt, seed, steps, width, height, student, base_first))
         for frame in engine.student(settings):
             if not frame.final:
                 yield None, {"step": frame.step, "steps": frame.steps, "calls": frame.calls, "seconds": frame.seconds}
@@ -79,7 +79,7 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             the teacher's picture
             settings, and network calls and seconds of both
         """
-        settings = engine.settings({**_given(prompt, seed, steps, width, height, student), "base_first": base_first})
+        settings = engine.settings(_given(prompt, seed, steps, width, height, student, base_first))
         comparison = Comparison(engine, [settings], race=True)
         drawn: FileData | None = None
         made: dict[str, Any] = settings.to_dict()
@@ -175,8 +175,11 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
     gr.api(_declared(info), api_name="info")
 
 
-def _given(prompt: Any, seed: Any, steps: Any, width: Any, height: Any, student: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "seed": seed, "steps": steps, "width": width, "height": height, "student": student}
+def _given(
+    prompt: Any, seed: Any, steps: Any, width: Any, height: Any, student: Any, base_first: Any = False
+) -> dict[str, Any]:
+    given = {"prompt": prompt, "seed": seed, "steps": steps, "width": width, "height": height}
+    return given | {"student": student, "base_first": base_first}
 
 
 def _file(path: Path) -> FileData:

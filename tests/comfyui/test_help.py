@@ -95,10 +95,8 @@ def ask_for_help(page: Page, node: str, heading: str) -> str:
     """Select a node and click its info button, as a user does, until its page is there; the node's title. A front end
     that is still busy with the graph drops a click, or takes the node's toolbox away under the second one.
     """
-    button, shown = (
-        page.get_by_test_id("info-button"),
-        page.locator(".node-help-content h1").get_by_text(heading, exact=True),
-    )
+    button = page.get_by_test_id("info-button")
+    shown = page.locator(".node-help-content h1").get_by_text(heading, exact=True)
     for _ in range(20):
         title, x, y = put_alone(page, node)
         with contextlib.suppress(TimeoutError):
