@@ -62,11 +62,12 @@ def visit(client: Client, number: int, pictures: int, figures: Figures) -> None:
             if place is not None:
                 places.add(place)
             if job.done():
-                end = _end(job)
+                # Of one that was taken back the server may still send an empty answer, which the client cannot read.
+                end = "cancelled" if cancelled else _end(job)
                 break
             time.sleep(0.1)
         with figures.lock:
-            figures.ends["cancelled" if cancelled and job.done() else end] += 1  # nobody waits for its answer
+            figures.ends[end] += 1
             if end == "served":
                 figures.waits.append(time.monotonic() - begun)
             if places:
