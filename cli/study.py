@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer a question, or list them."""
     from ..training.studies.question import load_question, questions
-    from ..training.studies.report import at_steps, grid, plot, table
+    from ..training.studies.report import at_steps, grid, of_further, plot, table
     from ..training.studies.runs import answer, read_runs, results_file, valid_runs
 
     if args.name is None:
@@ -66,11 +66,13 @@ def run(args: argparse.Namespace) -> None:
         raise TDMError(f"no run of {question.name} is in {path}; train some: tdm study {args.name}")
     if args.steps is not None:
         question, found = at_steps(question, found, args.steps)
-    text = table(question, found)
-    (args.out / f"{question.name}.md").write_text(f"{question.asks}\n\n{text}\n")
-    plot(question, found, args.out / f"{question.name}.png")
-    print(text)
-    print(f"wrote {args.out / question.name}.md and .png")
+    asked = [(question, found), *(of_further(question, found, name) for name in question.further)]
+    for question_of, measured in asked if args.steps is None else asked[:1]:
+        text = table(question_of, measured)
+        (args.out / f"{question_of.name}.md").write_text(f"{question.asks}\n\n{text}\n")
+        plot(question_of, measured, args.out / f"{question_of.name}.png")
+        print(text)
+        print(f"wrote {args.out / question_of.name}.md and .png")
     if grid(question, path, args.out / f"{question.name}-grid.png"):
         print(f"wrote {args.out / question.name}-grid.png: what each variant draws")
     if stopped:

@@ -247,7 +247,9 @@ def _merge(data: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
-    """Build dataclass ``cls`` from plain data, refusing unknown keys and wrong types; ``where`` names it in errors."""
+    """Build dataclass ``cls`` from plain data, refusing unknown keys, wrong types and values that are missing;
+    ``where`` names it in errors.
+    """
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     values = {}
@@ -258,7 +260,14 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
                 f"unknown setting {where}{key}; " + (f"did you mean {near[0]}?" if near else f"known: {names}")
             )
         values[key] = _coerce(value, hints[key], f"{where}{key}")
+    missing = [f"{where}{f.name}" for f in dataclasses.fields(cls) if f.name not in values and _has_no_default(f)]  # type: ignore[arg-type]
+    if missing:
+        raise TDMError(f"{', '.join(missing)} must be set")
     return cls(**values)
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
@@ -282,6 +291,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise TDMError(f"{name} is a section with its own keys, not {value!r}")
+        if args and dataclasses.is_dataclass(args[1]):
+            return {key: _coerce(item, args[1], f"{name}.{key}") for key, item in value.items()}
         return value
     if hint is float:
         value = _number(value)  # YAML 1.1 reads 1e-4 as a string

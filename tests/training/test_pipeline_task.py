@@ -17,6 +17,7 @@ from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, te
 from tdm.training.config import from_dict, load_config
 from tdm.training.export import export, export_student, read_run
 from tdm.training.loop import distill
+from tdm.training.studies.runs import untrained
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from torch import Tensor
 
@@ -193,3 +194,20 @@ def test_loras_that_are_not_there_or_do_not_fit_are_refused(
     ):
         with pytest.raises(TDMError, match=line):
             task_of("sd15", bases("sd15"), prompts, loras=(lora,))
+
+
+def test_the_bundled_world_knows_how_far_a_students_pictures_are_from_the_teachers(tmp_path: Path) -> None:
+    changes = [f"task.cache={tmp_path}", "task.prompt_count=2", "output.teacher_steps=2"]
+
+    def measured(prompts: int, blur: float) -> dict[str, float]:
+        run = untrained(load_config(["bundled"], [*changes, f"task.evaluate={prompts}"]))
+
+        def student(noise: Tensor, cond: Any) -> Tensor:
+            return run.teacher(noise, cond) + blur * noise
+
+        return run.task.evaluate(student if blur else run.teacher, run.teacher)
+
+    exact, near, far = (measured(33, blur)["frechet"] for blur in (0.0, 0.1, 0.4))
+    assert abs(exact) < 1e-6
+    assert 0.01 < near < far / 4
+    assert "frechet" not in measured(32, 0.0)  # too few for a covariance

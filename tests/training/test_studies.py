@@ -13,7 +13,7 @@ from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.cost import passes
 from tdm.training.studies.question import Question, is_of, load_question, questions
-from tdm.training.studies.report import at_passes, at_updates, interval, reached, table
+from tdm.training.studies.report import at_passes, at_updates, interval, of_further, reached, reference, table
 from tdm.training.studies.runs import Point, Trained, answer, read_runs, results_file, save_picture, valid_runs
 
 SMALL = """\
@@ -46,13 +46,12 @@ def test_every_question_that_ships_is_sound_and_its_results_are_of_it(name: str)
     assert len(valid_runs(question, runs)) == len(runs)
     for variant in question.variants:
         config = question.config(variant, 0)
-        cost = passes(config).total
-        assert config.updates >= question.updates
+        cost, every = passes(config).total, config.output.evaluate_every
+        assert config.updates >= question.updates or question.passes_only
         assert config.updates * cost >= question.budget()
-        assert question.updates % config.output.evaluate_every == 0
-        assert config.updates == question.updates or (config.updates - config.output.evaluate_every) * cost < (
-            question.budget()
-        )
+        assert question.updates % every == 0
+        least = 0 if question.passes_only else question.updates
+        assert config.updates == least or (config.updates - every) * cost < question.budget()
 
 
 def test_each_variant_gets_the_updates_and_the_passes_of_the_first(question: Question) -> None:
@@ -63,6 +62,17 @@ def test_each_variant_gets_the_updates_and_the_passes_of_the_first(question: Que
         "LCM": 8,  # 6 * 9.5 / 7.5 = 7.6, in steps of 2
         "two critic updates": 6,
     }
+
+
+def test_a_question_may_give_as_many_passes_and_no_more(question: Question) -> None:
+    alike = replace(question, passes_only=True)
+    assert {v: alike.config(v, 0).updates for v in alike.variants} == {
+        "TDM": 6,
+        "LCM": 8,
+        "two critic updates": 4,  # 6 * 9.5 / 15 = 3.8, in steps of 1
+    }
+    assert ", 6 updates" in table(question, {})
+    assert ", 6 updates" not in table(alike, {})
 
 
 def test_runs_are_made_once_and_kept_one_by_one(question: Question, tmp_path: Path) -> None:
@@ -174,6 +184,31 @@ def test_the_command_answers_reports_and_refuses(tmp_path: Path, capsys: pytest.
     assert "baselines-mixture" in capsys.readouterr().out
 
 
+def test_further_measures_have_a_table_and_a_plot_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = SMALL + "further: {least_mode: {higher_is_better: true, reach: 0}, of_late: {higher_is_better: false}}\n"
+    (tmp_path / "more.yaml").write_text(text)
+    results = tmp_path / "r.jsonl"
+    assert main(["study", str(tmp_path / "more.yaml"), "--results", str(results), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    (run,) = [run for run in read_runs(results) if (run.variant, run.seed) == ("TDM", 0)]
+    shown = (tmp_path / "more-least_mode.md").read_text()
+    assert shown.strip().partition("\n\n")[2] in out
+    assert "updates (passes) to least_mode 0" in shown
+    values = [run.curve[-1].measures["least_mode"] for run in read_runs(results) if run.variant == "TDM"]
+    assert len(values) == 2
+    assert interval(values) in shown
+    assert (
+        reference(
+            *of_further(load_question(str(tmp_path / "more.yaml")), {("teacher", 0): run}, "least_mode"), "teacher"
+        )
+        == (run.curve[0].measures["least_mode"])
+    )
+    assert (tmp_path / "more-least_mode.png").is_file()
+    assert "| TDM | 9.5 | - |" in (tmp_path / "more-of_late.md").read_text()  # runs that are older than the measure
+
+
 def test_a_unified_student_is_reported_at_each_of_its_step_counts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +238,8 @@ def test_a_unified_student_is_reported_at_each_of_its_step_counts(
         ("variants: {TDM: [trajectory.step=4]}", "did you mean steps"),
         ("variants: {TDM: []}\nsedes: [1]", "did you mean seeds"),
         ("variants: {TDM: []}\nevery: 4", "multiple of every"),
+        ("variants: {TDM: []}\nfurther: {most_mode: {reach: 2}}", "further.most_mode.higher_is_better must be set"),
+        ("variants: {TDM: []}\nfurther: {most_mode: 2}", "further.most_mode is a section"),
     ],
 )
 def test_an_unsound_question_is_refused_before_anything_is_trained(change: str, line: str, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ FOLDER = Path(__file__).parent / "questions"
 
 
 @dataclass(frozen=True)
+class Further:
+    """A measure beside the first one; see `Question`."""
+
+    higher_is_better: bool
+    reach: float | None = None
+
+
+@dataclass(frozen=True)
 class Question:
     """What is asked, and how it is answered.
 
@@ -27,12 +35,14 @@ class Question:
         settings: likewise, ``key=value``.
         variants: by name, what each has beside; the first one is what the others are compared with.
         updates: that each variant gets; and as many more as it needs for the network passes of the first one.
+        passes_only: a variant gets those passes and no more: a dearer one fewer updates.
         every: updates between two evaluations of the first variant, a divisor of `updates`; those of a dearer one are
             more often.
         seeds: of training.
         measure: of the task, that is compared.
         higher_is_better: of the measure.
         reach: a value of the measure; who gets there first?
+        further: measures that get a table and a plot of their own.
     """
 
     name: str
@@ -46,9 +56,13 @@ class Question:
     higher_is_better: bool
     seeds: tuple[int, ...] = (0, 1, 2)
     reach: float | None = None
+    passes_only: bool = False
+    further: dict[str, Further] = field(default_factory=dict)
 
     def config(self, variant: str, seed: int) -> DistillConfig:
-        """The configuration of one run: at least `updates`, and at least the passes of the first variant."""
+        """The configuration of one run: at least the passes of the first variant and, but for `passes_only`, at least
+        `updates`.
+        """
         own = self.variants[variant]
         configs = [*self.configs, *(text for text in own if "=" not in text)]
         settings = [*self.settings, *(text for text in own if "=" in text), f"seed={seed}"]
@@ -58,7 +72,8 @@ class Question:
             share = passes(self.config(self.first, seed)).total / passes(config).total
         often = self.every * min(1.0, share)
         every = max(n for n in range(1, self.every + 1) if self.updates % n == 0 and n <= max(1.0, often))
-        updates = math.ceil(self.updates * max(1.0, share) / every) * every
+        wanted = self.updates * (share if self.passes_only else max(1.0, share))
+        updates = math.ceil(wanted / every) * every
         quiet = replace(config.output, preview_every=0, checkpoint_every=0, evaluate_every=every, log_every=every)
         return replace(config, updates=updates, output=quiet)
 

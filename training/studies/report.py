@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -30,15 +30,30 @@ def at_steps(question: Question, answer: Answer, steps: int) -> tuple[Question, 
     """
     name = f"{question.measure}/{steps}_steps"
 
-    def there(run: Trained) -> Trained:
-        own = question.measure if run.config["trajectory"]["steps"] == steps else name
-        points = [replace(p, measures={name: p.measures[own]}) for p in run.curve if own in p.measures]
-        return replace(run, curve=points)
+    def own(run: Trained) -> str:
+        return question.measure if run.config["trajectory"]["steps"] == steps else name
 
-    found = {key: run for key, run in ((key, there(run)) for key, run in answer.items()) if run.curve}
+    found = _measured(answer, name, own)
     if not found:
         raise TDMError(f"no run of {question.name} was evaluated at {steps} steps")
     return replace(question, measure=name, name=f"{question.name}-{steps}-steps", reach=None), found
+
+
+def of_further(question: Question, answer: Answer, name: str) -> tuple[Question, dict[tuple[str, int], Trained]]:
+    """The question and its answer by one of its further measures; of runs in which that was not taken, none."""
+    further = question.further[name]
+    own = replace(question, measure=name, name=f"{question.name}-{name}", **vars(further))
+    return own, _measured(answer, name, lambda _: name)
+
+
+def _measured(answer: Answer, name: str, own: Callable[[Trained], str]) -> dict[tuple[str, int], Trained]:
+    """The runs with a measure, which is called ``own(run)`` in each, as ``name`` and no other."""
+
+    def there(run: Trained) -> Trained:
+        points = [replace(p, measures={name: p.measures[own(run)]}) for p in run.curve if own(run) in p.measures]
+        return replace(run, curve=points)
+
+    return {key: run for key, run in ((key, there(run)) for key, run in answer.items()) if run.curve}
 
 
 def seeds_of(question: Question, answer: Answer, variant: str) -> list[Trained]:
@@ -90,11 +105,16 @@ def interval(values: Sequence[float]) -> str:
 def table(question: Question, answer: Answer) -> str:
     """The answer as a Markdown table; what is not trained yet is a dash."""
     m = question.measure
-    head = [
-        "variant", "passes an update", f"{m}, {question.updates} updates", f"{m}, equal passes", "best", "last", "seeds"
-    ]  # fmt: skip
+    columns: dict[str, Callable[[Sequence[Trained]], str]] = {}
+    if not question.passes_only:
+        columns[f"{m}, {question.updates} updates"] = lambda runs: interval([at_updates(question, r) for r in runs])
+    columns[f"{m}, equal passes"] = lambda runs: interval([at_passes(question, run) for run in runs])
+    columns["best"] = lambda runs: interval([best_to_last(question, run)[0] for run in runs])
+    columns["last"] = lambda runs: interval([best_to_last(question, run)[1] for run in runs])
+    columns["seeds"] = lambda runs: str(len(runs))
     if question.reach is not None:
-        head.append(f"updates (passes) to {m} {question.reach:g}")
+        columns[f"updates (passes) to {m} {question.reach:g}"] = lambda runs: _reached(question, runs)
+    head = ["variant", "passes an update", *columns]
     rows = [head, ["---"] * len(head)]
     for name in (TEACHER, BASE):
         value = reference(question, answer, name)
@@ -102,19 +122,8 @@ def table(question: Question, answer: Answer) -> str:
             rows.append([name, "", f"{value:.4g}", *[""] * (len(head) - 3)])
     for variant in question.variants:
         runs = seeds_of(question, answer, variant)
-        ends = [best_to_last(question, run) for run in runs]
-        row = [
-            variant,
-            f"{passes(question.config(variant, question.seeds[0])).total:g}",
-            interval([at_updates(question, run) for run in runs]),
-            interval([at_passes(question, run) for run in runs]),
-            interval([best for best, _ in ends]),
-            interval([last for _, last in ends]),
-            str(len(runs)),
-        ]
-        if question.reach is not None:
-            row.append(_reached(question, runs))
-        rows.append(row)
+        cost = f"{passes(question.config(variant, question.seeds[0])).total:g}"
+        rows.append([variant, cost, *(say(runs) for say in columns.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -28,6 +28,7 @@ from ..config import MemoryConfig
 from ..files import user_cache
 from ..health import Preview, picture_ratios
 from ..metrics import colour_ratios
+from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
 from ..run import Sampler, Teacher
 from ..trajectory import Trajectory
@@ -252,14 +253,17 @@ class PipelineTask:
         return Measure("accuracy", higher_is_better=True) if self._wanted else None
 
     def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
-        """Accuracy on held-out combinations, and colours over the teacher's; nothing without the bundled world."""
+        """Accuracy on held-out combinations, colours over the teacher's and, with more than `DIMENSIONS` prompts, the
+        Frechet distance to its pictures (`picture_frechet`); nothing without the bundled world.
+        """
         if not self._wanted:
             return {}
         prompts, wanted = self._held_out, self._wanted
         reference = self._by_teacher(teacher, prompts, 1)
         made = reference if student is teacher else self.pictures(student, prompts, 1)
         accuracy = {"accuracy": _accuracy(made, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
-        return accuracy | colour_ratios(made, reference)
+        far = {"frechet": picture_frechet(made, reference)} if len(prompts) > DIMENSIONS else {}
+        return accuracy | far | colour_ratios(made, reference)
 
 
 def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size]:
