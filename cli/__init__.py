@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..errors import TDMError
+from ..training.launcher import launched, leave
 
 DESCRIPTION = """\
 TDM: pictures in 4 network calls from a student distilled by Trajectory Distribution Matching.
@@ -87,7 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted."""
+    """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted.
+
+    One process of several, as a launcher starts them, ends here (`leave`).
+    """
+    code = _run(argv)
+    if launched():
+        leave(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in CHATTY:

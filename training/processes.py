@@ -7,7 +7,6 @@ it, and DDP knows one), and every process makes the same step. ``shard`` spreads
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TDMError
+from .launcher import launched
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # for a process that is still at work, as one that builds the prompt cache
@@ -103,7 +103,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
         raise TDMError(f"--device must be cpu, cuda or cuda:1 and so on, not {device}")
     if kind == "cuda" and int(number or 0) >= (there := torch.cuda.device_count()):
         raise TDMError(f"--device {device}: this machine has {there} GPUs; leave it out for the best there is")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not launched():
         yield Processes(), torch.device(device or kind)
         return
     if number:

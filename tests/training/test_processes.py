@@ -114,6 +114,18 @@ def test_two_processes_resume_bit_for_bit(config, tmp_path):
     assert furthest(*(read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))) == 0
 
 
+@pytest.mark.parametrize(("size", "after"), [(1, "taken apart\n"), (2, "")])
+def test_one_of_several_leaves_with_its_exit_code_before_the_interpreter_is_taken_apart(size, after):
+    """What FSDP2 leaves of gloo aborts about one process in twenty-five while that happens."""
+    script = (
+        "import atexit, sys; from tdm.cli import main; atexit.register(print, 'taken apart'); sys.exit(main(['stud']))"
+    )
+    env = os.environ | {"WORLD_SIZE": str(size), "RANK": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, after)
+    assert done.stderr.startswith("tdm: ")
+
+
 @contextmanager
 def two_of_srun(config, out):
     """A long run in two processes, as srun starts them: without torchrun, so that nobody but the run itself notices."""
