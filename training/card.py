@@ -24,6 +24,7 @@ from ..pipelines.locate import BUNDLED, base_folder
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.student import StudentRecipe
 from .export import Format, Trained
+from .measure import EXPLAINED
 from .objectives import method_of
 
 CARD_FILE = "README.md"
@@ -99,7 +100,7 @@ def model_card(run: Trained, name: str, form: Format) -> str:
     if measures := _last_evaluation(run):
         step = int(measures.pop("step"))
         parts += ["## Measures", f"After {step} updates, on the run's mean weights:"]
-        parts.append(_table([(key.removeprefix("eval/"), f"{value:.4g}") for key, value in measures.items()]))
+        parts.append(_table([(_explained(key.removeprefix("eval/")), f"{v:.4g}") for key, v in measures.items()]))
     parts += ["## Licence", licence_text, "## Citation", _CITATION]
     front = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
@@ -210,6 +211,12 @@ def _last_evaluation(run: Trained) -> dict[str, float]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
     found = [line for line in lines if any(key.startswith("eval/") for key in line)]
     return {key: value for key, value in found[-1].items() if key == "step" or key.startswith("eval/")} if found else {}
+
+
+def _explained(measure: str) -> str:
+    """A measure's name, with what it is where the name does not say it; ``frechet/2_steps`` is a measure, too."""
+    meaning = EXPLAINED.get(measure.partition("/")[0])
+    return f"{measure} ({meaning})" if meaning else measure
 
 
 def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:

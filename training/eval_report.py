@@ -13,23 +13,12 @@ from PIL import Image
 
 from .evaluate import Row
 from .files import replacing
-from .measure import Measures
+from .measure import EXPLAINED, Measures
 from .metrics.bootstrap import Value
 from .metrics.colours import COLOURS
 
 INTERVALS = "In brackets: 95 %, by bootstrap over prompts; in a row of several students: the lowest and the highest."
 CACHED = "†: measured when the pictures were drawn, in an earlier evaluation."
-
-# Of the values that are not in the short table, in eval.md.
-EXPLAINED = {
-    "ode": "distance to the teacher's picture from the same noise, over the distance of two of the teacher's pictures",
-    "sliced_wasserstein": "to the teacher's, on random features",
-    "frechet": "to the teacher's, on random features with a fixed seed; it is not FID",
-    "clip": "CLIP score",
-    "hpsv2": "Human Preference Score v2",
-    "image_reward": "ImageReward",
-    "fid": "FID to the real pictures",
-}
 
 
 def over_students(rows: Sequence[Row]) -> list[Row]:

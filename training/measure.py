@@ -18,6 +18,17 @@ from .metrics.diversity import diversity_by_prompt
 from .metrics.spectrum import octaves
 from .world.scene import Scene
 
+# Of the values whose names do not say it.
+EXPLAINED = {
+    "ode": "distance to the teacher's picture from the same noise, over the distance of two of the teacher's pictures",
+    "sliced_wasserstein": "to the teacher's, on random features",
+    "frechet": "to the teacher's, on random features with a fixed seed; it is not FID",
+    "clip": "CLIP score",
+    "hpsv2": "Human Preference Score v2",
+    "image_reward": "ImageReward",
+    "fid": "FID to the real pictures",
+}
+
 
 def _finite(found: dict[str, Value]) -> dict[str, Value]:
     """Without the ratios to nothing, such as the saturation of pictures over that of grey ones: they say nothing."""

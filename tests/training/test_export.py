@@ -371,13 +371,18 @@ def _file(run: Run) -> Path:
 def test_curves_and_measures_are_those_of_the_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs("sd15").out_dir, folder)
-    lines = [{"step": 1, "eval/accuracy": 0.25}, {"step": 2, "eval/accuracy": 0.5}, {"step": 2, "student_loss": 1.0}]
+    lines = [
+        {"step": 1, "eval/accuracy": 0.25},
+        {"step": 2, "eval/accuracy": 0.5, "eval/frechet": 2},
+        {"step": 2, "student_loss": 1.0},
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "curves.png").write_bytes(b"curves")
     assert main(["export", str(folder), "--out", str(tmp_path / "out" / "student.safetensors")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "After 2 updates" in text
     assert "| accuracy | 0.5 |" in text
+    assert re.search(r"\| frechet \(.*not FID\) \| 2 \|", text)
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (tmp_path / "out" / picture).read_bytes() == (folder / picture).read_bytes()
     assert (tmp_path / "out" / "curves.png").read_bytes() == b"curves"
