@@ -65,7 +65,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
     moved = (x.mean(0) - y.mean(0)).square().sum()
-    return float(moved + cov_x.trace() + cov_y.trace() - 2 * cross)
+    return float((moved + cov_x.trace() + cov_y.trace() - 2 * cross).clamp_min(0))  # below it by rounding, if at all
 
 
 # ---------------------------------------------------------------------- of pictures

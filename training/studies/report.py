@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -174,11 +175,13 @@ def plot(question: Question, answer: Answer, path: Path) -> None:
         x = [p.passes for p in runs[0].curve]
         axis.plot(x, [mean(v) for v in values], color=colour, label=variant, marker="." if len(x) < 30 else None)
         axis.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, linewidth=0)
+    # A distance, whose differences grow with it.
+    log = not question.higher_is_better and 0 < axis.dataLim.y0 < math.inf
     for name, style in ((TEACHER, "--"), (BASE, ":")):
         value = reference(question, answer, name)
-        if value is not None:
+        if value is not None and (value > 0 or not log):  # the teacher has none to itself
             axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=name)
-    if not question.higher_is_better and axis.dataLim.y0 > 0:  # a distance, whose differences grow with it
+    if log:
         axis.set_yscale("log")
     axis.set_xlabel("network passes per sample of the batch (a backward one counts as two)")
     axis.set_ylabel(question.measure)
