@@ -66,8 +66,10 @@ def run(args: argparse.Namespace) -> None:
         raise TDMError(f"no run of {question.name} is in {path}; train some: tdm study {args.name}")
     if args.steps is not None:
         question, found = at_steps(question, found, args.steps)
-    asked = [(question, found), *(of_further(question, found, name) for name in question.further)]
-    for question_of, measured in asked if args.steps is None else asked[:1]:
+    asked = [(question, found)]
+    if args.steps is None:
+        asked += [of_further(question, found, name) for name in question.further]
+    for question_of, measured in asked:
         text = table(question_of, measured)
         (args.out / f"{question_of.name}.md").write_text(f"{question.asks}\n\n{text}\n")
         plot(question_of, measured, args.out / f"{question_of.name}.png")

@@ -251,8 +251,8 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
     ``where`` names it in errors.
     """
     hints = get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    values = {}
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names, values = list(fields), {}
     for key, value in data.items():
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
@@ -260,7 +260,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
                 f"unknown setting {where}{key}; " + (f"did you mean {near[0]}?" if near else f"known: {names}")
             )
         values[key] = _coerce(value, hints[key], f"{where}{key}")
-    missing = [f"{where}{f.name}" for f in dataclasses.fields(cls) if f.name not in values and _has_no_default(f)]  # type: ignore[arg-type]
+    missing = [f"{where}{name}" for name in names if name not in values and _has_no_default(fields[name])]
     if missing:
         raise TDMError(f"{', '.join(missing)} must be set")
     return cls(**values)
