@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=ARGUMENT]",
-        help="clip=MODEL, hpsv2, image_reward or fid=FOLDER_OF_REAL_PICTURES, where package and weights are at hand",
+        help="clip=MODEL, hpsv2[=FILE], image_reward[=FILE] or fid=FOLDER_OF_REAL_PICTURES, with weights at hand",
     )
     add("--out", type=Path, default=Path("outputs/eval"), help="folder (default outputs/eval)")
     add("--force", action="store_true", help="replace results that exist")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from tdm.errors import TDMError
 from tdm.tests import tiny
+from tdm.tests.training.preference_reference import FILE, PROMPTS, WORDS, pictures, weights
 from tdm.training.metrics.extras import extra
 
 
@@ -50,6 +53,46 @@ def test_clip_score_is_a_hundred_times_the_cosine_that_the_models_own_logits_hav
     assert found.low < found.value < found.high
 
 
+def test_image_reward_is_what_its_own_code_says(tmp_path: Path) -> None:
+    known = reference("image_reward")
+    state = weights(known["shapes"]) | {"blip.text_encoder.embeddings.position_ids": torch.arange(40)[None]}
+    torch.save(state, tmp_path / "ImageReward.pt")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    assert_scores(f"image_reward={tmp_path / 'ImageReward.pt'}", known["scores"])
+
+
+def test_hpsv2_is_what_its_own_code_says(tmp_path: Path) -> None:
+    known = reference("hpsv2")
+    torch.save({"epoch": 3, "state_dict": weights(known["shapes"])}, tmp_path / "HPS_v2.1_compressed.pt")
+    *pieces, _, _ = known["vocabulary"]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    assert_scores(f"hpsv2={tmp_path / 'HPS_v2.1_compressed.pt'}", known["scores"])
+
+
+def assert_scores(text: str, known: list[float]) -> None:
+    score = extra(text)
+    alone = [float(score.network([picture], [prompt])) for picture, prompt in zip(pictures(), PROMPTS, strict=True)]
+    assert alone == pytest.approx(known, rel=1e-4)
+    assert score.network(pictures(), PROMPTS).tolist() == pytest.approx(known, rel=1e-4)
+    square = np.asarray(pictures()[0])
+    found = score(torch.from_numpy(square.copy()).permute(2, 0, 1)[None].expand(40, -1, -1, -1), PROMPTS[:1] * 40)
+    assert found.value == pytest.approx(known[0], rel=1e-4)
+
+
+def test_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
+    state = weights(reference("image_reward")["shapes"])
+    del state["blip.visual_encoder.blocks.1.norm2.bias"]
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(TDMError, match=r"image_reward=.*: its weights are not to be had"):
+        extra(f"image_reward={tmp_path / 'part.pt'}")
+
+
+def reference(name: str) -> dict:
+    """What the published code said of tiny networks; see preference_reference.py."""
+    return json.loads(FILE.read_text())[name]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -57,14 +100,17 @@ def test_clip_score_is_a_hundred_times_the_cosine_that_the_models_own_logits_hav
         ("clip={tmp}/none", "clip=.*: its weights are not to be had"),
         ("fid", "fid wants a folder of real pictures"),
         ("fid={tmp}", "no folder with .png or .jpg pictures"),
-        ("hpsv2=v3", "hpsv2=v3: there are v2.0 and v2.1"),
-        ("hpsv2", "the package hpsv2 is not installed"),
-        ("image_reward", "the package image-reward is not installed"),
+        ("hpsv2=v3", "hpsv2=v3: no such file, nor a version; there are v2.0, v2.1"),
+        ("hpsv2", "hpsv2=v2.1: its weights are not to be had"),
+        ("image_reward", "image_reward=v1.0: its weights are not to be had"),
+        ("hpsv2={tmp}/other.pt", "hpsv2=.*other.pt: its weights are not to be had"),
+        ("image_reward={tmp}/other.pt", "its weights are not to be had .the weights have no blip.visual_encoder"),
+        ("image_reward={tmp}/code.pt", "code.pt: its weights are not to be had"),
     ],
 )
-def test_what_is_not_there_is_one_line(text: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("hpsv2", "ImageReward"):
-        monkeypatch.setitem(sys.modules, module, None)  # as if not installed
+def test_what_is_not_there_is_one_line(text: str, line: str, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save({"weight": Path("a")}, tmp_path / "code.pt")  # a pickle that is more than tensors
     with pytest.raises(TDMError, match=line) as error:
         extra(text.replace("{tmp}", str(tmp_path)))
     assert "\n" not in str(error.value)

@@ -1,22 +1,24 @@
 """Scores by trained networks, for people who have the weights: off unless asked for, imported only then.
 
     clip=MODEL         CLIP score, 100 times the cosine of picture and prompt: a CLIP of transformers, folder or hub id
-    hpsv2, hpsv2=v2.1  Human Preference Score v2.0 or v2.1, of the package hpsv2
-    image_reward       ImageReward-v1.0, of the package image-reward; image_reward=FILE for weights that lie elsewhere
+    hpsv2, hpsv2=v2.0  Human Preference Score v2.1 or v2.0, weights from the hub
+    image_reward       ImageReward v1.0, weights from the hub
+    hpsv2=FILE, image_reward=FILE    the same from a file, the tokenizer from beside it or from the hub
     fid=FOLDER         FID to the pictures in a folder, of the package torch-fidelity; means little below some thousands
 
-What was run: CLIP, on tiny random weights against transformers' own logits; FID, on random weights in the package's
-own network (torch-fidelity 0.4.0), against the distance of its features; and every refusal. Of the others no weights
-were at hand and nothing was run: their calls follow the packages' code, hpsv2 1.2.0 and image-reward 1.5. As they are
-on PyPI these two cannot be imported here: hpsv2's wheel lacks its vocabulary file, and image-reward wants functions
-that transformers 5 no longer has. What cannot be imported, or whose weights cannot be had, is refused in one line.
+No published weights were at hand. What was run: CLIP, on tiny random weights, against transformers' own logits; HPSv2
+and ImageReward, on tiny random weights in the published layouts, against the published code; FID, on random weights in
+the package's own network (torch-fidelity 0.4.0), against the distance of its features; and every refusal. What cannot
+be imported, or whose weights cannot be had, is refused in one line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import pickle
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,46 +75,29 @@ class ClipScore:
         return measured(torch.cat(scores))
 
 
-class Hpsv2:
-    """Human Preference Score v2 (Wu et al., 2023), 100 times the package's number, as in published tables.
+class Preference:
+    """HPSv2 or ImageReward (preferences.py), the mean over pictures.
 
     Args:
-        version: "v2.0" or "v2.1".
+        name: "hpsv2" or "image_reward".
+        weights: one of its versions, from the hub; or a file of it.
     """
 
-    def __init__(self, version: str = "v2.1") -> None:
-        if version not in ("v2.0", "v2.1"):
-            raise TDMError(f"hpsv2={version}: there are v2.0 and v2.1")
-        self.name, self.version = "hpsv2", version
-        self.package = _package("hpsv2", "hpsv2")
-        with _weights("hpsv2"):
-            self._score([Image.new("RGB", (64, 64))], "a picture")  # fetches or misses them
+    def __init__(self, name: str, weights: str = "") -> None:
+        from . import preferences  # with the networks of transformers
 
-    def _score(self, pictures: list[Image.Image], prompt: str) -> list[float]:
-        return [100 * float(s) for s in self.package.score(pictures, prompt, hps_version=self.version)]
+        self.name = name
+        networks: dict[str, Any] = {"hpsv2": preferences.HpsNetwork, "image_reward": preferences.RewardNetwork}
+        network = networks[name]
+        weights = weights or list(network.versions)[-1]
+        if weights not in network.versions and not Path(weights).is_file():
+            raise TDMError(f"{name}={weights}: no such file, nor a version; there are {', '.join(network.versions)}")
+        with _weights(f"{name}={weights}"):
+            self.network = network(weights)
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Value:
-        scores = [self._score([image], prompt)[0] for image, prompt in zip(_pil(pictures), prompts, strict=True)]
-        return measured(torch.tensor(scores))
-
-
-class ImageReward:
-    """ImageReward (Xu et al., 2023), a preference in standard deviations of its training data.
-
-    Args:
-        weights: "ImageReward-v1.0", or a file of them.
-    """
-
-    def __init__(self, weights: str = "ImageReward-v1.0") -> None:
-        self.name = "image_reward"
-        package = _package("ImageReward", "image-reward")
-        with _weights("image_reward"):
-            self.model = package.load(weights)
-
-    @torch.no_grad()
-    def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Value:
-        pairs = zip(_pil(pictures), prompts, strict=True)
-        return measured(torch.tensor([float(self.model.score(prompt, image)) for image, prompt in pairs]))
+        parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+        return measured(torch.cat([self.network(_pil(pictures[part]), prompts[part]) for part in parts]))
 
 
 class Fid:
@@ -155,8 +140,8 @@ class _Pictures(Dataset):
 
 EXTRAS: dict[str, tuple[Any, str | None]] = {  # and what must be given with it
     "clip": (ClipScore, "the name of a CLIP"),
-    "hpsv2": (Hpsv2, None),
-    "image_reward": (ImageReward, None),
+    "hpsv2": (partial(Preference, "hpsv2"), None),
+    "image_reward": (partial(Preference, "image_reward"), None),
     "fid": (Fid, "a folder of real pictures"),
 }
 
@@ -193,7 +178,8 @@ def _weights(name: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise TDMError(f"{name}: its package cannot be used with what is here ({_line(error)})") from error
-    except (OSError, RuntimeError, ValueError) as error:  # no network, no such model, files of something else
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        # no network, no such model, files of something else
         raise TDMError(f"{name}: its weights are not to be had ({_line(error)})") from error
 
 
