@@ -70,6 +70,9 @@ def run(args: argparse.Namespace) -> None:
     if args.steps is None:
         asked += [of_further(question, found, name) for name in question.further]
     for question_of, measured in asked:
+        if not measured:  # runs that are older than the measure
+            print(f"no run has {question_of.measure}; tdm study {args.name} --results NEW.jsonl trains them again")
+            continue
         text = table(question_of, measured)
         (args.out / f"{question_of.name}.md").write_text(f"{question.asks}\n\n{text}\n")
         plot(question_of, measured, args.out / f"{question_of.name}.png")

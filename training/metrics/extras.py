@@ -7,9 +7,10 @@
     fid=FOLDER         FID to the pictures in a folder, of the package torch-fidelity; means little below some thousands
 
 No published weights were at hand. What was run: CLIP, on tiny random weights, against transformers' own logits; HPSv2
-and ImageReward, on tiny random weights in the published layouts, against the published code; FID, on random weights in
-the package's own network (torch-fidelity 0.4.0), against the distance of its features; and every refusal. What cannot
-be imported, or whose weights cannot be had, is refused in one line.
+and ImageReward, on tiny random weights in the published layouts, against the published code, HPSv2 once on random
+weights at its real size; FID, on random weights in the package's own network (torch-fidelity 0.4.0), against the
+distance of its features; and every refusal. What cannot be imported, or whose weights cannot be had, is refused in one
+line.
 """
 
 from __future__ import annotations
