@@ -69,8 +69,7 @@ class DistilTab:
         self._resume.click(explained(self.resume), self._run, shown, **quick)
         gr.on([self._timer.tick, self._run.change], self.look, self._run, shown, **quick)
         tabs.select(self.turned, [self._name, self._run], [self._timer, self._name, self._run, *shown], **quick)
-        wish = [controls.prompt, self._run]
-        used = self._use.click(explained(self.use), wish, controls.all()[1:], **MODEL, **PRIVATE)
+        used = self._use.click(explained(self.use), self._run, controls.of_student(), **MODEL, **PRIVATE)
         used.success(lambda: gr.update(selected="generate"), None, tabs, **PRIVATE)
 
     def start(self, name: Any, config: Any, updates: Any, seed: Any, more: Any) -> list[Any]:
@@ -112,9 +111,9 @@ class DistilTab:
         free = self.runs.free_name() if name in names else gr.skip()
         return [gr.Timer(active=True), free, gr.update(choices=names, value=run), *self.look(run)]
 
-    def use(self, prompt: Any, name: Any) -> list[Any]:
+    def use(self, name: Any) -> list[Any]:
         """Put the run's student into the first tab."""
-        return self.generate.chosen(prompt, f"runs/{self.runs.student(name)}")
+        return self.generate.chosen(f"runs/{self.runs.student(name)}")
 
 
 def _left(state: State) -> str:

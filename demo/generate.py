@@ -48,6 +48,10 @@ class Controls:
         """In this order everywhere."""
         return [self.prompt, self.steps, self.seed, self.size, self.student, self.base_first]
 
+    def of_student(self) -> list[Any]:
+        """Those that another student changes."""
+        return [self.steps, self.size, self.student]
+
     def values(self, engine: Engine, settings: Settings) -> list[Any]:
         """Updates that put settings into the components."""
         recipe = engine.recipe(settings.student)
@@ -114,7 +118,7 @@ class GenerateTab:
         self._gallery.select(explained(self.back), self._history, self.controls.all(), **PRIVATE)
         dropped.upload(explained(self.from_file), dropped, self.controls.all(), **PRIVATE)
         self.controls.student.input(
-            explained(self.chosen), [self.controls.prompt, self.controls.student], self.controls.all()[1:], **PRIVATE
+            explained(self.chosen), self.controls.student, self.controls.of_student(), **PRIVATE
         )
         self._asked, self._drawing, self._stop, self._shown = asked, drawing, stop, shown
 
@@ -295,10 +299,11 @@ class GenerateTab:
             gr.Warning(f"it was made with {more}, which this page does not have; it draws without")
         return self.controls.values(self.engine, self.engine.settings(given))
 
-    def chosen(self, prompt: Any, student: Any) -> list[Any]:
-        """The steps and sizes of another student, into the page."""
-        settings = self.engine.settings({"prompt": prompt or "a", "student": student})
-        return self.controls.values(self.engine, settings)[1:]
+    def chosen(self, student: Any) -> list[Any]:
+        """Another student and its steps and sizes, into the page; prompt and seed stay, to compare."""
+        settings = self.engine.settings({"prompt": self.first.prompt, "student": student})
+        values = dict(zip(self.controls.all(), self.controls.values(self.engine, settings), strict=True))
+        return [values[control] for control in self.controls.of_student()]
 
     def opened(self, page: gr.Blocks) -> None:
         """Read the link, then draw."""

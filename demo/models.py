@@ -45,13 +45,8 @@ class ModelsTab:
                 )  # fmt: skip
         self.student.change(explained(self.say), self.student, self._info, **PRIVATE)
         again.click(self.listed, None, [self.student, self.controls.student], **PRIVATE)
-        used = use.click(
-            self.use,
-            [self.controls.prompt, self.student],
-            [self._verdict, *self.controls.all()[1:]],
-            **MODEL,
-            **PRIVATE,
-        )
+        outputs = [self._verdict, *self.controls.of_student()]
+        used = use.click(self.use, self.student, outputs, **MODEL, **PRIVATE)
         used.success(lambda said: gr.update(selected="models" if said else "generate"), self._verdict, tabs, **PRIVATE)
 
     def say(self, student: str | None) -> str:
@@ -69,9 +64,9 @@ class ModelsTab:
         """Look into the folders again."""
         return [gr.update(choices=self.engine.catalogue.names())] * 2
 
-    def use(self, prompt: Any, student: str) -> list[Any]:
+    def use(self, student: str) -> list[Any]:
         """Put a student's steps and sizes into the first tab; of one that does not fit, say why."""
         try:
-            return ["", *self.generate.chosen(prompt, student)]
+            return ["", *self.generate.chosen(student)]
         except TDMError as error:
-            return [f"**It cannot draw here.** {error}", *[gr.skip()] * len(self.controls.all()[1:])]
+            return [f"**It cannot draw here.** {error}", *[gr.skip()] * len(self.controls.of_student())]

@@ -284,6 +284,7 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     secret.write_bytes(right.read_bytes())
     (students / "link.safetensors").symlink_to(secret)
     page = open_page()
+    page.locator("#seed input").fill("23")
     page.get_by_role("tab", name="Models").click()
     page.get_by_role("button", name="Look again").click()
     page.click("#model input")
@@ -304,7 +305,8 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     page.wait_for_url("**student=students%2Fmine.safetensors**")
     expect(page.locator("#gallery img")).to_have_count(2)
     newest = max((app.out / "pictures").glob("two-red-stars*"), key=lambda file: file.stat().st_mtime)
-    assert json.loads(Image.open(newest).info["tdm"])["student"] == "students/mine.safetensors"
+    made = json.loads(Image.open(newest).info["tdm"])
+    assert (made["student"], made["seed"]) == ("students/mine.safetensors", 23)  # the seed stays, to compare
 
 
 def test_another_student_marks_its_own_steps_everywhere(open_page: Open, students: Path) -> None:
