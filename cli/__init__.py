@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted.
+    """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted, 141 when unread.
 
     One process of several, as a launcher starts them, ends here (`leave`).
     """
@@ -106,10 +106,16 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
+        sys.stdout.flush()
     except TDMError as error:
         print(f"tdm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(f"tdm: {stopped}" if str(stopped) else "tdm: interrupted", file=sys.stderr)
         return 130
+    except (
+        BrokenPipeError
+    ):  # the reader of `tdm ... | head` has seen enough; nothing more may go there, at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,15 @@ def test_nothing_is_said_but_what_was_asked(arguments: list[str], tmp_path: Path
     """The optional libraries of quantisation, both here, have remarks to make on being imported."""
     done = subprocess.run([sys.executable, "-m", "tdm.cli", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_who_has_seen_enough_ends_it_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
+    command = [sys.executable, "-m", "tdm.cli", "distill", "--list"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_unknown_words_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
