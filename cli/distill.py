@@ -90,14 +90,20 @@ def run(args: argparse.Namespace) -> None:
         return
     check_folder(args.out)
 
+    from ..training.export import unexportable
+    from ..training.log import print_line
     from ..training.loop import distill
     from ..training.processes import joined
     from ..training.tasks import build_task
+    from ..training.trajectory import build_trajectories
 
     quiet()
     with joined(args.device) as (processes, device), stop_signals() as stop:
         # The first encodes the prompts; the others then find them.
         task = processes.first_alone(lambda: build_task(config.task, config.memory, device))
+        recipe = task.recipe(build_trajectories(config.trajectory, task.schedule))
+        if processes.first and recipe is not None and (reason := unexportable(config, recipe)) is not None:
+            print_line(f"note: at the end there will be no student file: {reason}")
         finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)
         if processes.first:
             if finished.step < config.updates:

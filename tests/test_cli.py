@@ -225,3 +225,14 @@ def test_distil_then_generate_with_the_new_student(tmp_path: Path, capsys: pytes
     assert "2 updates of 4 prompts" in capsys.readouterr().out
     assert main(["generate", PROMPT, "--student", str(student), "--out", str(tmp_path / "a.png")]) == 0
     assert "already holds a run" in refused(["distill", *short, "--out", str(run)], capsys)
+
+
+def test_a_student_that_can_be_no_file_is_told_of_before_it_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["updates=1", "batch_size=2", "output.preview_every=0", "output.evaluate_every=0", "critic.per_student=1"]
+    short += ["task.prompt_count=8", f"task.cache={tmp_path / 'prompts'}", "--out", str(tmp_path / "run")]
+    assert main(["distill", "bundled", "dmd2", *short]) == 2
+    said = capsys.readouterr().err
+    assert "no scheduler of diffusers" in said.partition("update 1/1")[0]
+    assert "tdm: this student takes fresh noise" in said.partition("update 1/1")[2]

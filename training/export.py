@@ -21,7 +21,6 @@ from ..pipelines.student import MERGED_FILE, STUDENT_FILE, Layout, StudentRecipe
 from .checkpoint import read_checkpoint
 from .config import DistillConfig, from_dict
 from .objectives import method_of
-from .roles import STEPS
 
 Which = Literal["mean", "best", "last"]
 """The running mean of the student's weights at the end, the mean at its best evaluation, or the last weights."""
@@ -94,6 +93,22 @@ def export(run: Trained, form: Format, out: Path, *, dtype: torch.dtype | None =
     return export_student(run, out, layout="kohya" if form == "kohya" else "diffusers", dtype=dtype, force=force)
 
 
+def unexportable(config: DistillConfig, recipe: StudentRecipe) -> str | None:
+    """Why no student of these settings can be a file, and what to train instead; None if one can."""
+    trajectory = config.trajectory
+    if trajectory.sampler == "stochastic" and recipe.sampler is None:
+        return (
+            "this student takes fresh noise at each step, which no scheduler of diffusers makes for this base from a "
+            "seed; to export one, train it with trajectory.sampler=deterministic"
+        )
+    if trajectory.unify and trajectory.tell_steps == "embedding":
+        return (
+            "this student is told its step count by an embedding, which needs code at inference; to export one, "
+            "train it with trajectory.tell_steps=timestep"
+        )
+    return None
+
+
 def export_student(
     run: Trained,
     path: Path,
@@ -108,16 +123,8 @@ def export_student(
         TDMError: the run trained whole weights or an embedding of the step count, its sampler is not to be had, or as
             ``save_student``.
     """
-    if run.config.trajectory.sampler == "stochastic" and run.recipe.sampler is None:
-        raise TDMError(
-            "this student takes fresh noise at each step, which no scheduler of diffusers makes for this base from a "
-            "seed; to export one, train it with trajectory.sampler=deterministic"
-        )
-    if STEPS in run.weights:
-        raise TDMError(
-            "this student is told its step count by an embedding, which needs code at inference; to export one, "
-            "train it with trajectory.tell_steps=timestep"
-        )
+    if (reason := unexportable(run.config, run.recipe)) is not None:
+        raise TDMError(reason)
     if run.config.full_weights:
         raise TDMError("this run trained whole weights, which are no LoRA; export it with --format merged")
     alpha = run.config.student.alpha
