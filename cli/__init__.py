@@ -113,9 +113,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt as stopped:
         print(f"tdm: {stopped}" if str(stopped) else "tdm: interrupted", file=sys.stderr)
         return 130
-    except (
-        BrokenPipeError
-    ):  # the reader of `tdm ... | head` has seen enough; nothing more may go there, at the end either
+    except BrokenPipeError:
+        # `tdm ... | head` has seen enough: what is still buffered must not go there when Python ends, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return 0
