@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         task = processes.first_alone(lambda: build_task(config.task, config.memory, device))
         recipe = task.recipe(build_trajectories(config.trajectory, task.schedule))
         if processes.first and recipe is not None and (reason := unexportable(config, recipe)) is not None:
-            print_line(f"note: at the end there will be no student file: {reason}")
+            print_line(f"note: there will be nothing to export at the end: {reason}")
         finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)
         if processes.first:
             if finished.step < config.updates:

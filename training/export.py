@@ -94,7 +94,7 @@ def export(run: Trained, form: Format, out: Path, *, dtype: torch.dtype | None =
 
 
 def unexportable(config: DistillConfig, recipe: StudentRecipe) -> str | None:
-    """Why no student of these settings can be a file, and what to train instead; None if one can."""
+    """Why no student of these settings can be exported, and what to train instead; None if one can."""
     trajectory = config.trajectory
     if trajectory.sampler == "stochastic" and recipe.sampler is None:
         return (
@@ -139,13 +139,15 @@ def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = Non
         force: replace a folder that is there, if it is a merged student.
 
     Raises:
-        TDMError: the base is not at hand any more, the folder exists, or as ``save_merged``.
+        TDMError: the base is not at hand any more, the folder exists, `unexportable`, or as ``save_merged``.
     """
     from ..pipelines.tdm_pipeline import TDMPipeline
     from .tasks.base_model import BaseModel
 
     if force and folder.is_dir() and any(folder.iterdir()) and not (folder / MERGED_FILE).is_file():
         raise TDMError(f"{folder} holds something else than a merged student; choose another folder")
+    if (reason := unexportable(run.config, run.recipe)) is not None:  # whole weights, too: they would be sampled wrong
+        raise TDMError(reason)
     base = BaseModel.find(run.recipe.base_model, run.config.task.get("loras") or ())
     pipe = base.whole(dtype or torch.float32)
     if run.config.full_weights:

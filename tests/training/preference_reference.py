@@ -72,7 +72,6 @@ def image_reward() -> dict[str, object]:
         vocab_size=len(WORDS) + 2, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
         encoder_width=128, add_cross_attention=True, max_position_embeddings=40,
     )  # fmt: skip
-    config.encoder_width = 128
     model.blip.text_encoder = BertModel(config=config, add_pooling_layer=False)
     vocabulary = FILE.with_name("vocab.txt")
     vocabulary.write_text("\n".join(WORDS))

@@ -14,7 +14,7 @@ from tdm.pipelines.schedule import NoiseSchedule, expand
 from tdm.pipelines.student import read_student
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig, load_config
-from tdm.training.export import export_student, read_run
+from tdm.training.export import export_merged, export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.losses import generator_loss, guidance_loss
 from tdm.training.objectives.matching import (
@@ -349,11 +349,16 @@ def test_a_stochastic_student_is_sampled_as_it_was_trained_where_a_scheduler_can
 
 
 @pytest.mark.parametrize("family", ["sd3", "cogvideox"])
+@pytest.mark.parametrize("whole", [False, True])
 def test_a_stochastic_student_that_no_scheduler_can_run_is_not_exported(
-    family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
+    family: str, whole: bool, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
     task = task_of(family, bases(family), prompts)
     fast = ["updates=1", "batch_size=2", "precision=fp32", "output.preview_every=0"]
-    distill(task, load_config("dmd2", fast), tmp_path / "run", report=lambda _: None)
-    with pytest.raises(TDMError, match="no scheduler of diffusers makes for this base"):
-        export_student(read_run(tmp_path / "run"), tmp_path / "student.safetensors")  # type: ignore[arg-type]
+    distill(task, load_config("dmd2", [*fast, f"full_weights={whole}"]), tmp_path / "run", report=lambda _: None)
+    run = read_run(tmp_path / "run")
+    assert run is not None
+    for export, out in ((export_student, "student.safetensors"), (export_merged, "merged")):
+        with pytest.raises(TDMError, match="no scheduler of diffusers makes for this base"):
+            export(run, tmp_path / out)
+        assert not (tmp_path / out).exists()
