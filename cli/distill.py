@@ -95,14 +95,12 @@ def run(args: argparse.Namespace) -> None:
     from ..training.loop import distill
     from ..training.processes import joined
     from ..training.tasks import build_task
-    from ..training.trajectory import build_trajectories
 
     quiet()
     with joined(args.device) as (processes, device), stop_signals() as stop:
         # The first encodes the prompts; the others then find them.
         task = processes.first_alone(lambda: build_task(config.task, config.memory, device))
-        recipe = task.recipe(build_trajectories(config.trajectory, task.schedule))
-        if processes.first and recipe is not None and (reason := unexportable(config, recipe)) is not None:
+        if processes.first and (reason := unexportable(config)) is not None:
             print_line(f"note: there will be nothing to export at the end: {reason}")
         finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)
         if processes.first:

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
 
 
 def dry_run(config: DistillConfig, out: Path, *, resume: bool) -> str:
-    """The merged settings, as YAML that `tdm distill` reads, and the estimate of the run.
+    """The merged settings, as YAML that `tdm distill` reads, the estimate of the run, and whether it can be exported.
 
     Raises:
         TDMError: what the run itself would refuse: prompts, base, sizes, grid, folder, an earlier checkpoint.
     """
     import yaml
 
+    from ..training.export import unexportable
+
     _check_files(config, out, resume)
     said = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
-    return f"{said}\n{_check_task(config)}"
+    reason = unexportable(config)
+    note = "" if reason is None else f"\n\nnote: there will be nothing to export at the end: {reason}"
+    return f"{said}\n{_check_task(config)}{note}"
 
 
 def _check_files(config: DistillConfig, out: Path, resume: bool) -> None:

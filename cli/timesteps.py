@@ -116,6 +116,10 @@ def _student(args: argparse.Namespace) -> tuple[Any, Family]:
     pipe = load(args)
     if pipe.recipe.sampler is not None:
         raise TDMError(f"this student runs on {pipe.recipe.sampler}; timesteps are searched for those of TDMScheduler")
+    if pipe.recipe.stochastic_sampling:
+        raise TDMError(
+            "this student takes fresh noise at each step; timesteps are searched along one path, which it has not"
+        )
     return pipe, pipe._family
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from ..errors import TDMError
 from ..pipelines.schedule import ddim_step, predict_x0_eps, second_order_weights
 from .levels import pairs_of
 
+FRESH_NOISE = "tdm_fresh_noise"
+"""In the options of the MODEL that TDM Sigmas gives: whether its student was trained with fresh noise at each step."""
+
 
 class TDMSampler(io.ComfyNode):
     """The sampler of TDM students."""
@@ -26,8 +29,10 @@ class TDMSampler(io.ComfyNode):
             node_id="TDMSampler",
             display_name="TDM Sampler",
             category="sampling/TDM",
-            description="The deterministic sampler of TDM students, for epsilon, v and flow models. Use it with TDM "
-            "Sigmas in SamplerCustomAdvanced or SamplerCustom; TDM Sigmas goes last, behind ModelSampling nodes.",
+            description="The sampler of TDM students, for epsilon, v and flow models. Use it with TDM Sigmas in "
+            "SamplerCustomAdvanced or SamplerCustom; TDM Sigmas goes last, behind ModelSampling nodes. It is "
+            "deterministic, unless the student was trained with fresh noise at each step: then that follows from the "
+            "seed.",
             search_aliases=["trajectory distribution matching", "few-step", "DDIM", "DPM-Solver++ 2M", "distilled"],
             inputs=[
                 io.Int.Input(
@@ -64,14 +69,17 @@ def sample_tdm(
         model: ``model(x, sigma, **extra_args)`` is the clean sample, with guidance and masks applied.
         x: (B, ...), as ComfyUI keeps it.
         sigmas: (K + 1,) decreasing levels.
-        extra_args: goes to `model`.
+        extra_args: goes to `model`. Its "seed" is that of the fresh noise, if the "model_options" say that the student
+            takes it (see `FRESH_NOISE`).
         callback: called after each network call; `denoised` is the clean sample of this step.
         disable: no progress bar in the console.
         order: 1, or 2 for DPM-Solver++ 2M.
 
     Raises:
-        TDMError: there is no picture to begin with, and noise of this level is not what the model has been cut at.
+        TDMError: there is no picture to begin with, and noise of this level is not what the model has been cut at; or
+            order 2 of a student that takes fresh noise.
     """
+    extra_args = extra_args or {}
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
     alphas, levels = pairs_of(model_sampling, sigmas)
     a, s = alphas.tolist(), levels.tolist()
@@ -84,17 +92,30 @@ def sample_tdm(
         )
     if s[-1] > 0:  # a part of a schedule, and the weights are of a whole one
         alphas, levels = torch.cat([alphas, alphas.new_ones(1)]), torch.cat([levels, levels.new_zeros(1)])
+    fresh = _fresh_noise(x, extra_args.get("seed")) if extra_args.get("model_options", {}).get(FRESH_NOISE) else None
+    if fresh is not None and order == 2:
+        raise TDMError("this student takes fresh noise at each step, and order 2 goes on along its own: set order to 1")
     weights = second_order_weights(alphas, levels)
     each = x.new_ones(len(x))
     previous: Tensor | None = None
     for i in trange(len(s) - 1, disable=disable):
-        x0 = model(x, sigmas[i] * each, **(extra_args or {}))
+        x0 = model(x, sigmas[i] * each, **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
         _, eps = predict_x0_eps("sample", x0, x, a[i], s[i])
+        if fresh is not None and s[i + 1] > 0:
+            eps = next(fresh)
         x = ddim_step(x0, eps, a[i + 1], s[i + 1])
         if order == 2:
             if previous is not None:
                 x = x + weights[i] * (x0 - previous)
             previous = x0
     return x
+
+
+def _fresh_noise(x: Tensor, seed: int | None) -> Iterator[Tensor]:
+    """Noise like `x`, from the seed's generator behind what core has drawn of it to begin with: as `TDMPipeline`."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    torch.randn(x.shape, generator=generator)
+    while True:
+        yield torch.randn(x.shape, generator=generator).to(x)

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..errors import TDMError
 from ..pipelines.schedule import check_grid, first_step, grid_of_steps, grid_pairs
 from .levels import cut, levels_of, prediction_type_of, schedule_of, uncut
+from .sampler import FRESH_NOISE
 from .students import recipe_of, recipe_of_text, student_names
 
 TYPED = "timesteps below"
@@ -88,7 +89,7 @@ class TDMSigmas(io.ComfyNode):
         schedule = schedule_of(sampling)
         if recipe is None and student == TYPED:
             typed = check_grid(_numbers(timesteps), schedule)
-            trained, order, by_default = {len(typed): typed}, 1, len(typed)
+            trained, order, by_default, fresh = {len(typed): typed}, 1, len(typed), False
         else:
             chosen = recipe_of(student) if recipe is None else recipe_of_text(recipe)
             predicts = prediction_type_of(sampling)
@@ -98,6 +99,7 @@ class TDMSigmas(io.ComfyNode):
                     f"{chosen.prediction_type}; this model predicts {predicts}: load the student's own base"
                 )
             trained, order, by_default = chosen.trained_timesteps, chosen.solver_order, chosen.default_steps
+            fresh = chosen.stochastic_sampling
         steps = steps or by_default
         grid, nearest = grid_of_steps(trained, steps, schedule)
         if nearest != steps:
@@ -108,6 +110,7 @@ class TDMSigmas(io.ComfyNode):
         if denoise == 1:
             sampling = cut(sampling, float(sigmas[0]))
         patched.add_object_patch("model_sampling", sampling)
+        patched.model_options[FRESH_NOISE] = fresh
         return io.NodeOutput(patched, sigmas[first_step(grid, denoise, schedule) :], order)
 
 

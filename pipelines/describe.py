@@ -107,6 +107,8 @@ def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
         "flow shift": "none" if recipe.flow_shift is None else f"{recipe.flow_shift:g}",
         "solver order": str(recipe.solver_order),
     }
+    if recipe.stochastic_sampling:
+        rows["noise"] = "fresh at each step, from the call's generator"
     if recipe.sampler is not None:
         rows["scheduler"] = f"{recipe.sampler}; {recipe.default_steps} steps if none are asked for"
     return rows | {f"note: {topic}": text for topic, text in recipe.notes.items()}

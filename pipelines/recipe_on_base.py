@@ -40,5 +40,9 @@ def student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> Any:
         return recipe.sampler.on(config, recipe.trained_timesteps)
     shift = {} if recipe.flow_shift is None else {"flow_shift": recipe.flow_shift}
     return TDMScheduler.from_config(
-        config, trained_timesteps=recipe.trained_timesteps, solver_order=recipe.solver_order, **shift
+        config,
+        trained_timesteps=recipe.trained_timesteps,
+        solver_order=recipe.solver_order,
+        stochastic_sampling=recipe.stochastic_sampling,
+        **shift,
     )

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -286,6 +286,29 @@ def respace_grid(timesteps: Sequence[float], k: int, schedule: NoiseSchedule) ->
         j = math.floor(position)
         grid.append(knots[j] + (position - j) * (knots[j + 1] - knots[j]))
     return check_grid(_whole(grid, schedule), schedule)
+
+
+def trained_grids(
+    trained: Sequence[float] | Mapping[Any, Sequence[float]] | None, schedule: NoiseSchedule
+) -> dict[int, list[float]]:
+    """{K: timesteps} of a list, a mapping (its keys may be strings, as JSON makes them) or None.
+
+    Raises:
+        TDMError: it is empty, a grid is not valid (see `check_grid`), or has not as many timesteps as its K.
+    """
+    if trained is None:
+        return {}
+    if len(trained) == 0:
+        raise TDMError("trained_timesteps is empty; leave it out for a model that was not distilled")
+    if not isinstance(trained, Mapping):
+        trained = {len(trained): trained}
+    grids = {}
+    for key, timesteps in trained.items():
+        grid = check_grid(timesteps, schedule)
+        if str(key) != str(len(grid)):
+            raise TDMError(f"trained_timesteps has {len(grid)} timesteps for K = {key}: {grid}")
+        grids[len(grid)] = grid
+    return dict(sorted(grids.items()))
 
 
 def grid_of_steps(trained: Mapping[int, Sequence[float]], k: int, schedule: NoiseSchedule) -> tuple[list[float], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
@@ -13,14 +13,14 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # diffusers' loader looks this name up here
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..errors import TDMError
+from .noise import NONE_GIVEN, noise_like
 from .schedule import (
     PREDICTION_TYPES,
     NoiseSchedule,
     PredictionType,
-    check_grid,
     ddim_step,
     expand,
     grid_of_steps,
@@ -28,6 +28,7 @@ from .schedule import (
     predict_x0_eps,
     second_order_weights,
     shift_sigma,
+    trained_grids,
     uniform_grid,
 )
 from .stock_config import arguments_from_stock
@@ -47,7 +48,8 @@ class TDMSchedulerOutput(BaseOutput):
 
 
 class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' own bases disagree on config_name
-    """A deterministic sampler whose config holds the trained timesteps of each step count K.
+    """A sampler whose config holds the trained timesteps of each step count K. Deterministic, unless a student was
+    trained with fresh noise between its steps.
 
     `set_timesteps(K)` runs exactly the timesteps trained for K. For another K it re-spaces the grid of the nearest
     trained one and warns, once. Without `trained_timesteps` it is an ordinary DDIM / Euler (order 1) or DPM-Solver++ 2M
@@ -71,8 +73,12 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         trained_timesteps: a list of K timesteps, or a mapping from K to a list; strictly decreasing. On a flow model a
             timestep is ``num_train_timesteps * sigma``, already shifted: no shift touches it.
         solver_order: 1, or 2 for DPM-Solver++ 2M on the same grid (first and last step are of order 1).
+        stochastic_sampling: each step but the last goes on with fresh noise in the place of the model's own, as
+            students of consistency models and of DMD2 are trained: ``x = alpha * x0 + sigma * noise``. Order 1 alone.
 
     Attributes:
+        noise_source: where a stochastic run takes its noise from: called with a tensor, it gives noise in that one's
+            shape and dtype. `TDMPipeline` puts the call's generator behind it; None: `step` has to be given one.
         pred_original_sample: the clean sample x0 that the last `step` predicted, in the dtype of the model output; None
             before the first step of a run. Pipelines drop what `step` returns beside the next sample: previews need it.
 
@@ -111,11 +117,14 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         shift_terminal: float | None = None,
         trained_timesteps: Sequence[float] | Mapping[int, Sequence[float]] | None = None,
         solver_order: Literal[1, 2] = 1,
+        stochastic_sampling: bool = False,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise TDMError(f"prediction_type {prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}")
         if solver_order not in (1, 2):
             raise TDMError(f"solver_order must be 1 or 2, got {solver_order}")
+        if stochastic_sampling and solver_order == 2:
+            raise TDMError("stochastic_sampling goes with solver_order 1: order 2 goes on along the model's own noise")
         if time_shift_type not in ("exponential", "linear"):
             raise TDMError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
         if not flow_shift > 0:
@@ -137,12 +146,13 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             if prediction_type == "epsilon" and self.schedule.alphas_cumprod[-1] == 0:
                 raise TDMError("prediction_type 'epsilon' leaves x0 undefined at zero terminal SNR; use 'v_prediction'")
 
-        self.trained_timesteps = _trained_grids(trained_timesteps, self.schedule)
+        self.trained_timesteps = trained_grids(trained_timesteps, self.schedule)
         self.register_to_config(trained_timesteps=self.trained_timesteps or None, use_flow_sigmas=flow)
 
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
+        self.noise_source: Callable[[Tensor], Tensor] | None = None
         self._warned: set[int] = set()
         self._reset([])
 
@@ -284,18 +294,27 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     # ------------------------------------------------------------------ step
 
     def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        generator: Generator | Sequence[Generator] | None = NONE_GIVEN,
     ) -> TDMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Go from one timestep to the next; the last step returns x0. Deterministic, and without a host sync.
+        """Go from one timestep to the next; the last step returns x0. Without a host sync.
 
         Args:
             model_output: the network's output at `timestep`, the shape of `sample`.
             timestep: only read to find where a run begins, if `set_begin_index` was not called.
             sample: x_t. Halves are computed in float32 and cast back.
             return_dict: False for the tuple (prev_sample, pred_original_sample).
+            generator: of the fresh noise, or one for each sample; None is torch's global one. Without a meaning unless
+                `stochastic_sampling`, or if there is a `noise_source`.
 
         Raises:
-            TDMError: `set_timesteps` was not called, the run is over, the shapes differ or the timestep is foreign.
+            TDMError: `set_timesteps` was not called, the run is over, the shapes differ, the timestep is foreign, or
+                there is nothing to draw fresh noise with.
         """
         if self.num_inference_steps is None:
             raise TDMError("call set_timesteps before step")
@@ -313,6 +332,8 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         compute_dtype = torch.promote_types(model_output.dtype, torch.float32)
         out, x = model_output.to(compute_dtype), sample.to(compute_dtype)
         x0, eps = predict_x0_eps(self.config["prediction_type"], out, x, self._alphas[i], self._sigmas[i])
+        if self.config["stochastic_sampling"] and self._sigmas[i + 1] > 0:
+            eps = noise_like(x0, generator) if self.noise_source is None else self.noise_source(x0)
         prev_sample = ddim_step(x0, eps, self._alphas[i + 1], self._sigmas[i + 1])
         if self._previous_x0 is not None:  # None at order 1, and at the first step of order 2, wherever a run begins
             prev_sample = prev_sample + self._weights[i] * (x0 - self._previous_x0)
@@ -371,23 +392,6 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
-
-
-def _trained_grids(trained: Any, schedule: NoiseSchedule) -> dict[int, list[float]]:
-    """{K: timesteps} of a list, a mapping (its keys may be strings, as JSON makes them) or None."""
-    if trained is None:
-        return {}
-    if len(trained) == 0:
-        raise TDMError("trained_timesteps is empty; leave it out for a model that was not distilled")
-    if not isinstance(trained, Mapping):
-        trained = {len(trained): trained}
-    grids = {}
-    for key, timesteps in trained.items():
-        grid = check_grid(timesteps, schedule)
-        if str(key) != str(len(grid)):
-            raise TDMError(f"trained_timesteps has {len(grid)} timesteps for K = {key}: {grid}")
-        grids[len(grid)] = grid
-    return dict(sorted(grids.items()))
 
 
 def _noisy_levels(sigmas: Sequence[float]) -> list[float]:

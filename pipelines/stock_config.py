@@ -33,6 +33,8 @@ def arguments_from_stock(
         defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     merged = {**defaults, **config, **overrides}
     translated = {name: merged[name] for name in arguments if name in merged}
+    # How a student takes its noise is a matter of its training, not of the base's scheduler.
+    translated["stochastic_sampling"] = overrides.get("stochastic_sampling", False)
 
     if "beta_schedule" not in merged:
         if "shift" not in merged:

@@ -62,6 +62,7 @@ class StudentRecipe:
         notes: free text about the training, by topic.
         preferred_steps: the step count to use when none is asked for, one of the trained ones; None: the largest.
         sampler: what a student of another method samples with (a `Sampler` or its fields); None for `TDMScheduler`.
+        stochastic_sampling: it was trained with fresh noise at each step but the last, and `TDMScheduler` draws that.
     """
 
     base_model: str
@@ -77,6 +78,7 @@ class StudentRecipe:
     notes: dict[str, str] = field(default_factory=dict)
     preferred_steps: int | None = None
     sampler: Sampler | None = None
+    stochastic_sampling: bool = False
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -99,6 +101,9 @@ class StudentRecipe:
             self._require("flow_shift", self.prediction_type in ("flow_prediction", "sample"), "absent: no flow model")
             self._require("flow_shift", _is_number(self.flow_shift) and self.flow_shift > 0, "above 0")
         self._require("solver_order", self.solver_order in (1, 2), "1 or 2")
+        self._require("stochastic_sampling", isinstance(self.stochastic_sampling, bool), "true or false")
+        if self.stochastic_sampling:
+            self._require("solver_order", self.solver_order == 1, "1: order 2 goes on along the student's own noise")
         known_steps = self.preferred_steps in (None, *self.trained_timesteps)
         self._require("preferred_steps", known_steps, f"one of {', '.join(map(str, self.trained_timesteps))}")
         if self.sampler is not None:
@@ -115,6 +120,7 @@ class StudentRecipe:
         object.__setattr__(self, "sampler", sampler)
         self._require("sampler", self.prediction_type != "flow_prediction", "absent: its schedulers run no flow model")
         self._require("solver_order", self.solver_order == 1, "absent: the sampler has its own")
+        self._require("stochastic_sampling", not self.stochastic_sampling, "absent: the sampler has its own noise")
         ok = sampler.default_steps in (None, *self.trained_timesteps)
         self._require("sampler", ok, "one whose default_steps is a trained step count")
 
@@ -130,12 +136,12 @@ class StudentRecipe:
         return [spec.name for spec in dataclasses.fields(cls) if spec.default is spec.default_factory]  # both MISSING
 
     def to_metadata(self) -> dict[str, str]:
-        """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler` or `preferred_steps` refuses a
-        file that has them.
+        """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler`, `preferred_steps` or
+        `stochastic_sampling` refuses a file that has them.
         """
         fields = dataclasses.asdict(self)
-        for name in ("sampler", "preferred_steps"):
-            if fields[name] is None:
+        for name in ("sampler", "preferred_steps", "stochastic_sampling"):
+            if not fields[name]:
                 del fields[name]
         return {HEADER_KEY: json.dumps({"version": VERSION, **fields}, sort_keys=True)}
 

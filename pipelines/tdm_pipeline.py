@@ -17,6 +17,7 @@ from .attention import use_attention
 from .base_first import base_first
 from .families import Family, family_of_pipeline
 from .folders import whole_folder
+from .fresh_noise import noise_of
 from .image_to_image import image_to_image
 from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
@@ -407,8 +408,9 @@ def _student_class(family: Family) -> Any:
     def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         self._check_student()
         bound = self._bind(args, kwargs)
-        if self._first_by_base and not self._teaching:
-            return base_first(self, call, bound)
-        return call(*bound.args, **bound.kwargs)
+        with noise_of(self, bound):
+            if self._first_by_base and not self._teaching:
+                return base_first(self, call, bound)
+            return call(*bound.args, **bound.kwargs)
 
     return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})

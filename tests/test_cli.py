@@ -231,8 +231,26 @@ def test_a_student_that_can_be_no_file_is_told_of_before_it_is_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = ["updates=1", "batch_size=2", "output.preview_every=0", "output.evaluate_every=0", "critic.per_student=1"]
-    short += ["task.prompt_count=8", f"task.cache={tmp_path / 'prompts'}", "--out", str(tmp_path / "run")]
-    assert main(["distill", "bundled", "dmd2", *short]) == 2
+    short += ["task.prompt_count=8", f"task.cache={tmp_path / 'prompts'}", "trajectory.unify=[1, 4]"]
+    short += ["trajectory.tell_steps=embedding", "--out", str(tmp_path / "run")]
+    assert main(["distill", "bundled", *short, "--dry-run"]) == 0
+    assert "nothing to export at the end: this student is told" in capsys.readouterr().out
+    assert main(["distill", "bundled", *short]) == 2
     said = capsys.readouterr().err
-    assert "no scheduler of diffusers" in said.partition("update 1/1")[0]
-    assert "tdm: this student takes fresh noise" in said.partition("update 1/1")[2]
+    assert "this student is told its step count" in said.partition("update 1/1")[0]
+    assert "tdm: this student is told its step count" in said.partition("update 1/1")[2]
+
+
+def test_a_student_with_fresh_noise_is_a_file_that_draws_a_seed_as_one_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["updates=1", "batch_size=2", "output.preview_every=0", "output.evaluate_every=0", "critic.per_student=1"]
+    short += ["task.prompt_count=8", f"task.cache={tmp_path / 'prompts'}", "--out", str(tmp_path / "run")]
+    assert main(["distill", "bundled", "dmd2", *short]) == 0
+    file, pictures = tmp_path / "run" / "student.safetensors", [tmp_path / f"{name}.png" for name in "abc"]
+    for seed, picture in zip((1, 1, 2), pictures, strict=True):
+        assert main(["generate", PROMPT, "--student", str(file), "--seed", str(seed), "--out", str(picture)]) == 0
+    first, again, other = (Image.open(picture).tobytes() for picture in pictures)
+    assert first == again != other
+    assert main(["info", str(file)]) == 0
+    assert "fresh at each step" in capsys.readouterr().out

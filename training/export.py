@@ -11,7 +11,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,12 +78,19 @@ def read_run(folder: Path, which: Which = "mean") -> Trained | None:
         best = read_checkpoint(folder / "best.pt")
         step, weights = best["step"], best["weights"]
         notes["weights"] = f"the best by {best['measure']}, {best['value']:.4g}"
-    recipe = StudentRecipe.from_fields(checkpoint["recipe"])
+    recipe = _recipe(checkpoint["recipe"], config)
     notes["training"] = (
         f"{step} updates of {config.batch_size} prompts, seed {config.seed}, "
         f"teacher guidance {config.objective.teacher_guidance}"
     )
     return Trained(folder, config, step, dataclasses.replace(recipe, notes=recipe.notes | notes), weights)
+
+
+def _recipe(fields: dict[str, Any], config: DistillConfig) -> StudentRecipe:
+    """The recipe that a checkpoint keeps; those of an earlier tdm do not say that the noise is fresh."""
+    recipe = StudentRecipe.from_fields(fields)
+    fresh = config.trajectory.sampler == "stochastic" and recipe.sampler is None
+    return dataclasses.replace(recipe, stochastic_sampling=fresh)
 
 
 def export(run: Trained, form: Format, out: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:
@@ -93,15 +100,12 @@ def export(run: Trained, form: Format, out: Path, *, dtype: torch.dtype | None =
     return export_student(run, out, layout="kohya" if form == "kohya" else "diffusers", dtype=dtype, force=force)
 
 
-def unexportable(config: DistillConfig, recipe: StudentRecipe) -> str | None:
-    """Why no student of these settings can be exported, and what to train instead; None if one can."""
-    trajectory = config.trajectory
-    if trajectory.sampler == "stochastic" and recipe.sampler is None:
-        return (
-            "this student takes fresh noise at each step, which no scheduler of diffusers makes for this base from a "
-            "seed; to export one, train it with trajectory.sampler=deterministic"
-        )
-    if trajectory.unify and trajectory.tell_steps == "embedding":
+def unexportable(config: DistillConfig) -> str | None:
+    """Why no student of these settings can be exported, and what to train instead; None if one can, or if the task is
+    no pipeline, whose students are for looking at alone.
+    """
+    told = config.trajectory.tell_steps if config.trajectory.unify else "none"
+    if told == "embedding" and config.task.get("name") == "pipeline":
         return (
             "this student is told its step count by an embedding, which needs code at inference; to export one, "
             "train it with trajectory.tell_steps=timestep"
@@ -120,10 +124,9 @@ def export_student(
     """Write the student as one self-describing file; see ``save_student``.
 
     Raises:
-        TDMError: the run trained whole weights or an embedding of the step count, its sampler is not to be had, or as
-            ``save_student``.
+        TDMError: the run trained whole weights or an embedding of the step count, or as ``save_student``.
     """
-    if (reason := unexportable(run.config, run.recipe)) is not None:
+    if (reason := unexportable(run.config)) is not None:
         raise TDMError(reason)
     if run.config.full_weights:
         raise TDMError("this run trained whole weights, which are no LoRA; export it with --format merged")
@@ -146,7 +149,7 @@ def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = Non
 
     if force and folder.is_dir() and any(folder.iterdir()) and not (folder / MERGED_FILE).is_file():
         raise TDMError(f"{folder} holds something else than a merged student; choose another folder")
-    if (reason := unexportable(run.config, run.recipe)) is not None:  # whole weights, too: they would be sampled wrong
+    if (reason := unexportable(run.config)) is not None:
         raise TDMError(reason)
     base = BaseModel.find(run.recipe.base_model, run.config.task.get("loras") or ())
     pipe = base.whole(dtype or torch.float32)

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from tdm import TDMPipeline, TDMScheduler
+from tdm.pipelines.families import Condition, Size
+from tdm.pipelines.schedule import expand, predict_x0_eps
 from tdm.pipelines.student import StudentRecipe
 from tdm.tests import tiny
+from tdm.training.trajectory import Predict
 from torch import Tensor, nn
 
 GRIDS = {1: [900.0], 2: [900.0, 450.0], 4: [900.0, 700.0, 500.0, 300.0]}
@@ -70,8 +73,24 @@ def short_call(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
     known = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames"}
     known |= {"use_resolution_binning", "clean_caption"}
     given = {name: value for name, value in tiny.call_kwargs(family).items() if name not in known}
-    out = pipe(**given, **kwargs)[0]
+    out = pipe(**{**given, **kwargs})[0]
     return out if isinstance(out, Tensor) else torch.stack(list(out))
+
+
+def predictor(pipe: Any, family: str) -> tuple[Predict, Condition]:
+    """(network, condition) of `tiny.PROMPT` as training calls them, without guidance."""
+    call, rows = tiny.call_kwargs(family), pipe._family
+    size = Size(call["height"], call["width"], call.get("num_frames"))
+    network, config = getattr(pipe, rows.denoiser), pipe.scheduler.config
+    told = {"height", "width", "num_frames", "prompt", "guidance_scale", "true_cfg_scale", "num_inference_steps"}
+    options = {name: value for name, value in call.items() if name not in told}
+
+    def predict(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        output = rows.denoise(network, x, timesteps.float(), cond)
+        alpha, sigma = pipe.scheduler.schedule.alpha_sigma(timesteps)
+        return predict_x0_eps(config.prediction_type, output, x, expand(alpha, x), expand(sigma, x))
+
+    return predict, rows.encode(pipe, [tiny.PROMPT], size, **{**options, **rows.guidance(1.0)})
 
 
 def state(pipe: TDMPipeline) -> tuple[Any, ...]:

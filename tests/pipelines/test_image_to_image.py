@@ -10,9 +10,9 @@ from PIL import Image
 from tdm import TDMPipeline, TDMScheduler
 from tdm.errors import TDMError
 from tdm.pipelines.families import Size
-from tdm.pipelines.schedule import NoiseSchedule, expand, first_step, predict_x0_eps
+from tdm.pipelines.schedule import NoiseSchedule, first_step
 from tdm.tests import tiny
-from tdm.tests.pipelines.students import GRIDS, Make, load
+from tdm.tests.pipelines.students import GRIDS, Make, load, predictor
 from tdm.training.trajectory import sample
 from torch import Tensor
 
@@ -40,14 +40,7 @@ def by_hand(pipe: Any, name: str, grid: list[float]) -> Tensor:
     """The same from the definition: alpha E(picture) + sigma noise, and the trainer's own steps down the rest."""
     side = tiny.call_kwargs(name)["height"]
     family, size, schedule = pipe._family, Size(side, side), pipe.scheduler.schedule
-    network, config = getattr(pipe, family.denoiser), pipe.scheduler.config
-    cond = family.encode(pipe, [tiny.PROMPT], size, **{**arguments(name), **family.guidance(1.0)})
-
-    def predict(x: Tensor, timesteps: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        output = family.denoise(network, x, timesteps.float(), cond)
-        alpha, sigma = schedule.alpha_sigma(timesteps)
-        return predict_x0_eps(config.prediction_type, output, x, expand(alpha, x), expand(sigma, x))
-
+    predict, cond = predictor(pipe, name)
     pixels = pipe.image_processor.preprocess(picture(side, side))
     assert float(pixels.min()) < -0.9
     alpha, sigma = schedule.alpha_sigma(torch.tensor(grid[0], dtype=torch.float64))

@@ -11,10 +11,9 @@ import torch
 from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule, expand
-from tdm.pipelines.student import read_student
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig, load_config
-from tdm.training.export import export_merged, export_student, read_run
+from tdm.training.export import export, read_run
 from tdm.training.loop import distill
 from tdm.training.losses import generator_loss, guidance_loss
 from tdm.training.objectives.matching import (
@@ -28,7 +27,9 @@ from tdm.training.objectives.matching import (
 from tdm.training.objectives.towards import consistency_objective, later_timesteps, ode_grid, regression_objective
 from tdm.training.presets import OBJECTIVES
 from tdm.training.roles import ROLES, AdapterRoles
+from tdm.training.run import Run
 from tdm.training.tasks.mixture import MixtureTask
+from tdm.training.tasks.pipeline import PipelineTask
 from tdm.training.trajectory import Trajectory, sample, with_fresh_noise
 from torch import Tensor
 
@@ -324,41 +325,46 @@ def test_every_objective_trains_the_mixture_through_the_same_loop(name: str, tmp
     assert learned == {"student": True, "critic": matching}
 
 
-def test_a_stochastic_student_is_sampled_as_it_was_trained_where_a_scheduler_can(
-    bases: Callable[[str], Path], prompts: str, tmp_path: Path
-) -> None:
-    """By diffusers' LCMScheduler, whose noise comes from the call's generator."""
-    task = task_of("sd15", bases("sd15"), prompts)
-    fast = ["updates=2", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
-    run = distill(task, load_config("dmd2", fast), tmp_path / "run", report=lambda _: None)
-    file = export_student(read_run(tmp_path / "run"), tmp_path / "student.safetensors")  # type: ignore[arg-type]
-    recipe, _ = read_student(file)
-    assert recipe is not None
-    assert recipe.sampler is not None
-    assert "DMD2" in recipe.notes["method"]
-    pipe = TDMPipeline.from_pretrained(file)
+def drawn_and_expected(pipe: TDMPipeline, run: Run, task: PipelineTask) -> tuple[Tensor, Tensor]:
+    """What the pipeline draws from a seed, and what the trainer's sampler does with the noise of that seed."""
     pipe.set_progress_bar_config(disable=True)
-    sampled = pipe(prompt=list(PROMPTS), generator=torch.Generator().manual_seed(0), output_type="latent")[0]
-
     generator = torch.Generator().manual_seed(0)
+    call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    drawn = torch.stack(list(pipe(prompt=list(PROMPTS), **call)[0]))
     noise = torch.randn(3, *task.latent_shape, generator=generator)
-    fresh = torch.stack([torch.randn(3, *task.latent_shape, generator=generator) for _ in range(4)], 1)
-    grid = run.trajectory.timesteps.tolist()
-    expected = sample(with_fresh_noise(run.roles.student, fresh), task.schedule, grid, noise, task.encode(PROMPTS))
-    assert float((sampled - expected).norm() / expected.norm()) < 1e-3  # LCM keeps 1e-4 of the last state
+    fresh = torch.stack([torch.randn(noise.shape, generator=generator) for _ in range(4)], 1)
+    grid, cond = run.trajectory.timesteps.tolist(), task.encode(PROMPTS)
+    return drawn, sample(with_fresh_noise(run.roles.student, fresh), task.schedule, grid, noise, cond)
 
 
-@pytest.mark.parametrize("family", ["sd3", "cogvideox"])
+@pytest.mark.parametrize("family", ["sd15", "sd3", "zimage"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_stochastic_student_that_no_scheduler_can_run_is_not_exported(
+def test_a_stochastic_student_is_sampled_as_it_was_trained(
     family: str, whole: bool, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
     task = task_of(family, bases(family), prompts)
+    fast = ["updates=2", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
+    config = load_config("dmd2", [*fast, f"full_weights={whole}"])
+    run = distill(task, config, tmp_path / "run", report=lambda _: None)
+    trained = read_run(tmp_path / "run")
+    assert trained is not None
+    out = export(trained, "merged" if whole else "student", tmp_path / "student.safetensors")
+    pipe = TDMPipeline.from_pretrained(out)
+    assert pipe.recipe.stochastic_sampling
+    assert "DMD2" in pipe.recipe.notes["method"]
+    drawn, expected = drawn_and_expected(pipe, run, task)
+    assert float((drawn - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_a_stochastic_run_of_an_earlier_tdm_is_no_deterministic_student(
+    bases: Callable[[str], Path], prompts: str, tmp_path: Path
+) -> None:
+    """Its checkpoint keeps a recipe that says nothing of the noise."""
     fast = ["updates=1", "batch_size=2", "precision=fp32", "output.preview_every=0"]
-    distill(task, load_config("dmd2", [*fast, f"full_weights={whole}"]), tmp_path / "run", report=lambda _: None)
-    run = read_run(tmp_path / "run")
-    assert run is not None
-    for export, out in ((export_student, "student.safetensors"), (export_merged, "merged")):
-        with pytest.raises(TDMError, match="no scheduler of diffusers makes for this base"):
-            export(run, tmp_path / out)
-        assert not (tmp_path / out).exists()
+    distill(task_of("sd3", bases("sd3"), prompts), load_config("dmd2", fast), tmp_path, report=lambda _: None)
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["recipe"].pop("stochastic_sampling") is True
+    torch.save(kept, tmp_path / "checkpoint.pt")
+    trained = read_run(tmp_path)
+    assert trained is not None
+    assert trained.recipe.stochastic_sampling

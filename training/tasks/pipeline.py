@@ -18,7 +18,6 @@ from ...errors import TDMError
 from ...pipelines.families import Condition, Family, Size
 from ...pipelines.families.base import null_like, on_device
 from ...pipelines.locate import BUNDLED
-from ...pipelines.samplers import Sampler as StudentSampler
 from ...pipelines.schedule import NoiseSchedule, PredictionType
 from ...pipelines.scheduler import TDMScheduler
 from ...pipelines.sheet import contact_sheet
@@ -137,20 +136,9 @@ class PipelineTask:
             num_frames=self.size.num_frames,
             flow_shift=config.shift if self.schedule.kind == "flow" else None,
             notes=notes,
-            preferred_steps=config.steps if len(trajectories) > 1 and config.sampler == "deterministic" else None,
-            sampler=self._lcm_sampler() if config.sampler == "stochastic" else None,
+            preferred_steps=config.steps if len(trajectories) > 1 else None,
+            stochastic_sampling=config.sampler == "stochastic",
         )
-
-    def _lcm_sampler(self) -> StudentSampler | None:
-        """What makes the steps of a stochastic student in diffusers; None where no scheduler does, or none takes its
-        noise from a seed.
-        """
-        if self.schedule.alphas_cumprod is None:
-            return None
-        sampler = StudentSampler("LCMScheduler", {"original_inference_steps": self.schedule.num_train_timesteps})
-        table = sampler.on(self.pipe.scheduler.config, {}).alphas_cumprod
-        same = torch.allclose(table.double(), self.schedule.alphas_cumprod, rtol=1e-4, atol=1e-7)
-        return sampler if same else None
 
     @property
     def _told(self) -> dict[str, float]:

@@ -1,0 +1,47 @@
+"""The noise of a call whose student takes fresh noise at each step.
+
+A run draws its first latents, then the noise of each step but the last, all from the call's generator: one seed, one
+picture, here as in ComfyUI. Some stock pipelines give their generator to the scheduler and some do not, and some keep
+latents in packed form; here they are all alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from .families import Size
+from .noise import noise_like
+from .scheduler import TDMScheduler
+
+
+@contextlib.contextmanager
+def noise_of(pipe: Any, call: inspect.BoundArguments) -> Iterator[None]:
+    """The noise of a pipeline's scheduler from the generator of a call, for the length of a `with`.
+
+    It is drawn in the shape in which the pipeline draws its first latents, and packed as they are.
+
+    Args:
+        pipe: a `TDMPipeline`; nothing happens unless its scheduler takes fresh noise.
+        call: arguments of its call, with its size.
+    """
+    scheduler, given = pipe.scheduler, call.arguments
+    if not isinstance(scheduler, TDMScheduler) or not scheduler.config["stochastic_sampling"]:
+        yield
+        return
+    family, generator = pipe._family, given.get("generator")
+    step = family.multiple(pipe)
+    size = Size(given["height"] // step * step, given["width"] // step * step, given.get("num_frames"))
+
+    def draw(x: Tensor) -> Tensor:
+        return family.pack(noise_like(family.unpack(pipe, x, size), generator))
+
+    scheduler.noise_source = draw
+    try:
+        yield
+    finally:
+        scheduler.noise_source = None
