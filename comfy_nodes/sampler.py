@@ -16,7 +16,9 @@ from ..pipelines.schedule import ddim_step, predict_x0_eps, second_order_weights
 from .levels import pairs_of
 
 FRESH_NOISE = "tdm_fresh_noise"
-"""In the options of the MODEL that TDM Sigmas gives: whether its student was trained with fresh noise at each step."""
+"""In the options of the MODEL that TDM Sigmas gives, if its student was trained with fresh noise at each step: the
+levels of the whole run, by which a sampler on a part of them knows the noise that is due.
+"""
 
 
 class TDMSampler(io.ComfyNode):
@@ -92,7 +94,8 @@ def sample_tdm(
         )
     if s[-1] > 0:  # a part of a schedule, and the weights are of a whole one
         alphas, levels = torch.cat([alphas, alphas.new_ones(1)]), torch.cat([levels, levels.new_zeros(1)])
-    fresh = _fresh_noise(x, extra_args.get("seed")) if extra_args.get("model_options", {}).get(FRESH_NOISE) else None
+    run = extra_args.get("model_options", {}).get(FRESH_NOISE)
+    fresh = None if run is None else _fresh_noise(x, extra_args.get("seed"), _steps_before(float(sigmas[0]), run))
     if fresh is not None and order == 2:
         raise TDMError("this student takes fresh noise at each step, and order 2 goes on along its own: set order to 1")
     weights = second_order_weights(alphas, levels)
@@ -113,9 +116,17 @@ def sample_tdm(
     return x
 
 
-def _fresh_noise(x: Tensor, seed: int | None) -> Iterator[Tensor]:
-    """Noise like `x`, from the seed's generator behind what core has drawn of it to begin with: as `TDMPipeline`."""
+def _steps_before(level: float, run: list[float]) -> int:
+    """How many steps of a whole run come before a level; none if it is not one of its levels."""
+    return run.index(level) if level in run else 0
+
+
+def _fresh_noise(x: Tensor, seed: int | None, before: int) -> Iterator[Tensor]:
+    """Noise like `x` for each step, as `TDMPipeline` takes it: from the seed's generator, behind the noise that core
+    has begun with and that of the steps before.
+    """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    torch.randn(x.shape, generator=generator)
+    for _ in range(1 + before):
+        torch.randn(x.shape, generator=generator)
     while True:
         yield torch.randn(x.shape, generator=generator).to(x)

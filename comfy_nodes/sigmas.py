@@ -110,8 +110,11 @@ class TDMSigmas(io.ComfyNode):
         if denoise == 1:
             sampling = cut(sampling, float(sigmas[0]))
         patched.add_object_patch("model_sampling", sampling)
-        patched.model_options[FRESH_NOISE] = fresh
-        return io.NodeOutput(patched, sigmas[first_step(grid, denoise, schedule) :], order)
+        sigmas = sigmas[first_step(grid, denoise, schedule) :]
+        patched.model_options.pop(FRESH_NOISE, None)  # of another TDM Sigmas, in front of this one
+        if fresh:
+            patched.model_options[FRESH_NOISE] = sigmas.tolist()
+        return io.NodeOutput(patched, sigmas, order)
 
 
 def _numbers(text: str) -> list[float]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +70,16 @@ def checkpoint(server: Server) -> Checkpoint:
     layers = {name.removesuffix(".weight"): pair for name, pair in style.items()}
     save_file(state_dict_of(layers), server.models / "loras" / made.style)
     return made
+
+
+@pytest.fixture(scope="module")
+def folder(server: Server, bases: Callable[[str], Path]) -> Callable[[str], Path]:
+    """Puts a family's tiny base where the server finds it, under the family's name."""
+
+    def put(name: str) -> Path:
+        path = server.models / "diffusers" / name
+        if not path.exists():
+            shutil.copytree(bases(name), path)
+        return path
+
+    return put

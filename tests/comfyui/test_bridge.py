@@ -35,19 +35,6 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(server: Server, bases: Folder) -> Folder:
-    """Puts a family's tiny base where the server finds it, under the family's name."""
-
-    def put(name: str) -> Path:
-        path = server.models / "diffusers" / name
-        if not path.exists():
-            shutil.copytree(bases(name), path)
-        return path
-
-    return put
-
-
 def size_of(name: str) -> Size:
     """Not square: a network that is told the size must be told the right one."""
     side = 32 if name == "sana" else 16

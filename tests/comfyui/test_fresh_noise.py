@@ -1,0 +1,108 @@
+"""Students that take fresh noise at each step, in ComfyUI: the noise that diffusers takes from the same seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tdm import TDMPipeline, TDMScheduler
+from tdm.pipelines.student import HEADER_KEY, StudentRecipe, save_student
+from tdm.tests import tiny
+from tdm.tests.pipelines.students import lora_for
+from torch import Tensor
+
+from .graphs import SEED, node, student_graph
+from .networks_pack.network import network
+from .server import Graph, PromptError, Server
+from .test_bridge import CALLS, FRAMES, GRID, Folder, loaded, size_of
+from .test_sampling import GRIDS, SCALE, SHAPE, error, scheduler
+
+KINDS = {"epsilon": "sd15", "v_prediction": "sd15", "flow_prediction": "sd3"}
+
+
+def recipe(kind: str, grid: list[float]) -> str:
+    fields: dict[str, Any] = {"guidance_scale": 1.0, "height": 64, "width": 64, "stochastic_sampling": True}
+    return StudentRecipe("me/test", KINDS[kind], kind, {len(grid): grid}, **fields).to_metadata()[HEADER_KEY]
+
+
+def fresh_graph(kind: str, grid: list[float], **options: Any) -> Graph:
+    graph = student_graph(kind, **options)
+    graph["sigmas"]["inputs"]["recipe"] = recipe(kind, grid)
+    return graph
+
+
+def diffused(kind: str, grid: list[float]) -> Tensor:
+    """What diffusers samples: the first latents and then the noise of each step from one generator."""
+    generator = torch.Generator().manual_seed(SEED)
+    stepper = TDMScheduler.from_config(scheduler(kind, grid).config, stochastic_sampling=True)
+    stepper.set_timesteps(len(grid))
+    x = torch.randn(SHAPE, generator=generator)
+    for t in stepper.timesteps:
+        x = stepper.step(network(x, t), t, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nodes_sample_what_diffusers_samples(server: Server, kind: str, grid: list[float]) -> None:
+    fresh, own = fresh_graph(kind, grid), student_graph(kind, timesteps=grid)
+    found, deterministic = (server.latents(graph, ["samples", 0])[0] * SCALE for graph in (fresh, own))
+    expected = diffused(kind, grid)
+    assert error(found, expected) <= 1e-5
+    assert error(deterministic, expected) > 1e-2
+    own["first"] = fresh["sigmas"]
+    own["sigmas"]["inputs"]["model"] = ["first", 0]  # the last TDM Sigmas says what the run is
+    assert torch.equal(server.latents(own, ["samples", 0])[0] * SCALE, deterministic)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str) -> None:
+    """No noise comes twice: the second sampler goes on in the seed's noise where the first one stopped."""
+    graph = fresh_graph(kind, GRIDS[1])
+    whole = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "sampler": ["sampler", 0]}
+    whole |= {"noise_seed": SEED, "cfg": 1.0}
+    graph["parts"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
+    first = {"add_noise": True, "sigmas": ["parts", 0], "latent_image": ["latent", 0]}
+    second = {"add_noise": False, "sigmas": ["parts", 1], "latent_image": ["first", 0]}
+    graph["first"] = node("SamplerCustom", **whole, **first)
+    graph["samples"] = node("SamplerCustom", **whole, **second)
+    (found,) = server.latents(graph, ["samples", 0])
+    assert error(found * SCALE, diffused(kind, GRIDS[1])) <= 1e-5
+
+
+def test_order_2_is_refused(server: Server) -> None:
+    with pytest.raises(PromptError, match="set order to 1"):
+        server.latents(fresh_graph("flow_prediction", GRIDS[0], order=2), ["samples", 0])
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server, folder: Folder, name: str) -> None:
+    """From the same seed; but diffusers draws CogVideoX's noise with frames before channels."""
+    folder(name)
+    pipe: Any = tiny.build(name)
+    size = size_of(name)
+    denoiser = "unet" if name in ("sd15", "sdxl") else "transformer"
+    predicts = TDMScheduler.from_config(pipe.scheduler.config).config.prediction_type
+    frames = {"num_frames": FRAMES} if name in ("cogvideox", "wan") else {}
+    fields: dict[str, Any] = {"guidance_scale": 1.0, "height": size.height, "width": size.width, **frames}
+    made = StudentRecipe("me/tiny", name, predicts, {3: GRID}, stochastic_sampling=True, **fields)
+    (server.models / "loras").mkdir(exist_ok=True)
+    file = server.models / "loras" / f"fresh_{name}.safetensors"
+    save_student(file, lora_for(getattr(pipe, denoiser)), made, lora_alpha=2)
+    graph = loaded(name, timesteps=None)
+    student = {"file": file.name, "released_as": "by its header or name", "strength": 1.0}
+    graph["student"] = node("TDMLoadStudent", model=["load", 0], **student)
+    graph["sigmas"]["inputs"] |= {"model": ["student", 0], "recipe": ["student", 2]}
+    (found,) = server.latents(graph, ["samples", 0])
+
+    same = {"generator": torch.Generator().manual_seed(SEED), "output_type": "latent", **CALLS.get(name, {})}
+    ours = TDMPipeline.from_pipe(pipe, student=file)
+    if name == "flux":
+        same["guidance_scale"] = 3.5  # what ComfyUI tells its network, if nothing else is connected
+    out = ours(tiny.PROMPT, **same)[0]
+    if name == "cogvideox":
+        assert found.shape == out.transpose(1, 2).shape
+        assert found.isfinite().all()
+    else:
+        assert error(found, ours._family.unpack(ours, out, size)) <= 1e-5
