@@ -137,31 +137,39 @@ def _use(recipe: StudentRecipe, family: Family, name: str, form: Format) -> list
         f"```python\nfrom tdm import TDMPipeline\n\npipe = TDMPipeline.from_pretrained({ours})\n"
         f'result = pipe("a prompt").{out}\n```',
     ]
-    if form == "merged":
+    if form == "merged" and _stock_can_draw(recipe, family):
         parts += [
             "With diffusers, where `tdm` is installed for its scheduler:",
             f"```python\nfrom diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{name}")\nresult = pipe("a prompt", {arguments}).{out}\n```',
         ]
+    if form == "merged":
         return parts
     parts.append(f'On the command line: `tdm generate "a prompt" --model {base} --student {name}`.')
     pipeline_class: Any = family.pipeline_class()
-    if family.home is None and hasattr(pipeline_class, "load_lora_weights"):
+    if family.home is None and hasattr(pipeline_class, "load_lora_weights") and _stock_can_draw(recipe, family):
         shift = "" if recipe.flow_shift is None else f", flow_shift={recipe.flow_shift!r}"
+        noise = ", stochastic_sampling=True" if recipe.stochastic_sampling else ""
         parts += [
             "With diffusers' own pipeline, and the scheduler of `tdm`:",
             f"```python\nfrom diffusers import {family.pipeline}\nfrom tdm import TDMScheduler\n\n"
             f"pipe = {family.pipeline}.from_pretrained({base})\n"
             f'pipe.load_lora_weights("{name}")\n'
             f"grid = {recipe.trained_timesteps!r}\n"
-            f"pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps=grid{shift})\n"
+            f"pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps=grid{shift}{noise})\n"
             f'result = pipe("a prompt", {arguments}).{out}\n```',
         ]
     return parts + _comfyui(recipe, name, form)
 
 
+def _stock_can_draw(recipe: StudentRecipe, family: Family) -> bool:
+    """Whether the stock pipeline gives a scheduler the generator that fresh noise is drawn from, if that is taken."""
+    return not recipe.stochastic_sampling or hasattr(family.pipeline_class(), "prepare_extra_step_kwargs")
+
+
 def _comfyui(recipe: StudentRecipe, name: str, form: Format) -> list[str]:
-    """ComfyUI's own nodes, where they load the file and `euler` on the trained noise levels is TDM's sampler.
+    """ComfyUI's own nodes, where they load the file, and `euler` on the trained noise levels is TDM's sampler, or `lcm`
+    that of a student with fresh noise, from another generator.
 
     That is so where the grid starts at the model's highest noise level: ComfyUI scales the first noise otherwise.
     """
@@ -180,9 +188,11 @@ def _comfyui(recipe: StudentRecipe, name: str, form: Format) -> list[str]:
     if recipe.trained_timesteps[recipe.default_steps][0] != highest or not math.isfinite(levels[0]):
         return []
     guidance = f"`FluxGuidance` {recipe.guidance_scale:g}, " if recipe.family == "flux" else ""
+    sampler = "lcm" if recipe.stochastic_sampling else "euler"
+    written = ", ".join(f"{level:.6g}" for level in levels)
     text = (
-        f"In ComfyUI, with its own nodes: `LoraLoaderModelOnly` at strength 1.0, {guidance}`SamplerCustom` with cfg "
-        f"1.0, `KSamplerSelect` euler, and `ManualSigmas`\n\n    {', '.join(f'{level:.6g}' for level in levels)}\n\n"
+        f"In ComfyUI, with its own nodes: `LoraLoaderModelOnly` at strength 1.0, {guidance}`SamplerCustom` with "
+        f"cfg 1.0, `KSamplerSelect` {sampler}, and `ManualSigmas`\n\n    {written}\n\n"
         "Another scheduler of ComfyUI is not the grid that this student was trained on."
     )
     if loads == "kohya" and form != "kohya":
@@ -229,6 +239,8 @@ def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
     if recipe.flow_shift is not None:
         yield "flow shift", f"{recipe.flow_shift:g}"
     yield "solver order", str(recipe.solver_order)
+    if recipe.stochastic_sampling:
+        yield "noise", "fresh at each step but the last"
     if "load_beside" in recipe.notes:
         yield "load beside it", recipe.notes["load_beside"]
 

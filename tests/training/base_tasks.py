@@ -1,4 +1,4 @@
-"""The task of distilling one of the tiny pipelines."""
+"""The task of distilling one of the tiny pipelines, and what comes out of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from tdm.tests import tiny
 from tdm.training.config import MemoryConfig
+from tdm.training.export import Trained, read_run
+from tdm.training.run import Run
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 
 PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
@@ -17,3 +19,10 @@ def task_of(family: str, base: Path, prompts: str, memory: MemoryConfig | None =
     call = tiny.call_kwargs(family)
     size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
     return PipelineTask(PipelineTaskConfig(model=str(base), prompts=prompts, **{**size, **changes}), memory)
+
+
+def trained(run: Run) -> Trained:
+    """The student of a finished run."""
+    found = read_run(run.out_dir)
+    assert found is not None
+    return found

@@ -1,10 +1,7 @@
-"""What comes out of a run: the student as a file, under kohya's names or merged into its base, and the model card."""
+"""What comes out of a run: the student as a file, under kohya's names, or merged into its base."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard
-from tdm import TDMPipeline, TDMScheduler
+from tdm import TDMScheduler
 from tdm.cli import main
 from tdm.pipelines.describe import describe
 from tdm.pipelines.loras.file import read_lora_file
@@ -23,66 +19,14 @@ from tdm.pipelines.student import read_student
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import error, load, plain, short_call
-from tdm.training.card import model_card
 from tdm.training.config import load_config
-from tdm.training.export import Trained, export_student, read_run
+from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.run import Run
 from tdm.training.tasks import build_task
 from tdm.training.tasks.pipeline import PipelineTask
 
-PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
-SETTINGS = [
-    "updates=2",
-    "batch_size=2",
-    "precision=fp32",
-    "trajectory.shift=1",  # of the bundled configuration it is 2, which is for flow models
-    "student.rank=2",
-    "student.alpha=3",
-    "student.lr=0.02",
-    "critic.lr=0.02",
-    "ema.decay=0.5",
-    "objective.guidance_scale=2.0",
-    "output.teacher_steps=2",
-]
-
-Settings = Callable[[str], list[str]]
-
-
-@pytest.fixture(scope="session")
-def settings(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """The settings of a run of two updates on a tiny base."""
-    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
-
-    def of(family: str) -> list[str]:
-        call = tiny.call_kwargs(family)
-        frames = [f"task.num_frames={call['num_frames']}"] if "num_frames" in call else []
-        size = [f"task.height={call['height']}", f"task.width={call['width']}", *frames]
-        return [*SETTINGS, "task.name=pipeline", f"task.model={bases(family)}", f"task.prompts={prompts}", *size]
-
-    return of
-
-
-@pytest.fixture(scope="module")
-def runs(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """A finished run on a tiny base, made once. Nothing but the run itself is in its folder."""
-    made: dict[str, Run] = {}
-
-    def of(family: str) -> Run:
-        if family not in made:
-            config = load_config(None, settings(family))
-            folder = tmp_path_factory.mktemp("runs") / family
-            made[family] = distill(build_task(config.task, config.memory, "cpu"), config, folder, report=lambda _: None)
-        return made[family]
-
-    return of
-
-
-def trained(run: Run) -> Trained:
-    found = read_run(run.out_dir)
-    assert found is not None
-    return found
+from .base_tasks import trained
 
 
 def sampled_in_training(run: Run) -> torch.Tensor:
@@ -169,7 +113,7 @@ def base(run: Run) -> Path:
 
 
 def test_whole_weights_come_out_as_a_pipeline(
-    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*settings("sd3"), "full_weights=true", "student.lr=1e-3", "critic.lr=1e-3"]
     config = load_config(None, options)
@@ -186,7 +130,7 @@ def test_whole_weights_come_out_as_a_pipeline(
 
 
 def test_distill_ends_with_what_export_writes(
-    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     assert main(["distill", *settings("sd15"), "--out", str(folder)]) == 0
@@ -255,7 +199,9 @@ def test_what_is_no_run_is_refused_and_nothing_is_written(
     assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
 
 
-def test_a_base_that_is_gone_is_named(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_that_is_gone_is_named(
+    settings: Callable[[str], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tiny.build("sd15").save_pretrained(tmp_path / "base")
     options = [*settings("sd15"), f"task.model={tmp_path / 'base'}", "updates=1"]
     assert main(["distill", *options, "--out", str(tmp_path / "run")]) == 0
@@ -264,128 +210,6 @@ def test_a_base_that_is_gone_is_named(settings: Settings, tmp_path: Path, capsys
     capsys.readouterr()
     assert str(tmp_path / "base") in refused(["export", str(tmp_path / "run"), "--format", "merged"], capsys)
     assert not (tmp_path / "run" / "merged").exists()
-
-
-# ---------------------------------------------------------------------- the card
-
-
-def test_the_card_tells_the_facts_of_the_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
-    run = trained(runs("sd15"))
-    text = model_card(run, "student.safetensors", "student")
-    assert "load beside" not in text
-    notes = run.recipe.notes | {"load_beside": "style.safetensors@0.8"}
-    beside = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, notes=notes))
-    assert "| load beside it | style.safetensors@0.8 |" in model_card(beside, "student.safetensors", "student")
-    for fact in (
-        "| updates | 2 |",
-        "| samples per update | 2 |",
-        "| prompts | 3 prompts of prompts.txt |",
-        "| teacher guidance | 2 |",
-        "| student | LoRA, rank 2, alpha 3; AdamW, learning rate 0.02 |",
-        "| timesteps, 4 steps | 999, 749, 499, 249 |",
-        "| size | 16 x 16 |",
-        "previews/000002.png",
-        "arXiv:2503.06674",
-        "check the base's licence",
-    ):
-        assert fact in text
-    assert "## Measures" not in text  # this task has none
-    assert "curves.png" not in text  # nobody plotted them
-    assert str(run.folder.parent) not in text
-    assert str(Path(run.recipe.base_model).parent) not in text  # no paths of this machine
-
-    front = ModelCard(text).data
-    assert (front.license, front.library_name, front.base_model) == ("other", "diffusers", None)
-    assert front.tags == ["tdm", "few-step", "lora"]
-    assert front.pipeline_tag == "text-to-image"
-    settings = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert settings is not None
-    (tmp_path / "again.yaml").write_text(settings[1])
-    again = load_config(tmp_path / "again.yaml")
-    assert dataclasses.replace(again, task=run.config.task) == run.config
-
-
-def test_the_card_knows_the_base_and_its_licence(runs: Callable[[str], Run], tmp_path: Path) -> None:
-    run = trained(runs("sd15"))
-
-    def front(**changes: str) -> dict[str, object]:
-        recipe = dataclasses.replace(run.recipe, **changes)  # type: ignore[arg-type]
-        return ModelCard(model_card(dataclasses.replace(run, recipe=recipe), "x", "merged")).data.to_dict()
-
-    found = front(base_model="somebody/some-model")
-    assert found["base_model"] == "somebody/some-model"
-    assert found["base_model_relation"] == "finetune"
-    assert "lora" not in found["tags"]  # type: ignore[operator]
-    assert front(base_model="bundled")["license"] == "apache-2.0"
-    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: openrail\nlicense_link: LICENSE.md\n---\n")
-    found = front(base_model=str(tmp_path))
-    assert (found["license"], found["license_name"], found["license_link"]) == ("other", "openrail", "LICENSE.md")
-    (tmp_path / "README.md").write_text("A model.")
-    assert front(base_model=str(tmp_path))["license"] == "other"
-
-
-@pytest.mark.parametrize(("family", "blocks"), [("sd15", 2), ("sd3", 2), ("pixart", 1), ("wan", 2)])
-def test_the_python_of_the_card_runs_as_written(
-    family: str, blocks: int, runs: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = trained(runs(family))
-    export_student(run, tmp_path / "student.safetensors")
-    base = Path(run.recipe.base_model)
-    text = model_card(run, "student.safetensors", "student").replace(f"path/to/{base.name}", str(base))
-    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(found) == blocks
-    monkeypatch.chdir(tmp_path)
-    drawn = []
-    for block in found:
-        names: dict[str, object] = {}
-        seeded = block.replace('"a prompt"', '"a red cube", generator=__import__("torch").Generator().manual_seed(0)')
-        exec(seeded, names)
-        assert isinstance(names["pipe"].scheduler, TDMScheduler)  # type: ignore[attr-defined]
-        drawn.append(names["result"])
-    assert isinstance(drawn[0], type(drawn[-1]))
-    if family == "sd15":
-        assert drawn[0].tobytes() == drawn[1].tobytes()  # type: ignore[attr-defined]
-        assert isinstance(TDMPipeline.from_pretrained(base, student="student.safetensors"), TDMPipeline)
-
-
-def test_comfyui_is_told_the_trained_noise_levels_only_where_they_are_right(runs: Callable[[str], Run]) -> None:
-    def levels(family: str, **changes: object) -> list[float] | None:
-        run = trained(runs(family))
-        run = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))  # type: ignore[arg-type]
-        found = re.search(r"`ManualSigmas`\n\n    (.*)\n", model_card(run, "s.safetensors", "student"))
-        return [float(text) for text in found[1].split(", ")] if found else None
-
-    pipe = load(Path(trained(runs("sd15")).recipe.base_model), student=_file(runs("sd15")))
-    pipe.scheduler.set_timesteps(4)
-    assert levels("sd15") == pytest.approx(pipe.scheduler.sigmas.tolist(), rel=1e-5)
-    assert levels("sd15")[0] == pytest.approx(14.6146, rel=1e-5)  # type: ignore[index]  # where ComfyUI's own begin
-    assert levels("sd3") == levels("flux") == [1, 0.75, 0.5, 0.25, 0]
-    assert levels("sd15", trained_timesteps={4: [899, 674, 449, 224]}) is None  # starts lower: another first noise
-    assert levels("wan") is None  # ComfyUI does not load these names
-
-
-def _file(run: Run) -> Path:
-    return export_student(trained(run), run.out_dir.parent / "s.safetensors", force=True)
-
-
-def test_curves_and_measures_are_those_of_the_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(runs("sd15").out_dir, folder)
-    lines = [
-        {"step": 1, "eval/accuracy": 0.25},
-        {"step": 2, "eval/accuracy": 0.5, "eval/frechet": 2},
-        {"step": 2, "student_loss": 1.0},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "curves.png").write_bytes(b"curves")
-    assert main(["export", str(folder), "--out", str(tmp_path / "out" / "student.safetensors")]) == 0
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "After 2 updates" in text
-    assert "| accuracy | 0.5 |" in text
-    assert re.search(r"\| frechet \(.*not FID\) \| 2 \|", text)
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (tmp_path / "out" / picture).read_bytes() == (folder / picture).read_bytes()
-    assert (tmp_path / "out" / "curves.png").read_bytes() == b"curves"
 
 
 def test_runs_and_their_checkpoints_are_averaged_like_their_files(
