@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from tdm.cli import main
 from tdm.pipelines.locate import bundled_path
-from tdm.pipelines.student import read_student
+from tdm.pipelines.student import read_student, save_student
 from tdm.tests.app.conftest import App
 
 PROMPT = "a green heart on the beach"
@@ -57,6 +58,20 @@ def test_a_seed_gives_the_picture_of_tdm_generate(client: Client, tmp_path: Path
     settings, written = json.loads(ours.info["tdm"]), json.loads(theirs.info["tdm"])
     assert ours.info["prompt"] == PROMPT
     assert settings.items() >= written.items()
+
+
+def test_a_student_with_fresh_noise_draws_the_picture_of_tdm_generate(
+    client: Client, students: Path, tmp_path: Path
+) -> None:
+    recipe, tensors = read_student(bundled_path() / "student.safetensors")
+    assert recipe is not None
+    file = students / "fresh.safetensors"
+    save_student(file, tensors, dataclasses.replace(recipe, stochastic_sampling=True), lora_alpha=None)
+    drawn = [client.predict(PROMPT, 7, student="students/fresh.safetensors", api_name="/generate")[0] for _ in "ab"]
+    plain, _ = client.predict(PROMPT, 7, api_name="/generate")
+    assert main(["generate", PROMPT, "--seed", "7", "--student", str(file), "--out", str(tmp_path / "a.png")]) == 0
+    first, again, ours, other = (Image.open(path).tobytes() for path in (*drawn, tmp_path / "a.png", plain))
+    assert first == again == ours != other
 
 
 def test_more_variety_is_the_picture_of_tdm_generate_base_first(client: Client, tmp_path: Path) -> None:

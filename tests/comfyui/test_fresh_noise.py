@@ -32,14 +32,16 @@ def fresh_graph(kind: str, grid: list[float], **options: Any) -> Graph:
     return graph
 
 
-def diffused(kind: str, grid: list[float]) -> Tensor:
-    """What diffusers samples: the first latents and then the noise of each step from one generator."""
-    generator = torch.Generator().manual_seed(SEED)
+def diffused(
+    kind: str, grid: list[float], first: torch.Generator | None = None, after: torch.Generator | None = None
+) -> Tensor:
+    """What diffusers samples: the first latents and then the noise of each step, from one generator or from two."""
+    first = first or torch.Generator().manual_seed(SEED)
     stepper = TDMScheduler.from_config(scheduler(kind, grid).config, stochastic_sampling=True)
     stepper.set_timesteps(len(grid))
-    x = torch.randn(SHAPE, generator=generator)
+    x = torch.randn(SHAPE, generator=first)
     for t in stepper.timesteps:
-        x = stepper.step(network(x, t), t, x, generator=generator).prev_sample
+        x = stepper.step(network(x, t), t, x, generator=after or first).prev_sample
     return x
 
 
@@ -69,6 +71,16 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str) -
     graph["samples"] = node("SamplerCustom", **whole, **second)
     (found,) = server.latents(graph, ["samples", 0])
     assert error(found * SCALE, diffused(kind, GRIDS[1])) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cores_lcm_takes_noise_of_the_same_kind_from_another_generator(server: Server, kind: str) -> None:
+    """What the model card says of core's own nodes."""
+    graph = fresh_graph(kind, GRIDS[0])
+    graph["sampler"] = node("KSamplerSelect", sampler_name="lcm")
+    (found,) = server.latents(graph, ["samples", 0])
+    first, after = (torch.Generator().manual_seed(seed) for seed in (SEED, SEED + 1))
+    assert error(found * SCALE, diffused(kind, GRIDS[0], first, after)) <= 1e-5
 
 
 def test_order_2_is_refused(server: Server) -> None:
