@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="what the file does not say: trained_timesteps=999,749,500,250 (or {4: [...], 1: [...]}), guidance_scale, "
-        "height, width, flow_shift, solver_order, num_frames, sampler={scheduler: TCDScheduler, eta: 0.3}",
+        "height, width, flow_shift, solver_order, num_frames, stochastic_sampling=true (fresh noise at each step), "
+        "sampler={scheduler: TCDScheduler, eta: 0.3}",
     )
     add("--out", type=Path, required=True, help="the student file to write (of a whole model: the folder)")
     add("--force", action="store_true", help="replace it if it exists")
