@@ -91,15 +91,16 @@ def run(args: argparse.Namespace) -> None:
     check_folder(args.out)
 
     from ..training.export import unexportable
-    from ..training.log import print_line
     from ..training.loop import distill
     from ..training.processes import joined
+    from ..training.progress import print_line, silent
     from ..training.tasks import build_task
 
     quiet()
     with joined(args.device) as (processes, device), stop_signals() as stop:
         # The first encodes the prompts; the others then find them.
-        task = processes.first_alone(lambda: build_task(config.task, config.memory, device))
+        report = print_line if processes.first else silent
+        task = processes.first_alone(lambda: build_task(config.task, config.memory, device, report))
         if processes.first and (reason := unexportable(config)) is not None:
             print_line(f"note: there will be nothing to export at the end: {reason}")
         finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)

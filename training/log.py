@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,14 +21,10 @@ from ..errors import TDMError
 from .checkpoint import BestStudent
 from .files import replacing, writing
 from .health import Monitor, Preview
+from .progress import duration
 
 if TYPE_CHECKING:
     from .run import Callback, Run
-
-
-def print_line(line: str) -> None:
-    """Progress goes to stderr: stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class Log:
@@ -114,8 +109,7 @@ class Log:
         pace = (time.monotonic() - self.start) / (self.run.step - self.first)
         left = pace * (self.run.config.updates - self.run.step)
         shown = "  ".join(f"{k} {v:.3g}" for k, v in line.items() if k != "step" and not k.startswith("gap_"))
-        eta = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
-        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}  ETA {eta}")
+        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}  ETA {duration(left)}")
         for alarm in self.monitor.watch(line):
             self._record({f"alarm/{alarm.name}": alarm.value})
             self.alarms.append(alarm.message)

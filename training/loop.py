@@ -16,10 +16,11 @@ from .batch import Batch, draw_batch
 from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
 from .config import DistillConfig, RoleConfig, TrajectoryConfig
 from .cost import micro_batches
-from .log import Log, print_line
+from .log import Log
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import best_precision
 from .processes import Processes, shard
+from .progress import Report, print_line
 from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Role, Roles
 from .run import Callback, Run, Task
 from .trajectory import Trajectory, build_trajectories
@@ -34,7 +35,7 @@ def distill(
     processes: Processes | None = None,
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
-    report: Callable[[str], None] = print_line,
+    report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Distil ``task`` into a few-step student.
@@ -57,6 +58,8 @@ def distill(
     if checkpoint.exists() and not resume:
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
     config = settled(task, config)
+    if processes.first and config.precision == "bf16" and best_precision(task.device.type) == "fp32":
+        report(f"note: this {task.device.type} has no bf16 units: precision=fp32 may be many times faster here")
     portions = _portions(config, processes)
     generator = torch.Generator().manual_seed(config.seed)
     trajectories = build_trajectories(config.trajectory, task.schedule)

@@ -8,17 +8,26 @@ from typing import Any
 from tdm.tests import tiny
 from tdm.training.config import MemoryConfig
 from tdm.training.export import Trained, read_run
+from tdm.training.progress import Report, print_line
 from tdm.training.run import Run
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 
 PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
 
 
-def task_of(family: str, base: Path, prompts: str, memory: MemoryConfig | None = None, **changes: Any) -> PipelineTask:
+def task_of(
+    family: str,
+    base: Path,
+    prompts: str,
+    memory: MemoryConfig | None = None,
+    report: Report = print_line,
+    **changes: Any,
+) -> PipelineTask:
     """At the size that tests call the family's pipeline with."""
     call = tiny.call_kwargs(family)
     size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
-    return PipelineTask(PipelineTaskConfig(model=str(base), prompts=prompts, **{**size, **changes}), memory)
+    config = PipelineTaskConfig(model=str(base), prompts=prompts, **{**size, **changes})
+    return PipelineTask(config, memory, report=report)
 
 
 def trained(run: Run) -> Trained:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tdm.errors import TDMError
 from tdm.pipelines.families import Condition
 from tdm.tests import tiny
+from tdm.training import progress
 from tdm.training.config import load_config
 from tdm.training.loop import distill
 from tdm.training.tasks import prompt_cache
@@ -89,12 +90,12 @@ def test_encoders_and_denoiser_are_never_in_memory_together(
     base, before = bases("sd3"), set(map(id, networks()))
     seen = []
 
-    class Watching(prompt_cache._Progress):
+    class Watching(progress.Progress):
         def add(self, count: int) -> None:
             seen.append([m for m in networks() if id(m) not in before])
             super().add(count)
 
-    monkeypatch.setattr(prompt_cache, "_Progress", Watching)
+    monkeypatch.setattr(prompt_cache, "Progress", Watching)
     task = task_of("sd3", base, prompts, cache=prompts + ".cache")
     assert sum(isinstance(m, PreTrainedModel) and "Model" in type(m).__name__ for m in seen[0]) >= 3
     assert not any(isinstance(m, kinds) for m in seen[0])
@@ -160,11 +161,25 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
 
 def test_progress_says_how_far_and_how_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(prompt_cache.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     told: list[str] = []
     build_cache(PromptCache(tmp_path, {}, [str(i) for i in range(160)]), Counting(), told.append)
     assert told[0] == "encoding prompts 64/160  ETA 6 s"
     assert told[-1] == "encoding prompts 160/160  ETA 0 s"
+
+
+def test_drawing_many_pictures_says_how_far_it_is(
+    bases: Callable[[str], Path], prompts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher's hundred pictures take minutes on a CPU."""
+    told: list[str] = []
+    task = task_of("sd15", bases("sd15"), prompts, report=told.append)
+    told.clear()
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    task.pictures(lambda noise, _: noise, ["a cat"] * 150, seed=0)
+    assert told[0].startswith("drawing pictures 64/150  ETA ")
+    assert told[-1] == "drawing pictures 150/150  ETA 0 s"
 
 
 def test_another_encoder_or_other_prompts_get_another_folder(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.cost import passes
+from tdm.training.studies import runs
 from tdm.training.studies.question import Question, is_of, load_question, questions
 from tdm.training.studies.report import at_passes, at_updates, interval, reached, table
 from tdm.training.studies.runs import Point, Trained, answer, read_runs, results_file, save_picture, valid_runs
@@ -37,6 +40,19 @@ variants:
 def question(tmp_path: Path) -> Question:
     (tmp_path / "small.yaml").write_text(SMALL)
     return load_question(str(tmp_path / "small.yaml"))
+
+
+def test_a_run_says_how_far_it_is_once_a_minute(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = itertools.count(step=25.0), []
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+    runs.train(replace(question, settings=(*question.settings, "output.log_every=1")), "TDM", 0, report=said.append)
+    paced = [line for line in said if "ETA" in line]
+    assert 1 <= len(paced) < 6
+    assert all(re.fullmatch(r"    update [1-6]/6  ETA \d+ (s|min)", line) for line in paced)
+    assert [line for line in said if line not in paced] == [
+        f"  TDM, seed 0: update {step}/6, energy {energy}"
+        for step, energy in zip((2, 4, 6), [line.rpartition(" ")[2] for line in said if line not in paced], strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", questions())

@@ -20,8 +20,8 @@ from ...errors import TDMError
 from ..config import DistillConfig
 from ..cost import passes
 from ..files import replacing, writing
-from ..log import print_line
 from ..loop import build_roles, distill, settled
+from ..progress import Report, print_line
 from ..roles import Ema
 from ..run import Run
 from ..tasks import build_task
@@ -109,7 +109,7 @@ def answer(
     path: Path,
     *,
     only: Sequence[str] = (),
-    report: Callable[[str], None] = print_line,
+    report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[tuple[str, int], Trained]:
     """Make all runs that are missing, and keep each as soon as it has ended; one that another question beside it had
@@ -187,7 +187,7 @@ def train(
     seed: int,
     *,
     pictures: Path | None = None,
-    report: Callable[[str], None] = print_line,
+    report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trained | None:
     """One run, in a folder that goes when it ends; None if it was stopped.
@@ -207,14 +207,31 @@ def train(
             report(f"  {variant}, seed {seed}: update {run.step}/{config.updates}, {question.measure} {shown:.4g}")
 
     begun = time.monotonic()
+    said = _in_brief(report)
     with tempfile.TemporaryDirectory() as folder:
-        task = build_task(config.task, config.memory, device())
-        run = distill(task, config, Path(folder) / "run", callbacks=[collect], report=lambda _: None, stop=stop)
+        task = build_task(config.task, config.memory, device(), said)
+        run = distill(task, config, Path(folder) / "run", callbacks=[collect], report=said, stop=stop)
     if run.step < config.updates:
         return None
     if pictures is not None:
         save_picture(pictures, variant, task.show(run.student))
     return Trained(variant, seed, asdict(config), time.monotonic() - begun, machine(), curve)
+
+
+def _in_brief(report: Report) -> Report:
+    """A run's own lines, among those of many runs: set in, and of those about progress one a minute."""
+    last = time.monotonic()
+
+    def say(line: str) -> None:
+        nonlocal last
+        if "  ETA " in line:
+            if time.monotonic() - last < 60:
+                return
+            last = time.monotonic()
+            line = f"{line.partition('  ')[0]}  {line[line.index('ETA') :]}"
+        report(f"    {line}")
+
+    return say
 
 
 def picture_folder(results: Path) -> Path:

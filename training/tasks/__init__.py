@@ -8,15 +8,19 @@ import torch
 
 from ...errors import TDMError
 from ..config import MemoryConfig, from_dict
+from ..progress import Report, print_line
 from ..run import Task
 
 
-def build_task(section: dict[str, Any], memory: MemoryConfig, device: str | torch.device) -> Task:
+def build_task(
+    section: dict[str, Any], memory: MemoryConfig, device: str | torch.device, report: Report = print_line
+) -> Task:
     """The task of a configuration's ``task`` section: ``name: mixture`` or ``name: pipeline``, with its settings.
 
     Args:
         memory: how the base is stored.
         device: where it computes. The mixture is small and always on the CPU.
+        report: takes the progress lines of what takes long: encoding the prompts, drawing pictures.
 
     Raises:
         TDMError: an unknown name or setting, or what the task itself refuses.
@@ -34,5 +38,5 @@ def build_task(section: dict[str, Any], memory: MemoryConfig, device: str | torc
     if name == "pipeline":
         from .pipeline import PipelineTask, PipelineTaskConfig
 
-        return PipelineTask(from_dict(PipelineTaskConfig, section, "task."), memory, device)
+        return PipelineTask(from_dict(PipelineTaskConfig, section, "task."), memory, device, report)
     raise TDMError(f"task.name must be 'pipeline' or 'mixture', not {name!r}")

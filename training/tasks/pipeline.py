@@ -29,6 +29,7 @@ from ..health import Preview, picture_ratios
 from ..metrics import colour_ratios
 from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
+from ..progress import Progress, Report, print_line
 from ..run import Sampler, Teacher
 from ..trajectory import Trajectory
 from ..world.scene import Scene
@@ -77,6 +78,7 @@ class PipelineTask:
         config: which base, which prompts and which sizes.
         memory: how the base is stored.
         device: where it computes.
+        report: takes the progress lines.
 
     Raises:
         TDMError: an unsupported base or storage, a size or LoRA that does not fit it, or a prompt file that is missing
@@ -84,9 +86,13 @@ class PipelineTask:
     """
 
     def __init__(
-        self, config: PipelineTaskConfig, memory: MemoryConfig | None = None, device: str | torch.device = "cpu"
+        self,
+        config: PipelineTaskConfig,
+        memory: MemoryConfig | None = None,
+        device: str | torch.device = "cpu",
+        report: Report = print_line,
     ) -> None:
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self._report = config, torch.device(device), report
         self._memory = memory = memory or MemoryConfig()
         self._storage = storage_on(memory, self.device)  # refused here, before anything is read
         self.parts = BaseModel.find(config.model, config.loras)
@@ -95,7 +101,8 @@ class PipelineTask:
         measured = config.evaluate if config.prompts == STICKERS else 0
         self._held_out, self._wanted = held_out(measured)
         self._root = user_cache() if config.cache is None else Path(config.cache)
-        self.cache = encode_prompts(self.parts, [*self.prompts, *self._held_out], self._root / "prompts", self.device)
+        prompts = [*self.prompts, *self._held_out]
+        self.cache = encode_prompts(self.parts, prompts, self._root / "prompts", self.device, report)
 
         self.pipe, self._dtype = self.parts.pipeline(memory, self.device)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
@@ -190,10 +197,11 @@ class PipelineTask:
     def pictures(self, sampler: Sampler, prompts: list[str], seed: int) -> Tensor:
         """uint8 pictures of ``prompts`` from fixed noise."""
         noise = torch.randn(len(prompts), *self.latent_shape, generator=torch.Generator().manual_seed(seed))
-        made = []
+        made, progress = [], Progress("drawing pictures", len(prompts), self._report)
         for start in range(0, len(prompts), CHUNK):
             cond = on_device(self.encode(prompts[start : start + CHUNK]), self.device)
             made.append(sampler(noise[start : start + CHUNK].to(self.device), cond))
+            progress.add(len(made[-1]))
         return self.decode(torch.cat(made))
 
     @functools.cached_property
@@ -286,7 +294,9 @@ def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size
     return sizes
 
 
-def encode_prompts(parts: BaseModel, prompts: list[str], root: Path, device: torch.device) -> PromptCache:
+def encode_prompts(
+    parts: BaseModel, prompts: list[str], root: Path, device: torch.device, report: Report
+) -> PromptCache:
     """The cache of these prompts in ``root``, built now if it is not there or not whole."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     cache = PromptCache(root, parts.encoder_identity(dtype), prompts)
@@ -297,7 +307,7 @@ def encode_prompts(parts: BaseModel, prompts: list[str], root: Path, device: tor
             encode, null = parts.family.encode_text, parts.family.encode_null
             yield TextEncoders(lambda part: encode(pipe, part), lambda: null(pipe))
 
-    build_cache(cache, encoders)
+    build_cache(cache, encoders, report)
     return cache
 
 

@@ -18,8 +18,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch import Tensor
 from ...errors import TDMError
 from ...pipelines.families import Condition
 from ...pipelines.families.base import pad_text
+from ..progress import Progress, Report, print_line
 
 FORMAT = 1
 SHARD = 256  # prompts per file
@@ -110,7 +109,7 @@ class PromptCache:
 def build_cache(
     cache: PromptCache,
     open_encoders: Callable[[], AbstractContextManager[TextEncoders]],
-    report: Callable[[str], None] | None = None,
+    report: Report = print_line,
 ) -> None:
     """Encode what is missing of a cache; if nothing is, nothing is loaded.
 
@@ -118,7 +117,7 @@ def build_cache(
 
     Args:
         open_encoders: loads the text encoders for the length of a `with`.
-        report: takes the progress lines; None prints them to stderr.
+        report: takes the progress lines.
 
     Raises:
         TDMError: the folder cannot be written.
@@ -127,7 +126,7 @@ def build_cache(
     if not missing:
         return
     shards = {path: prompts for path, prompts in cache.shards.items() if path in missing}
-    progress = _Progress(sum(map(len, shards.values())), report or _print)
+    progress = Progress("encoding prompts", sum(map(len, shards.values())), report)
     with torch.no_grad(), open_encoders() as encoders:
         null = encoders.null()
         _save(cache.null_file, _unpadded(null)[0])
@@ -208,24 +207,3 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink()
         line = str(error).splitlines()[0]
         raise TDMError(f"encoded prompts cannot be written ({line}); make room, or set task.cache") from error
-
-
-class _Progress:
-    """At most a line every few seconds; a build that is over sooner says nothing."""
-
-    def __init__(self, total: int, report: Callable[[str], None], every: float = 3.0) -> None:
-        self.total, self.report, self.every, self.done = total, report, every, 0
-        self.start = self.last = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.last >= self.every or (self.done == self.total and self.last > self.start):
-            self.last = now
-            left = (now - self.start) / self.done * (self.total - self.done)
-            eta = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
-            self.report(f"encoding prompts {self.done}/{self.total}  ETA {eta}")
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
