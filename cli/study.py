@@ -22,7 +22,7 @@ Without a name it shows the questions that ship, and how far each is answered.
   tdm study my-question.yaml                      one of your own: training/studies/questions has examples
 
 Each run is a line of results (--results), kept as soon as it ends, so that a stopped study goes on where it was. Ctrl-C
-ends it after the update that is being made; the run that it was in begins again next time.
+ends it after the update that is being made; the run that it was in waits in the cache, and goes on next time.
 """
 
 

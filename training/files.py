@@ -15,7 +15,7 @@ from ..errors import TDMError
 
 
 def user_cache() -> Path:
-    """The folder of what can be made again: encoded prompts, and pictures of teachers."""
+    """The folder of what can be made again: encoded prompts, pictures of teachers, and unfinished runs of studies."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm"
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.cost import passes
+from tdm.training.files import user_cache
 from tdm.training.studies import runs
 from tdm.training.studies.question import Question, is_of, load_question, questions
 from tdm.training.studies.report import at_passes, at_updates, interval, reached, table
@@ -105,6 +106,23 @@ def test_runs_are_made_once_and_kept_one_by_one(question: Question, tmp_path: Pa
     assert found["TDM", 0] == stopped["TDM", 0]
     assert answer(question, path, report=said.append) == found
     assert len(path.read_text().splitlines()) == 8
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = answer(question, tmp_path / "elsewhere" / "whole.jsonl", only=["TDM"], report=lambda _: None)["TDM", 0]
+    path, said, asked = tmp_path / "results.jsonl", [], itertools.count(1)
+    assert ("TDM", 0) not in answer(question, path, only=["TDM"], report=said.append, stop=lambda: next(asked) >= 3)
+    (kept,) = (user_cache() / "studies").iterdir()
+    said.clear()
+    found = answer(question, path, only=["TDM"], report=said.append)["TDM", 0]
+    assert found.curve == whole.curve
+    assert [line.split()[4] for line in said if line.startswith("  TDM, seed 0: update")] == ["4/6,", "6/6,"]
+    assert not list((user_cache() / "studies").iterdir())
+    assert found.seconds > 0
+    assert not kept.exists()
 
 
 def test_a_run_that_another_question_made_is_not_made_again(question: Question, tmp_path: Path) -> None:

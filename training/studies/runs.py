@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from PIL import Image
 from ...errors import TDMError
 from ..config import DistillConfig
 from ..cost import passes
-from ..files import replacing, writing
+from ..files import replacing, user_cache, writing
 from ..loop import build_roles, distill, settled
 from ..progress import Report, print_line
 from ..roles import Ema
@@ -31,6 +33,7 @@ from .question import Question, is_of
 FOLDER = Path(__file__).parent / "results"
 BASE = "undistilled"  # the variant's name of what training starts from
 TEACHER = "teacher"
+SECONDS = "seconds"
 
 
 @dataclass(frozen=True)
@@ -190,32 +193,71 @@ def train(
     report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trained | None:
-    """One run, in a folder that goes when it ends; None if it was stopped.
+    """One run, in a folder that goes when it ends; None if it was stopped, and then another call goes on from there.
 
     Args:
         pictures: folder for what its student draws; None draws nothing.
     """
     config = question.config(variant, seed)
-    curve: list[Point] = []
-    per_update = passes(config).total
 
-    def collect(run: Run, line: Mapping[str, float]) -> None:
-        measures = {name.removeprefix("eval/"): v for name, v in line.items() if name.startswith("eval/")}
-        if measures:
-            curve.append(Point(run.step, run.step * per_update, measures))
-            shown = measures[question.measure]
+    def tell(run: Run, line: Mapping[str, float]) -> None:
+        if (shown := line.get(f"eval/{question.measure}")) is not None:
             report(f"  {variant}, seed {seed}: update {run.step}/{config.updates}, {question.measure} {shown:.4g}")
 
-    begun = time.monotonic()
-    said = _in_brief(report)
-    with tempfile.TemporaryDirectory() as folder:
+    begun, said = time.monotonic(), _in_brief(report)
+    with unfinished(config) as folder:
+        before = _seconds_before(folder)
         task = build_task(config.task, config.memory, device(), said)
-        run = distill(task, config, Path(folder) / "run", callbacks=[collect], report=said, stop=stop)
-    if run.step < config.updates:
-        return None
+        resume = (folder / "checkpoint.pt").is_file()
+        run = distill(task, config, folder, callbacks=[tell], resume=resume, report=said, stop=stop)
+        seconds = before + time.monotonic() - begun
+        if run.step < config.updates:
+            (folder / SECONDS).write_text(str(seconds))
+            return None
+        curve = _curve(folder / "metrics.jsonl", passes(config).total)
     if pictures is not None:
         save_picture(pictures, variant, task.show(run.student))
-    return Trained(variant, seed, asdict(config), time.monotonic() - begun, machine(), curve)
+    return Trained(variant, seed, asdict(config), seconds, machine(), curve)
+
+
+@contextlib.contextmanager
+def unfinished(config: DistillConfig) -> Iterator[Path]:
+    """The folder of a run with these settings, for the length of a `with`: an empty one, or that of a run that was
+    stopped. It is kept for the next time if it says how long the run took so far, in a file `SECONDS`.
+
+    Between two runs it lies in the user's cache. Who takes it moves it away, so that no two processes have it.
+    """
+    text = json.dumps(asdict(config), sort_keys=True)
+    kept = user_cache() / "studies" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    with writing(kept):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+        folder = Path(scratch) / "run"
+        with contextlib.suppress(FileNotFoundError):
+            kept.rename(folder)
+        folder.mkdir(exist_ok=True)
+        yield folder
+        if (folder / SECONDS).is_file() and not kept.exists():
+            folder.rename(kept)
+
+
+def _seconds_before(folder: Path) -> float:
+    """What a run took before it was stopped; 0 of a new one. It is not stopped any more then."""
+    file = folder / SECONDS
+    if not file.is_file():
+        return 0.0
+    seconds = float(file.read_text())
+    file.unlink()
+    return seconds
+
+
+def _curve(metrics: Path, per_update: float) -> list[Point]:
+    """The evaluations in a run's metrics.jsonl."""
+    curve = []
+    for line in map(json.loads, metrics.read_text().splitlines()):
+        if measures := {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")}:
+            curve.append(Point(line["step"], line["step"] * per_update, measures))
+    return curve
 
 
 def _in_brief(report: Report) -> Report:
