@@ -34,6 +34,6 @@ def noise_like(x: Tensor, generator: Generator | Sequence[Generator] | None) -> 
     noise = randn_tensor(
         tuple(x.shape), generator=each, device=torch.device("cpu") if on_host else x.device, dtype=x.dtype
     )
-    if on_host and x.device.type == "cuda":
-        noise = noise.pin_memory()  # a copy from other memory would wait for the device
-    return noise.to(x.device, non_blocking=True)
+    if on_host and x.device.type == "cuda":  # a copy from memory that is not pinned would wait for the device
+        return noise.pin_memory().to(x.device, non_blocking=True)
+    return noise.to(x.device)
