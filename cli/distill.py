@@ -101,8 +101,9 @@ def run(args: argparse.Namespace) -> None:
         # The first encodes the prompts; the others then find them.
         report = print_line if processes.first else silent
         task = processes.first_alone(lambda: build_task(config.task, config.memory, device, report))
-        if processes.first and (reason := unexportable(config)) is not None:
-            print_line(f"note: there will be nothing to export at the end: {reason}")
+        pipeline = config.task.get("name") == "pipeline"  # the mixture's students are for looking at alone
+        if pipeline and (reason := unexportable(config)) is not None:
+            report(f"note: there will be nothing to export at the end: {reason}")
         finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)
         if processes.first:
             if finished.step < config.updates:

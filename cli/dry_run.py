@@ -25,7 +25,7 @@ def dry_run(config: DistillConfig, out: Path, *, resume: bool) -> str:
 
     _check_files(config, out, resume)
     said = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
-    reason = unexportable(config)
+    reason = unexportable(config) if config.task.get("name") == "pipeline" else None
     note = "" if reason is None else f"\n\nnote: there will be nothing to export at the end: {reason}"
     return f"{said}\n{_check_task(config)}{note}"
 

@@ -101,11 +101,8 @@ def export(run: Trained, form: Format, out: Path, *, dtype: torch.dtype | None =
 
 
 def unexportable(config: DistillConfig) -> str | None:
-    """Why no student of these settings can be exported, and what to train instead; None if one can, or if the task is
-    no pipeline, whose students are for looking at alone.
-    """
-    told = config.trajectory.tell_steps if config.trajectory.unify else "none"
-    if told == "embedding" and config.task.get("name") == "pipeline":
+    """Why no student of these settings can be exported, and what to train instead; None if one can."""
+    if config.trajectory.unify and config.trajectory.tell_steps == "embedding":
         return (
             "this student is told its step count by an embedding, which needs code at inference; to export one, "
             "train it with trajectory.tell_steps=timestep"
