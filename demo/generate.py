@@ -320,7 +320,7 @@ class GenerateTab:
         try:
             settings = self.engine.settings({"prompt": self.first.prompt} | given)
         except TDMError as error:
-            gr.Warning(f"the link's settings are left out: {error}")
+            gr.Warning(f"the link's settings are left out: {error}", duration=None)  # drawing may take longer than it stays
             settings = self.first
         return self.controls.values(self.engine, settings)
 
