@@ -320,7 +320,8 @@ class GenerateTab:
         try:
             settings = self.engine.settings({"prompt": self.first.prompt} | given)
         except TDMError as error:
-            gr.Warning(f"the link's settings are left out: {error}", duration=None)  # drawing may take longer than it stays
+            # Until it is closed: the page may draw for longer than a notice stays by itself.
+            gr.Warning(f"the link's settings are left out: {error}", duration=None)
             settings = self.first
         return self.controls.values(self.engine, settings)
 
