@@ -25,12 +25,17 @@ from .base_tasks import trained
 BLOCKS = {"sd15": 2, "sd3": 2, "pixart": 1, "wan": 2}  # of Python in a family's card
 
 
+def changed(run: Trained, **changes: Any) -> Trained:
+    """The run with other fields in its recipe."""
+    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
+
+
 def test_the_card_tells_the_facts_of_the_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
     run = trained(runs("sd15"))
     text = model_card(run, "student.safetensors", "student")
     assert "load beside" not in text
     notes = run.recipe.notes | {"load_beside": "style.safetensors@0.8"}
-    beside = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, notes=notes))
+    beside = changed(run, notes=notes)
     assert "| load beside it | style.safetensors@0.8 |" in model_card(beside, "student.safetensors", "student")
     for fact in (
         "| updates | 2 |",
@@ -65,8 +70,7 @@ def test_the_card_knows_the_base_and_its_licence(runs: Callable[[str], Run], tmp
     run = trained(runs("sd15"))
 
     def front(**changes: str) -> dict[str, object]:
-        recipe = dataclasses.replace(run.recipe, **changes)  # type: ignore[arg-type]
-        return ModelCard(model_card(dataclasses.replace(run, recipe=recipe), "x", "merged")).data.to_dict()
+        return ModelCard(model_card(changed(run, **changes), "x", "merged")).data.to_dict()
 
     found = front(base_model="somebody/some-model")
     assert found["base_model"] == "somebody/some-model"
@@ -118,11 +122,6 @@ def test_the_python_of_the_card_runs_as_written(
     if family == "sd15":
         assert drawn[0].tobytes() == drawn[1].tobytes()  # type: ignore[attr-defined]
         assert isinstance(TDMPipeline.from_pretrained(base, student="student.safetensors"), TDMPipeline)
-
-
-def changed(run: Trained, **changes: Any) -> Trained:
-    """The run with other fields in its recipe."""
-    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
 
 
 def test_comfyui_is_told_the_trained_noise_levels_only_where_they_are_right(

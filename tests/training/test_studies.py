@@ -116,6 +116,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(
     path, said, asked = tmp_path / "results.jsonl", [], itertools.count(1)
     assert ("TDM", 0) not in answer(question, path, only=["TDM"], report=said.append, stop=lambda: next(asked) >= 3)
     (kept,) = (user_cache() / "studies").iterdir()
+
+    def kill(line: str) -> None:
+        if "update 4/6" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(question, path, only=["TDM"], report=kill)
+    assert kept.exists()  # what the first stop left is still there
     said.clear()
     found = answer(question, path, only=["TDM"], report=said.append)["TDM", 0]
     assert found.curve == whole.curve

@@ -214,6 +214,7 @@ def train(
         if run.step < config.updates:
             (folder / SECONDS).write_text(str(seconds))
             return None
+        (folder / SECONDS).unlink(missing_ok=True)
         curve = _curve(folder / "metrics.jsonl", passes(config).total)
     if pictures is not None:
         save_picture(pictures, variant, task.show(run.student))
@@ -236,19 +237,20 @@ def unfinished(config: DistillConfig) -> Iterator[Path]:
         with contextlib.suppress(FileNotFoundError):
             kept.rename(folder)
         folder.mkdir(exist_ok=True)
-        yield folder
-        if (folder / SECONDS).is_file() and not kept.exists():
-            folder.rename(kept)
+        try:
+            yield folder
+        except TDMError:  # it would not go on the next time, either
+            (folder / SECONDS).unlink(missing_ok=True)
+            raise
+        finally:  # a run that goes on and is killed at once still has its earlier checkpoint
+            if (folder / SECONDS).is_file() and not kept.exists():
+                folder.rename(kept)
 
 
 def _seconds_before(folder: Path) -> float:
-    """What a run took before it was stopped; 0 of a new one. It is not stopped any more then."""
+    """What a run took before it was stopped; 0 of a new one."""
     file = folder / SECONDS
-    if not file.is_file():
-        return 0.0
-    seconds = float(file.read_text())
-    file.unlink()
-    return seconds
+    return float(file.read_text()) if file.is_file() else 0.0
 
 
 def _curve(metrics: Path, per_update: float) -> list[Point]:
