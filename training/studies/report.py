@@ -165,7 +165,7 @@ def grid(question: Question, results: Path, path: Path) -> bool:
 def plot(question: Question, answer: Answer, path: Path) -> None:
     """The measure over network passes: a line is the mean over seeds, around it lowest and highest."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
     for i, variant in enumerate(question.variants):
         runs = seeds_of(question, answer, variant)
         if not runs:
@@ -185,10 +185,10 @@ def plot(question: Question, answer: Answer, path: Path) -> None:
         axis.set_yscale("log")
     axis.set_xlabel("network passes per sample of the batch (a backward one counts as two)")
     axis.set_ylabel(question.measure)
-    axis.set_title(question.asks, fontsize=10, wrap=True)
+    figure.suptitle(question.asks, fontsize=10, wrap=True)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.tight_layout()
+    # Beside the curves: over them it hides some.
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8)
     _save(figure, path)
 
 
