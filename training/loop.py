@@ -59,7 +59,7 @@ def distill(
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
     config = settled(task, config)
     if processes.first and config.precision == "bf16" and best_precision(task.device.type) == "fp32":
-        report(f"note: this {task.device.type} has no bf16 units: precision=fp32 may be many times faster here")
+        report(f"note: this {task.device.type} has no bf16 units: precision=bf16 is no faster than fp32 here")
     portions = _portions(config, processes)
     generator = torch.Generator().manual_seed(config.seed)
     trajectories = build_trajectories(config.trajectory, task.schedule)
