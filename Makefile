@@ -14,7 +14,7 @@ demo: .venv/demo
 	  "two pink triangles right of a blue cross in a meadow" "one red heart under two green boxes at sea"
 
 test: .venv/test .venv/comfyui lint types
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: .venv/test .venv/comfyui
 	$(BIN)/python -m pytest -m slow
