@@ -18,6 +18,7 @@ Without a name it shows the questions that ship, and how far each is answered.
   tdm study
   tdm study baselines-mixture                     train what is missing, then write table and plot
   tdm study baselines-mixture --only TDM SiD      these variants alone; another process may take the others
+  tdm study baselines-mixture --seeds 1 2         these seeds alone
   tdm study baselines-mixture --report            no training: table and plot of what is there
   tdm study my-question.yaml                      one of your own: training/studies/questions has examples
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", nargs="?", help="a question, by its name or as a YAML file")
     add("--only", nargs="+", default=[], metavar="VARIANT", help="train these variants alone")
+    add("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="train these seeds alone")
     add("--report", action="store_true", help="train nothing")
     add(
         "--steps", type=int, metavar="K", help="table and plot at K steps: of unified students, and of those of K alone"
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         quiet()
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(stop_signals())
-            answer(question, path, only=args.only, stop=stop)
+            answer(question, path, only=args.only, seeds=args.seeds, stop=stop)
             stopped = stop()
     found = valid_runs(question, read_runs(path))
     if not found:

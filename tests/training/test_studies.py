@@ -218,6 +218,12 @@ def test_the_command_answers_reports_and_refuses(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "out/small.md").read_text().startswith("does it work?\n\n| variant |")
     assert main([*common, "--report", "--steps", "2"]) == 2
     assert "was evaluated at 2 steps" in capsys.readouterr().err
+    before = set(valid_runs(load_question(name), read_runs(Path(results))))
+    assert main([*common, "--only", "LCM", "two critic updates", "--seeds", "1"]) == 0
+    after = set(valid_runs(load_question(name), read_runs(Path(results))))
+    assert after - before == {("two critic updates", 1)}
+    assert main([*common, "--seeds", "1", "7"]) == 2
+    assert "has no seed 7; it has 0, 1" in capsys.readouterr().err
     assert main([*common, "--only", "GAN"]) == 2
     assert "has no variant 'GAN'; it has TDM, LCM" in capsys.readouterr().err
     assert main(["study", "baselines-mixtur"]) == 2

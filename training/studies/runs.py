@@ -112,26 +112,33 @@ def answer(
     path: Path,
     *,
     only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
     report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[tuple[str, int], Trained]:
     """Make all runs that are missing, and keep each as soon as it has ended; one that another question beside it had
-    made is taken from there. Two processes may share a question, each with variants of its own.
+    made is taken from there. Two processes may share a question, each with variants or seeds of its own.
 
     Args:
         path: of the results.
         only: these variants; all if empty.
+        seeds: these seeds; all if empty.
 
     Raises:
-        TDMError: an unknown variant, or as `distill`.
+        TDMError: an unknown variant, a seed that the question does not have, or as `distill`.
     """
     for variant in only:
         if variant not in question.variants:
             raise TDMError(f"{question.name} has no variant {variant!r}; it has {', '.join(question.variants)}")
+    for seed in seeds:
+        if seed not in question.seeds:
+            raise TDMError(f"{question.name} has no seed {seed}; it has {', '.join(map(str, question.seeds))}")
     borrow(question, path)
     if (BASE, 0) not in _kept(question, path):
         _keep(path, references(question, picture_folder(path)))
-    todo = [(v, s) for v, s in question.runs() if (not only or v in only) and (v, s) not in _kept(question, path)]
+    kept = _kept(question, path)
+    asked = [(v, s) for v, s in question.runs() if (not only or v in only) and (not seeds or s in seeds)]
+    todo = [run for run in asked if run not in kept]
     begun, seconds = time.monotonic(), 0.0
     for i, (variant, seed) in enumerate(todo):
         left = f", about {(len(todo) - i) * seconds / i / 60:.0f} min left" if i else ""
