@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 Precision = Literal["fp32", "bf16"]
 
+# Where the time of a network goes; a product that is not here is computed by torch, more slowly and as rightly.
 PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
@@ -24,14 +25,15 @@ def best_precision(device: str) -> Precision:
 
 
 class Bf16OnCpu(TorchFunctionMode):
-    """bf16 autocast as a CPU does it best; what an operation takes and gives stays what it is under autocast.
+    """What bf16 autocast is better off without on a CPU; everything else stays as autocast has it.
 
     ``scaled_dot_product_attention`` runs in float32. On CPUs with bfloat16 units a bf16 product is 4-5 times faster
     than float32, but the backward of bf16 attention is 5 times slower than that of float32 attention (AMD EPYC, torch
     2.13); this keeps the gain and drops the loss.
 
     On CPUs without such units torch multiplies bf16 5 to 10 times slower than float32 (AMD EPYC with AVX2 alone, torch
-    2.13), so products run in float32 there, on numbers that are rounded to bf16: the same but for the order of sums.
+    2.13), so products run in float32 there, on numbers that are rounded to bf16, and give bf16: the same but for the
+    order of sums. float64 is left alone, as by autocast.
 
     Args:
         units: whether the CPU multiplies bf16 in hardware.
@@ -47,9 +49,13 @@ class Bf16OnCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _in_float32(func, args, kwargs)
-        if not self.units and func in PRODUCTS:
-            return _in_float32(func, args, kwargs, rounded=torch.bfloat16).to(torch.bfloat16)
-        return func(*args, **kwargs)
+        if self.units or func not in PRODUCTS or _has_float64(*args, *kwargs.values()):
+            return func(*args, **kwargs)
+        return _in_float32(func, args, kwargs, rounded=torch.bfloat16).to(torch.bfloat16)
+
+
+def _has_float64(*values: Any) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in values)
 
 
 def _in_float32(
@@ -66,7 +72,7 @@ def _in_float32(
 
 @contextlib.contextmanager
 def autocast(precision: Precision, device: str = "cpu") -> Iterator[None]:
-    """Autocast for one forward: ``fp32`` does nothing, ``bf16`` keeps attention in float32 on a CPU."""
+    """Autocast for one forward: ``fp32`` does nothing, ``bf16`` on a CPU is as in `Bf16OnCpu`."""
     with contextlib.ExitStack() as stack:
         if precision == "bf16":
             stack.enter_context(torch.autocast(device, torch.bfloat16))

@@ -62,6 +62,7 @@ def test_without_units_a_product_is_that_of_rounded_numbers(monkeypatch):
     with autocast("bf16"):
         out = F.linear(*inputs)
         assert (x + w[:1]).dtype == torch.float32
+        assert F.linear(x.double(), w.double()).dtype == torch.float64
     out.backward(g.bfloat16())
 
     def rounded(value):
