@@ -35,14 +35,14 @@ bench: .venv/demo
 
 # Hours on CPUs. Stopped at any moment, it begins the part it was in again, the denoiser at its last checkpoint.
 teacher: .venv/demo runs/teacher/vae-decoder.json
-	$(BIN)/python -m tdm.training.teacher.denoiser --out runs/teacher
-	$(BIN)/python -m tdm.training.teacher.bundle --run runs/teacher --out runs/bundled
+	$(BIN)/python -m tdm.training.worlds.teacher.denoiser --out runs/teacher
+	$(BIN)/python -m tdm.training.worlds.teacher.bundle --run runs/teacher --out runs/bundled
 
 runs/teacher/vae.json: | .venv/demo
-	$(BIN)/python -m tdm.training.teacher.vae --out runs/teacher
+	$(BIN)/python -m tdm.training.worlds.teacher.vae --out runs/teacher
 
 runs/teacher/vae-decoder.json: runs/teacher/vae.json
-	$(BIN)/python -m tdm.training.teacher.vae --out runs/teacher --decoder-only
+	$(BIN)/python -m tdm.training.worlds.teacher.vae --out runs/teacher --decoder-only
 
 # torch first and pinned: a plain "torch" would bring the CUDA build and gigabytes with it on a machine without a GPU.
 .venv/demo: pyproject.toml constraints.txt

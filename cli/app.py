@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TDMError
 from ..training.presets import find_config
-from .generate import add_model_arguments, load, quiet
+from .common import add_model_arguments, load, quiet
 from .output import check_folder
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def launch(
     Raises:
         TDMError: the port or the address cannot be had.
     """
-    from ..demo.mend_mcp import mend_mcp
+    from ..demo.fix_mcp import mend_mcp
     from ..demo.page import css, head, theme
 
     if mcp:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import TDMError
-from .generate import quiet
+from .common import quiet
 from .output import check_writable
 
 if TYPE_CHECKING:
-    from ..pipelines.average import Student
+    from ..pipelines.students.file import Student
 
 HELP = """\
 Write the mean of students of one base and one recipe: of runs with other seeds, or of checkpoints of one run.
@@ -41,33 +41,26 @@ def run(args: argparse.Namespace) -> None:
     """``tdm average``."""
     check_writable(args.out, args.force)
     quiet()
-    from ..pipelines.average import average
-    from ..pipelines.loras.pairs import state_dict_of
-    from ..pipelines.student import save_student
+    from ..pipelines.students.average import average
+    from ..pipelines.students.file import save_student
 
     students = [_read(Path(source)) for source in args.students]
-    (_, recipe, layers), kept = average(students, weights=args.weights, rank=args.rank)
-    path = save_student(args.out, state_dict_of(layers), recipe, lora_alpha=None, force=args.force)
-    print(f"student  {path}, rank {max(lora.rank for lora in layers.values())}")
+    student, kept = average(students, weights=args.weights, rank=args.rank, names=args.students)
+    path = save_student(args.out, student, force=args.force)
+    rank = max(lora.rank for layers in student.layers.values() for lora in layers.values())
+    print(f"student  {path}, rank {rank}")
     print(f"kept     {kept:.2%} of the norm of the exact mean")
 
 
 def _read(source: Path) -> Student:
     """The student in a file, in a run's folder or in one of its checkpoints."""
-    from ..pipelines.average import Student, read
-    from ..pipelines.families import family_of_name
-    from ..pipelines.loras.pairs import pair_layers
+    from ..pipelines.students.file import read_student
 
     if not source.is_dir() and source.suffix != ".pt":
-        return read(source)
+        return read_student(source)
     from ..training.export import read_run
 
     run = read_run(source)
-    if run is None or run.config.full_weights:
+    if run is None:
         raise TDMError(f"{source} is no run that trained a LoRA on a pipeline: there is no student to average")
-    alpha, prefix = run.config.student.alpha, family_of_name(run.recipe.family).denoiser
-    layers = {
-        f"{prefix}.{name}": lora if alpha is None else lora.scaled(alpha / lora.rank)
-        for name, lora in pair_layers(run.weights).items()
-    }
-    return Student(str(source), run.recipe, layers)
+    return run.student

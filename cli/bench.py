@@ -6,7 +6,7 @@ import argparse
 import os
 
 from ..errors import TDMError
-from .generate import quiet
+from .common import quiet
 
 HELP = """\
 Compare, on the same weights and in turns: the call of TDMPipeline, the call of the stock pipeline with its own
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     import diffusers
     import torch
 
-    from ..pipelines.bench.measure import HEADER, rows
-    from ..pipelines.bench.models import MODELS, build
+    from ..bench.measure import HEADER, rows
+    from ..bench.models import MODELS, build
 
     known = ["bundled", *MODELS]
     gpu = torch.cuda.is_available()

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import TDMError
-from .generate import quiet
+from .common import quiet
 from .output import check_writable
 
 HELP = """\
@@ -55,8 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``tdm convert``."""
-    from ..pipelines.convert import convert_checkpoint, convert_lora, is_checkpoint
-    from ..pipelines.describe import describe
+    from ..pipelines.bases import convert_checkpoint, is_checkpoint
+    from ..pipelines.students.convert import convert_lora
+    from ..pipelines.students.describe import describe
+    from ..pipelines.students.file import save_student
 
     if is_checkpoint(args.file):
         if not args.base or args.recipe:
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
         return
     recipe = parse_recipe(args.recipe)
     check_writable(args.out, args.force)
-    print(describe(convert_lora(args.file, args.out, base=args.base, recipe=recipe, force=args.force)))
+    student = convert_lora(args.file, base=args.base, recipe=recipe)
+    print(describe(save_student(args.out, student, force=args.force)))
 
 
 def parse_recipe(settings: Sequence[str]) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def parse_recipe(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         TDMError: no ``=``, an unknown key (the nearest is named), or a value that is no YAML.
     """
-    from ..pipelines.student import StudentRecipe
+    from ..pipelines.students.recipe import StudentRecipe
 
     known = [field.name for field in dataclasses.fields(StudentRecipe)]
     recipe: dict[str, Any] = {}

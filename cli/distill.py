@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from .generate import quiet
+from .common import quiet
 from .output import check_folder
 
 HELP = """\
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
 def _finish(folder: Path) -> None:
     """Draw the curves, export the student with its card, and say where everything is."""
     from ..training.card import write_card
-    from ..training.export import NAMES, Format, export, plot_curves, read_run
+    from ..training.curves import plot_curves
+    from ..training.export import NAMES, Format, export, read_run
 
     if curves := plot_curves(folder):
         print(f"curves   {curves}")

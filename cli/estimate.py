@@ -9,7 +9,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ..errors import TDMError
-from .generate import quiet
+from .common import quiet
 
 if TYPE_CHECKING:
     from ..training.estimate.estimator import Estimate, Estimator, Gpu

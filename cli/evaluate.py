@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TDMError
-from .generate import check_strength, load_pipeline
+from .common import check_strength, load_pipeline
 from .output import check_folder
 
 HELP = """\
@@ -85,9 +85,9 @@ def run(args: argparse.Namespace) -> None:
     if (args.out / "eval.json").exists() and not args.force:
         raise TDMError(f"{args.out} already holds an evaluation; choose another --out, or replace it with --force")
     check_folder(args.out)
+    from ..files import user_cache
     from ..training.eval_report import INTERVALS, over_students, table, write
     from ..training.evaluate import Prompts, evaluate, held_out_prompts
-    from ..training.files import user_cache
     from ..training.metrics.extras import extra
     from ..training.tasks.prompts import training_prompts
 

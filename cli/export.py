@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import TDMError
-from .generate import quiet
+from .common import quiet
 from .output import check_writable
 
 HELP = """\

@@ -7,16 +7,16 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TDMError
 from ..pipelines.vocabulary import unknown_words
+from .common import add_model_arguments, check_strength, load
 from .output import check_writable, save_png
 
 if TYPE_CHECKING:
-    from ..pipelines.tdm_pipeline import TDMPipeline
+    pass
 
 HELP = """\
 Draw a picture of each prompt with a TDM student, on exactly the timesteps it was trained on.
@@ -56,46 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace files that exist")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model and --student, alike for every command."""
-    parser.add_argument("--model", help="base model: folder or hub id (default: the bundled one, or the student's)")
-    parser.add_argument("--student", help="student file, folder or hub id (default: the bundled one)")
-
-
-def load(args: argparse.Namespace, **recipe: Any) -> TDMPipeline:
-    """The pipeline that --model and --student name; see `load_pipeline`."""
-    return load_pipeline(args.model, args.student, recipe or None)
-
-
-def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, Any] | None = None) -> TDMPipeline:
-    """The pipeline of a base and a student, with the bundled model as the default.
-
-    Args:
-        recipe: fields that replace the student's own.
-    """
-    from ..pipelines.tdm_pipeline import TDMPipeline
-
-    quiet()
-    pipe = TDMPipeline.from_pretrained(model or student or "bundled", student=student if model else None, recipe=recipe)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def quiet() -> None:
-    """No progress bars of loading: they bury what is said."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
-def check_strength(strength: float) -> None:
-    """Raise TDMError for a strength at which no student draws."""
-    if not 0 < strength <= 2:
-        raise TDMError(f"--strength {strength:g} is not above 0 and at most 2; 1 is as the student was trained")
-
-
 def parse_size(text: str | None) -> dict[str, int]:
     """``--size`` as call arguments; {} leaves the student's own."""
     if text is None:
@@ -133,9 +93,9 @@ def run(args: argparse.Namespace) -> None:
     chosen = {"solver_order": args.solver_order} if args.solver_order else {}
     pipe = load(args, **chosen)
     if args.strength is not None:
-        from ..pipelines.student_adapter import STUDENT_ADAPTER
+        from ..pipelines.students.adapter import STUDENT_ADAPTER
 
-        pipe._require_unfused()
+        pipe.require_unfused()
         pipe.set_adapters(STUDENT_ADAPTER, args.strength)
     for prompt in args.prompts:
         if words := unknown_words(pipe, prompt):
@@ -166,7 +126,7 @@ def _draw(pipe: Any, prompt: str, seed: int, steps: int, size: dict[str, int], *
 
 
 def _compare(pipe: Any, args: argparse.Namespace, steps: int, size: dict[str, int], file: Path) -> None:
-    from ..pipelines.sheet import contact_sheet
+    from ..sheet import contact_sheet
     from ..training.evaluate import TEACHER_GUIDANCE, TEACHER_STEPS
 
     student, teacher, seconds = [], [], {"student": 0.0, "teacher": 0.0}

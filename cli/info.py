@@ -25,6 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``tdm info``."""
-    from ..pipelines.describe import about
+    from ..pipelines.students.describe import about
 
     print(about(args.file, base=args.base))

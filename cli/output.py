@@ -9,6 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import TDMError
+from ..files import replacing
 
 
 def check_writable(path: Path, force: bool) -> None:
@@ -39,14 +40,9 @@ def check_folder(folder: Path) -> None:
 
 
 def save_png(image: Image.Image, path: Path, **text: str) -> None:
-    """Write a PNG with text chunks, to a temporary name first."""
+    """Write a PNG with text chunks, whole or not at all."""
     info = PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TDMError(f"cannot write {path}: {error.strerror}") from None
+    with replacing(path, shared=True) as file:
+        image.save(file, format="PNG", pnginfo=info)

@@ -7,8 +7,8 @@ import contextlib
 from pathlib import Path
 
 from ..errors import TDMError
+from .common import quiet
 from .distill import stop_signals
-from .generate import quiet
 from .output import check_folder
 
 HELP = """\

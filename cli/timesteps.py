@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TDMError
-from .generate import add_model_arguments, load, quiet
+from .common import add_model_arguments, load, quiet
 from .output import check_writable
 
 if TYPE_CHECKING:
@@ -120,13 +120,13 @@ def _student(args: argparse.Namespace) -> tuple[Any, Family]:
         raise TDMError(
             "this student takes fresh noise at each step; timesteps are searched along one path, which it has not"
         )
-    return pipe, pipe._family
+    return pipe, pipe.family
 
 
 def _base(name: str) -> tuple[Any, Family]:
     import torch
 
-    from ..pipelines.locate import base_folder, family_of_base
+    from ..pipelines.bases import base_folder, family_of_base
 
     quiet()
     folder = base_folder(name)
@@ -137,7 +137,8 @@ def _base(name: str) -> tuple[Any, Family]:
 
 def _write(args: argparse.Namespace, recipe: Any, better: dict[int, list[float]]) -> None:
     """A copy of the student with the grids, its own for the step counts where nothing better was found."""
-    from ..pipelines.convert import convert_lora
+    from ..pipelines.students.convert import convert_lora
+    from ..pipelines.students.file import save_student
 
     if not better:
         raise TDMError(f"nothing was found that is better than the student's own grids: {args.out} is not written")
@@ -147,6 +148,6 @@ def _write(args: argparse.Namespace, recipe: Any, better: dict[int, list[float]]
         "notes": recipe.notes | notes,
         "preferred_steps": recipe.default_steps,
     }
-    source = args.student or "bundled"
-    convert_lora(source, args.out, base=args.model, recipe={**vars(recipe), **fields}, force=args.force)
+    student = convert_lora(args.student or "bundled", base=args.model, recipe={**vars(recipe), **fields})
+    save_student(args.out, student, force=args.force)
     print(f"student  {args.out}, with searched timesteps for {', '.join(map(str, better))} steps")

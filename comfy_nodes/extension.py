@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .compare import TDMCompare
+from .fixes import CogVideoXSampling, PixArtAlphaLatents
 from .generate import TDMGenerate
 from .load_diffusers import TDMLoadDiffusers
 from .loader import TDMLoadStudent
-from .mends import CogVideoXSampling, PixArtAlphaLatents
 from .sampler import TDMSampler
 from .sigmas import TDMSigmas
 

@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 from torch import nn
 
-from ..errors import TDMError
+from ..errors import TDMError, first_line
 from ..pipelines.families import Family
 from .students import BUNDLED
 
@@ -62,7 +62,7 @@ class TDMLoadDiffusers(io.ComfyNode):
             TDMError: the folder is no pipeline, of no family that is supported, or damaged; diffusers is missing.
         """
         try:
-            from ..pipelines.locate import family_of_base
+            from ..pipelines.bases import family_of_base
             from ..pipelines.scheduler import TDMScheduler
         except ImportError as error:
             raise TDMError(f"Load Diffusers Pipeline needs diffusers (pip install diffusers): {error}") from None
@@ -109,7 +109,7 @@ def folder_of(pipeline: str) -> str:
         TDMError: there is none.
     """
     if pipeline == BUNDLED:
-        from ..pipelines.locate import base_folder
+        from ..pipelines.bases import base_folder
 
         return base_folder(BUNDLED)
     for root in folder_paths.get_folder_paths("diffusers"):
@@ -126,7 +126,7 @@ def load_parts(folder: str, family: Family) -> Parts:
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    from ..pipelines.student import MERGED_FILE
+    from ..pipelines.students.file import MERGED_FILE
 
     if (Path(folder) / MERGED_FILE).is_file():
         raise TDMError(f"{folder} has a student in its weights; load its base, and the student on it")
@@ -149,8 +149,7 @@ def load_parts(folder: str, family: Family) -> Parts:
         except management.OOM_EXCEPTION:
             raise
         except Exception as error:  # diffusers and transformers refuse a damaged folder in many ways
-            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise TDMError(f"diffusers cannot load {folder}: {line}") from None
+            raise TDMError(f"diffusers cannot load {folder}: {first_line(error)}") from None
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(False)

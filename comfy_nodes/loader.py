@@ -15,8 +15,8 @@ from ..errors import TDMError
 from ..pipelines.families import Family, family_of_name
 from ..pipelines.loras.file import LoraFile, read_lora_file
 from ..pipelines.loras.pairs import state_dict_of
-from ..pipelines.presets import PRESETS, Preset, known_of
-from ..pipelines.student import HEADER_KEY, StudentRecipe
+from ..pipelines.students.recipe import HEADER_KEY, StudentRecipe
+from ..pipelines.students.released import PRESETS, Preset, known_of
 from .bridge import DiffusersModel, TextEncoders
 from .students import BUNDLED, RELEASED, lora_path
 

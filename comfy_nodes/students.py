@@ -8,8 +8,9 @@ import folder_paths
 
 from ..errors import TDMError
 from ..pipelines.loras.file import LoraFile
-from ..pipelines.presets import PRESETS, known_of
-from ..pipelines.student import HEADER_KEY, StudentRecipe, read_header
+from ..pipelines.students.file import read_header
+from ..pipelines.students.recipe import HEADER_KEY, StudentRecipe
+from ..pipelines.students.released import PRESETS, known_of
 
 BUNDLED = "bundled"  # the model that comes with this pack, and its student
 RELEASED = tuple(name for name, preset in PRESETS.items() if "sampler" not in preset.recipe)
@@ -28,7 +29,7 @@ def lora_path(name: str) -> Path:
         FileNotFoundError: there is no such file.
     """
     if name == BUNDLED:
-        from ..pipelines.locate import student_file
+        from ..pipelines.students.locate import student_file
 
         return student_file(BUNDLED, {})
     return Path(folder_paths.get_full_path_or_raise("loras", name))

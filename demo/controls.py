@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..errors import TDMError
-from ..pipelines.student import StudentRecipe
+from ..pipelines.students.recipe import StudentRecipe
 
 MODEL: dict[str, Any] = {
     "concurrency_id": "model",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import TDMError
-from ..pipelines.student import StudentRecipe
+from ..errors import TDMError, first_line
+from ..pipelines.students.recipe import StudentRecipe
 from ..training.evaluate import TEACHER_GUIDANCE, TEACHER_STEPS
 from .catalogue import Catalogue
 from .settings import Settings, check
@@ -58,7 +58,7 @@ class Engine:
     """
 
     def __init__(self, pipe: Any, catalogue: Catalogue) -> None:
-        if pipe._family.video:
+        if pipe.family.video:
             raise TDMError(f"the demo shows pictures, and {pipe.recipe.family} makes videos; use TDMPipeline in Python")
         self.catalogue = catalogue
         self._pipe = pipe
@@ -66,7 +66,7 @@ class Engine:
         self._loaded = self._version(catalogue.first)
         self._recipes: dict[tuple[str, int], StudentRecipe] = {self._loaded: pipe.recipe}
         self._calls = 0
-        denoiser = getattr(pipe, pipe._family.denoiser)
+        denoiser = getattr(pipe, pipe.family.denoiser)
         denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def warm_up(self) -> None:
@@ -180,6 +180,6 @@ def _explained() -> Iterator[None]:
     except TDMError:
         raise
     except ValueError as error:
-        raise TDMError(str(error).splitlines()[0]) from error
+        raise TDMError(first_line(error)) from error
     except torch.OutOfMemoryError:
         raise TDMError("out of memory on the device; ask for a smaller picture") from None

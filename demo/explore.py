@@ -13,7 +13,7 @@ import gradio as gr
 from PIL import Image
 
 from ..errors import TDMError
-from ..pipelines.sheet import contact_sheet
+from ..sheet import contact_sheet
 from .cards import picture, plural, strip, table
 from .controls import MODEL, PRIVATE, explained, steps_choices
 from .engine import Engine, Frame

@@ -7,8 +7,9 @@ from typing import Any
 import gradio as gr
 
 from ..errors import TDMError
-from ..pipelines.describe import about
-from ..pipelines.locate import BUNDLED, student_file
+from ..pipelines.bases import BUNDLED
+from ..pipelines.students.describe import about
+from ..pipelines.students.locate import student_file
 from .controls import MODEL, PRIVATE, explained
 from .engine import Engine
 from .generate import Controls, GenerateTab

@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import TDMError
+from ..files import replacing
 from .settings import Settings
 
 KEPT = 2_000  # pictures in the folder; the oldest go
@@ -47,13 +48,8 @@ class Pictures:
     def _write(self, content: bytes, name: str) -> Path:
         path = self.folder / f"{name}-{hashlib.sha256(content).hexdigest()[:10]}.png"
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.tmp")
-            try:
-                temporary.write_bytes(content)
-                os.replace(temporary, path)
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise TDMError(f"cannot write {path.name}: {error.strerror}") from None
+            with replacing(path, shared=True) as file:
+                file.write(content)
             self._forget_old()
         return path
 

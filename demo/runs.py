@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from typing import Any
 import psutil
 
 from ..errors import TDMError
-from ..pipelines.student import STUDENT_FILE
+from ..files import replacing
+from ..pipelines.students.file import STUDENT_FILE
 from ..training.export import export_student, read_run
 from ..training.health import Monitor
 from ..training.settings import read_settings
@@ -207,9 +207,8 @@ class Runs:
             )
         self._children = [child for child in self._children if child.poll() is None] + [process]
         note = {**note, "process": [process.pid, psutil.Process(process.pid).create_time()]}
-        temporary = folder / f".{NOTE}.tmp"
-        temporary.write_text(json.dumps(note))
-        os.replace(temporary, folder / NOTE)
+        with replacing(folder / NOTE) as file:
+            file.write(json.dumps(note).encode())
 
     def _process(self, note: dict[str, Any]) -> psutil.Process | None:
         """The process of a run, if it lives: a number alone may be another's by now."""

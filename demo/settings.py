@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import TDMError
-from ..pipelines.student import StudentRecipe
+from ..pipelines.students.recipe import StudentRecipe
 
 LONGEST_PROMPT = 2_000  # characters
 MOST_STEPS = 50

@@ -17,7 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from ..errors import TDMError
 from .loras.adapters import adapter_off
-from .student_adapter import STUDENT_ADAPTER
+from .students.adapter import STUDENT_ADAPTER
 
 
 def callback_inputs(given: Mapping[str, Any]) -> list[str]:
@@ -36,10 +36,10 @@ def base_first(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArgument
         call: the stock pipeline's `__call__`.
         bound: its arguments.
     """
-    pipe._require_unfused()
+    pipe.require_unfused()
     given = bound.arguments
     callback, names = given.get("callback_on_step_end"), callback_inputs(given)
-    with adapter_off(pipe._denoiser, STUDENT_ADAPTER) as student_on:
+    with adapter_off(pipe.denoiser, STUDENT_ADAPTER) as student_on:
 
         def on_step_end(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if pipe.num_timesteps < 2:

@@ -33,7 +33,7 @@ def noise_of(pipe: Any, call: inspect.BoundArguments) -> Iterator[None]:
     if not isinstance(scheduler, TDMScheduler) or not scheduler.config["stochastic_sampling"]:
         yield
         return
-    family, generator = pipe._family, given.get("generator")
+    family, generator = pipe.family, given.get("generator")
     step = family.multiple(pipe)
     size = Size(given["height"] // step * step, given["width"] // step * step, given.get("num_frames"))
 

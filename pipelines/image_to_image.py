@@ -24,9 +24,9 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
             f"image_to_image follows a TDM student's grid, and this pipeline has a {type(scheduler).__name__}; use "
             "diffusers' own image-to-image pipeline: AutoPipelineForImage2Image.from_pipe(pipe)"
         )
-    family, call = pipe._family, dict(call)
+    family, call = pipe.family, dict(call)
     family.check_pictures()
-    pipe._check_student()
+    pipe.check_student()
     size, pictures = _pictures(pipe, image, call.pop("height", None), call.pop("width", None))
     steps = call.pop("num_inference_steps", None) or pipe.recipe.default_steps
     scheduler.set_timesteps(steps)
@@ -56,12 +56,12 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
 
 def _pictures(pipe: Any, image: Any, height: int | None, width: int | None) -> tuple[Size, torch.Tensor]:
     """The pictures [B, 3, H, W] in [-1, 1] at the size asked for, or their own cut down to what the model works in."""
-    step = pipe._family.multiple(pipe)
+    step = pipe.family.multiple(pipe)
     own_height, own_width = pipe.image_processor.get_default_height_width(
         image[0] if isinstance(image, list) else image
     )
     size = Size(height or own_height // step * step, width or own_width // step * step)
-    pipe._family.check_size(pipe, size)
+    pipe.family.check_size(pipe, size)
     return size, pipe.image_processor.preprocess(image, height=size.height, width=size.width)
 
 

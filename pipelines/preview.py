@@ -24,7 +24,7 @@ def preview(pipe: Any, latents: Tensor, size: Size) -> list[Image.Image]:
         latents: in the layout and scale of the pipeline's loop, (B, ...).
         size: of the call.
     """
-    family = pipe._family
+    family = pipe.family
     z = family.first_frame(pipe, family.unpack(pipe, latents, size), size).float()
     longest = max(z.shape[-2:])
     if longest > SIDE:

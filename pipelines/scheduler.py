@@ -174,14 +174,32 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         3.0
         """
         if isinstance(config, Mapping):
-            own = config.get("_class_name") == cls.__name__ or "trained_timesteps" in config
             known = set(cls._get_init_keys(cls)) | set(config)
             unknown = [name for name in kwargs if name not in known]
             if unknown:
                 raise TDMError(f"unknown scheduler arguments: {', '.join(unknown)}")
-            if not own:
+            if not cls._is_own(config):
                 config, kwargs = arguments_from_stock(config, kwargs, cls._get_init_keys(cls)), {}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def prediction_type_of(cls, config: Mapping[str, Any]) -> PredictionType:
+        """What the network of a scheduler's config predicts, without building the schedule.
+
+        Raises:
+            TDMError: the config has no schedule this class can follow.
+
+        >>> import diffusers
+        >>> TDMScheduler.prediction_type_of(diffusers.FlowMatchEulerDiscreteScheduler().config)
+        'flow_prediction'
+        """
+        known = config if cls._is_own(config) else arguments_from_stock(config, {}, cls._get_init_keys(cls))
+        return known.get("prediction_type", "epsilon")
+
+    @classmethod
+    def _is_own(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a config is of a `TDMScheduler`, and not of a stock scheduler."""
+        return config.get("_class_name") == cls.__name__ or "trained_timesteps" in config
 
     # ------------------------------------------------------------------ grid
 

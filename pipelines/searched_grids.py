@@ -11,7 +11,7 @@ from torch import Tensor
 from .families import Family, Size
 from .schedule import grid_of_steps, predict_x0_eps, uniform_grid
 from .scheduler import TDMScheduler
-from .student import StudentRecipe
+from .students.recipe import StudentRecipe
 from .timestep_search import Predict, cheapest_paths, fine_levels, fine_run, path_cost, run_error
 
 BATCH = 32

@@ -62,7 +62,7 @@ class _Cancelled(BaseException):
 
 def stream(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[Step, None, None]:
     """See `TDMPipeline.stream`, whose pipeline this is given."""
-    call = pipe._bind(args, kwargs)
+    call = pipe.bind_call(args, kwargs)
     given = call.arguments
     callback, names = given.get("callback_on_step_end"), callback_inputs(given)
     draw = partial(preview, pipe, size=Size(given["height"], given["width"], given.get("num_frames")))

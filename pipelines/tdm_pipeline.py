@@ -7,29 +7,30 @@ import functools
 import inspect
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..errors import TDMError
+from ..files import whole_folder
 from .attention import use_attention
 from .base_first import base_first
+from .bases import BUNDLED, Source, base_folder, family_of_base
 from .families import Family, family_of_pipeline
-from .folders import whole_folder
 from .fresh_noise import noise_of
 from .image_to_image import image_to_image
-from .locate import BUNDLED, Source, base_folder, family_of_base, locate, student_file
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
-from .loras.file import LoraFile, read_lora_file
-from .loras.pairs import state_dict_of
-from .loras.places import Placed, flat, place
-from .presets import known_of
-from .recipe_on_base import recipe_for, student_scheduler
+from .loras.pairs import Layers
 from .scheduler import TDMScheduler
 from .stream import Step, stream
-from .student import HEADER_KEY, MERGED_FILE, STUDENT_FILE, StudentRecipe, completed, fields_of, save_student
-from .student_adapter import STUDENT_ADAPTER, StudentAdapter
+from .students.adapter import STUDENT_ADAPTER, StudentAdapter
+from .students.file import MERGED_FILE, STUDENT_FILE, Student, read_merged, save_student
+from .students.locate import locate, student_file
+from .students.recipe import HEADER_KEY, StudentRecipe, completed
+from .students.recipe_on_base import recipe_on_base
+from .students.unplaced import Unplaced, unplaced
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _logger = logging.getLogger(__name__)
@@ -53,16 +54,16 @@ class TDMPipeline(StudentAdapter):
     """
 
     recipe: StudentRecipe
-    _base: str
-    _teacher_scheduler: Any
+    base_model: str
+    teacher_scheduler: Any
     _first_by_base = False
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        base_or_student: Source = BUNDLED,
+        base_or_student: Source | Student = BUNDLED,
         *,
-        student: Source | None = None,
+        student: Source | Student | None = None,
         recipe: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
@@ -71,11 +72,11 @@ class TDMPipeline(StudentAdapter):
         """Load a base and its student.
 
         Args:
-            base_or_student: a student (file, or a folder or hub repository with `student.safetensors`) whose metadata
-                names its base; a released student by its repository id alone (see `presets.py`); a folder written by
-                `save_pretrained` or `save_merged`; or, with `student`, a base. The default is the small model that
-                ships with this package.
-            student: the student for the base: file, folder or hub repository.
+            base_or_student: a student (`Student`, file, or a folder or hub repository with `student.safetensors`) whose
+                metadata names its base; a released student by its repository id alone (see `students/released.py`); a
+                folder written by `save_pretrained` or `save_merged`; or, with `student`, a base. The default is the
+                small model that ships with this package.
+            student: the student for the base: `Student`, file, folder or hub repository.
             recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
                 and `prediction_type` need not be given: the base itself says them.
             dtype, torch_dtype: two spellings of one argument, the dtype of the weights; float32 if not given.
@@ -92,17 +93,18 @@ class TDMPipeline(StudentAdapter):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        base, file = locate(base_or_student, student, hub)
-        merged = base is not None and student is None and file.name == MERGED_FILE
-        lora = None if merged else read_lora_file(file)
-        known = fields_of({HEADER_KEY: file.read_text()}) if lora is None else known_of(lora)[0]
-        fields = completed(known, recipe)
+        base, found = locate(base_or_student, student, hub)
+        if isinstance(found, Path) and found.name == MERGED_FILE:
+            new, fields = None, completed(read_merged(found), recipe)
+        else:
+            new = unplaced(found, recipe)
+            fields = new.fields
         base = base or fields.get("base_model")
         if not base:
-            raise TDMError(f"{file} does not name its base; pass it: from_pretrained(base, student=...)")
+            raise TDMError(f"{found} does not name its base; pass it: from_pretrained(base, student=...)")
         folder = base_folder(base)
 
-        # A wrong pair is refused here, before gigabytes are read; `load_student` checks this again, and the layers.
+        # A wrong pair is refused here, before gigabytes are read.
         if "revision" in kwargs:
             hub["revision"] = kwargs["revision"]
         family = family_of_base(folder, **hub)
@@ -110,16 +112,16 @@ class TDMPipeline(StudentAdapter):
             config = kwargs["scheduler"].config
         else:
             config = TDMScheduler.load_config(folder, subfolder="scheduler", **hub)
-        found = recipe_for(base, family, config, fields)
+        complete, sampler = recipe_on_base(base, family, config, fields)
 
         loader: Any = super(TDMPipeline, _student_class(family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
-        pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
-        if lora is None:
-            pipe._is_student(found)
+        pipe.family, pipe.base_model, pipe.teacher_scheduler = family, base, pipe.scheduler
+        if new is None:
+            pipe._is_student(complete, sampler)
         else:
-            pipe._load(lora, fields)
+            pipe._put_in(new, complete, sampler)
         return pipe
 
     @classmethod
@@ -127,7 +129,7 @@ class TDMPipeline(StudentAdapter):
         cls,
         pipeline: DiffusionPipeline,
         *,
-        student: Source | None,
+        student: Source | Student | None,
         recipe: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> TDMPipeline:
@@ -145,7 +147,7 @@ class TDMPipeline(StudentAdapter):
             TDMError: an unsupported pipeline, one that has a student, or as in `load_student`.
 
         >>> from diffusers import PixArtAlphaPipeline
-        >>> from tdm.pipelines.locate import bundled_path
+        >>> from tdm.pipelines.bases import bundled_path
         >>> base = PixArtAlphaPipeline.from_pretrained(bundled_path() / "teacher")
         >>> TDMPipeline.from_pipe(base, student="bundled").recipe.default_steps
         4
@@ -158,18 +160,18 @@ class TDMPipeline(StudentAdapter):
         network: dict[str, Any] = {family.denoiser: getattr(pipeline, family.denoiser)}
         pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
-        pipe._family, pipe._base, pipe._teacher_scheduler = family, base, pipe.scheduler
+        pipe.family, pipe.base_model, pipe.teacher_scheduler = family, base, pipe.scheduler
         if student is None:
-            pipe._is_student(recipe_for(base, family, pipe.scheduler.config, recipe or {}))
+            pipe._is_student(*recipe_on_base(base, family, pipe.scheduler.config, recipe or {}))
         else:
             pipe.load_student(student, recipe=recipe)
         return pipe
 
-    def load_student(self, student: Source, *, recipe: Mapping[str, Any] | None = None) -> None:
+    def load_student(self, student: Source | Student, *, recipe: Mapping[str, Any] | None = None) -> None:
         """Put a student into the pipeline, in the place of the one it has. Other adapters stay as they are.
 
         Args:
-            student: file (a LoRA of any layout), folder with `student.safetensors`, or hub repository.
+            student: `Student`, file (a LoRA of any layout), folder with `student.safetensors`, or hub repository.
             recipe: fields that complete or replace its metadata.
 
         Raises:
@@ -182,29 +184,27 @@ class TDMPipeline(StudentAdapter):
         >>> pipe.scheduler.config.solver_order, pipe.get_active_adapters()
         (2, ['student'])
         """
-        lora = read_lora_file(student_file(student, {}))
-        self._load(lora, completed(known_of(lora)[0], recipe))
+        new = unplaced(student if isinstance(student, Student) else student_file(student, {}), recipe)
+        config = self.teacher_scheduler.config
+        self._put_in(new, *recipe_on_base(self.base_model, self.family, config, new.fields))
 
-    def _load(self, lora: LoraFile, fields: Mapping[str, Any]) -> None:
-        config = self._teacher_scheduler.config
-        new = recipe_for(self._base, self._family, config, fields)
-        preset = known_of(lora)[1]
-        placed = place(lora, self._family, self._adaptable(), **(preset.placing if preset else {}))
+    def _put_in(self, new: Unplaced, recipe: StudentRecipe, sampler: Any) -> None:
+        placed = new.place(self.family, self._adaptable())
         require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
-        self._require_unfused()
+        self.require_unfused()
 
         self._replace_student(placed)
-        self._sample_as(new)
+        self._sample_as(recipe, sampler)
         count = sum(map(len, placed.values()))
-        _logger.info("%s: all %d LoRA layers match the %s", lora.path, count, " and the ".join(placed))
+        _logger.info("%s: all %d LoRA layers match the %s", new.name, count, " and the ".join(placed))
 
-    def _is_student(self, recipe: StudentRecipe) -> None:
+    def _is_student(self, recipe: StudentRecipe, sampler: Any) -> None:
         """The weights themselves are the student's, as after `fuse_lora`: there is nothing to attach."""
         self._merged_adapters = {STUDENT_ADAPTER}
-        self._sample_as(recipe)
+        self._sample_as(recipe, sampler)
 
-    def _sample_as(self, recipe: StudentRecipe) -> None:
-        self.scheduler = self._sampler = student_scheduler(recipe, self._teacher_scheduler.config)
+    def _sample_as(self, recipe: StudentRecipe, sampler: Any) -> None:
+        self.scheduler = self._sampler = sampler
         self.recipe = recipe
 
     def image_to_image(self, prompt: str | list[str] | None, image: Any, strength: float = 0.6, **call: Any) -> Any:
@@ -259,11 +259,11 @@ class TDMPipeline(StudentAdapter):
         ...     print(type(pipe.scheduler).__name__)
         DPMSolverMultistepScheduler
         """
-        self._require_unfused()
+        self.require_unfused()
         scheduler, teaching = self.scheduler, self._teaching
         with adapters_off(self._modules()):
             try:
-                self.scheduler, self._teaching = self._teacher_scheduler, True
+                self.scheduler, self._teaching = self.teacher_scheduler, True
                 yield self
             finally:
                 self.scheduler, self._teaching = scheduler, teaching
@@ -285,7 +285,7 @@ class TDMPipeline(StudentAdapter):
         >>> with pipe.base_first():
         ...     picture = pipe("a red star", generator=torch.Generator().manual_seed(0)).images[0]
         """
-        self._require_unfused()
+        self.require_unfused()
         before, self._first_by_base = self._first_by_base, True
         try:
             yield self
@@ -315,8 +315,8 @@ class TDMPipeline(StudentAdapter):
         'pixart'
         """
         with whole_folder(save_directory, force=force) as unfinished:
-            student = self._save_networks(str(unfinished), self._teacher_scheduler, merged=False, **kwargs)
-            save_student(unfinished / STUDENT_FILE, state_dict_of(flat(student)), self.recipe, lora_alpha=None)
+            student = self._save_networks(str(unfinished), self.teacher_scheduler, merged=False, **kwargs)
+            save_student(unfinished / STUDENT_FILE, Student(self.recipe, student))
 
     def save_merged(self, save_directory: Source, *, force: bool = False, **kwargs: Any) -> None:
         """Write the base with the student merged into its weights, and the student's sampler: no LoRA is left.
@@ -340,9 +340,9 @@ class TDMPipeline(StudentAdapter):
             raise TDMError(f"merging is for TDMScheduler: a folder cannot hold the grid of {self.recipe.sampler}")
         with whole_folder(save_directory, force=force) as unfinished:
             self._save_networks(str(unfinished), self._sampler, merged=True, **kwargs)
-            (unfinished / MERGED_FILE).write_text(self.recipe.to_metadata()[HEADER_KEY])
+            (unfinished / MERGED_FILE).write_text(self.recipe.to_metadata()[HEADER_KEY], encoding="utf-8")
 
-    def _save_networks(self, folder: str, scheduler: Any, *, merged: bool, **kwargs: Any) -> Placed:
+    def _save_networks(self, folder: str, scheduler: Any, *, merged: bool, **kwargs: Any) -> Layers:
         """Save all but the student, or with it in the weights; returns the student."""
         if kwargs.pop("push_to_hub", False):
             raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
@@ -374,25 +374,25 @@ class TDMPipeline(StudentAdapter):
         >>> TDMPipeline.from_pretrained().use_attention("native")
         'native'
         """
-        return use_attention(self._denoiser, backend, self._execution_device)
+        return use_attention(self.denoiser, backend, self._execution_device)
 
-    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    def bind_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The arguments of a call by name, completed with the defaults."""
         signature = inspect.signature(type(self).__call__)
         bound = signature.bind_partial(self, *args, **kwargs)
-        for argument, value in self._call_defaults().items():
+        for argument, value in self.call_defaults().items():
             if argument in signature.parameters and bound.arguments.get(argument) is None:
                 bound.arguments[argument] = value
         return bound
 
-    def _call_defaults(self) -> dict[str, Any]:
+    def call_defaults(self) -> dict[str, Any]:
         """What a call uses for arguments that were left out or given as None."""
         recipe = self.recipe
-        defaults = {**self._family.call_defaults(self), "height": recipe.height, "width": recipe.width}
+        defaults = {**self.family.call_defaults(self), "height": recipe.height, "width": recipe.width}
         if recipe.num_frames is not None:
             defaults["num_frames"] = recipe.num_frames
         if not self._teaching:
-            defaults |= {"num_inference_steps": recipe.default_steps, **self._family.guidance(recipe.guidance_scale)}
+            defaults |= {"num_inference_steps": recipe.default_steps, **self.family.guidance(recipe.guidance_scale)}
             if recipe.sampler is not None:
                 defaults["eta"] = recipe.sampler.eta
         return defaults
@@ -406,8 +406,8 @@ def _student_class(family: Family) -> Any:
 
     @functools.wraps(call)
     def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        self._check_student()
-        bound = self._bind(args, kwargs)
+        self.check_student()
+        bound = self.bind_call(args, kwargs)
         with noise_of(self, bound):
             if self._first_by_base and not self._teaching:
                 return base_first(self, call, bound)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from tdm import TDMPipeline
-from tdm.pipelines.locate import bundled_path
+from tdm.pipelines.bases import bundled_path
 from tdm.training.eval_report import table
 from tdm.training.evaluate import Prompts, draw, evaluate, held_out_prompts, samplers
 from tdm.training.metrics.colours import COLOURS
-from tdm.training.world.verify import verify
+from tdm.training.worlds.stickers.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tdm.cli import main
-from tdm.pipelines.describe import describe
+from tdm.pipelines.bases import skeletons
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.layer_names import layer_shapes, names_of
-from tdm.pipelines.loras.skeleton import released, skeletons
-from tdm.pipelines.presets import PRESETS
-from tdm.pipelines.student import read_student
+from tdm.pipelines.loras.released import released
+from tdm.pipelines.students.describe import describe
+from tdm.pipelines.students.file import read_student
+from tdm.pipelines.students.released import PRESETS
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates
@@ -48,7 +50,7 @@ def test_a_converted_file_runs_alone_as_the_original_did(
     assert "all of its LoRA layers" in capsys.readouterr().out
     expected = short_call(load(base, student=kohya, recipe=FIELDS), "sd15")
     assert torch.equal(short_call(load(out), "sd15"), expected)
-    recipe, tensors = read_student(out)
+    recipe, tensors = read_student(out).recipe, load_file(out)
     assert recipe is not None
     assert recipe.trained_timesteps == {4: [900.0, 700.0, 500.0, 300.0]}
     assert {key.split(".")[0] for key in tensors} == {"unet", "text_encoder"}

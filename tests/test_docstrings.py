@@ -24,9 +24,14 @@ EXAMPLES = {  # what must have an example, by module
         "TDMPipeline.base_first",
         "TDMPipeline.use_attention",
     ],
-    "scheduler": ["TDMScheduler", "TDMScheduler.from_config", "TDMScheduler.set_timesteps"],
-    "student": ["save_student", "read_student"],
-    "convert": ["convert_lora"],
+    "scheduler": [
+        "TDMScheduler",
+        "TDMScheduler.from_config",
+        "TDMScheduler.prediction_type_of",
+        "TDMScheduler.set_timesteps",
+    ],
+    "students.file": ["Student.from_state_dict", "save_student", "read_student"],
+    "students.convert": ["convert_lora"],
 }
 
 

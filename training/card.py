@@ -19,11 +19,12 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from ..errors import TDMError
+from ..files import replacing
+from ..pipelines.bases import BUNDLED, base_folder
 from ..pipelines.families import Family, family_of_name
-from ..pipelines.locate import BUNDLED, base_folder
 from ..pipelines.scheduler import TDMScheduler
-from ..pipelines.student import StudentRecipe
-from .export import Format, Trained
+from ..pipelines.students.recipe import StudentRecipe
+from .export import FinishedRun, Format
 from .measure import EXPLAINED
 from .objectives import method_of
 
@@ -40,7 +41,7 @@ _CITATION = """\
 ```"""
 
 
-def write_card(run: Trained, path: Path, form: Format, *, force: bool = False) -> Path:
+def write_card(run: FinishedRun, path: Path, form: Format, *, force: bool = False) -> Path:
     """Write the card beside an exported student, with the curves and the last previews if they are not there yet.
 
     Args:
@@ -57,13 +58,12 @@ def write_card(run: Trained, path: Path, form: Format, *, force: bool = False) -
         (folder / picture).parent.mkdir(exist_ok=True)
         if not (folder / picture).exists():
             shutil.copyfile(run.folder / picture, folder / picture)
-    temporary = folder / f".{CARD_FILE}.{os.getpid()}.tmp"
-    temporary.write_text(model_card(run, path.name, form))
-    os.replace(temporary, card)
+    with replacing(card, shared=True) as file:
+        file.write(model_card(run, path.name, form).encode())
     return card
 
 
-def model_card(run: Trained, name: str, form: Format) -> str:
+def model_card(run: FinishedRun, name: str, form: Format) -> str:
     """The text of the card.
 
     Args:
@@ -205,17 +205,17 @@ def _comfyui(recipe: StudentRecipe, name: str, form: Format) -> list[str]:
 # ---------------------------------------------------------------------- facts
 
 
-def _curves(run: Trained) -> list[Path]:
+def _curves(run: FinishedRun) -> list[Path]:
     """The picture of the curves, in the run's folder, if there is one."""
     return [Path("curves.png")] if (run.folder / "curves.png").is_file() else []
 
 
-def _last_previews(run: Trained) -> list[Path]:
+def _last_previews(run: FinishedRun) -> list[Path]:
     """The last picture of previews, in the run's folder, if there is one."""
     return [picture.relative_to(run.folder) for picture in sorted((run.folder / "previews").glob("*.png"))[-1:]]
 
 
-def _last_evaluation(run: Trained) -> dict[str, float]:
+def _last_evaluation(run: FinishedRun) -> dict[str, float]:
     """The run's last line with measures of its task, {} without one."""
     metrics = run.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
@@ -245,7 +245,7 @@ def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
         yield "load beside it", recipe.notes["load_beside"]
 
 
-def _training_rows(run: Trained) -> Iterable[tuple[str, str]]:
+def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:
     c = run.config
     yield "updates", str(run.step)
     yield "samples per update", str(c.batch_size)
@@ -262,7 +262,7 @@ def _training_rows(run: Trained) -> Iterable[tuple[str, str]]:
     yield "seed", str(c.seed)
 
 
-def _settings(run: Trained) -> str:
+def _settings(run: FinishedRun) -> str:
     """The run's configuration as YAML, with names for the paths of this machine."""
     settings = json.loads(json.dumps(dataclasses.asdict(run.config)))
     settings["task"] = _without_paths(settings["task"])

@@ -13,16 +13,15 @@ import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import TDMError
-from ..pipelines.student import StudentRecipe
+from ..errors import TDMError, first_line
+from ..files import RESUME, save_tensors, writing
+from ..pipelines.students.recipe import StudentRecipe
 from .config import DistillConfig
-from .files import save_tensors, writing
 from .roles import ROLES, Ema, Role, Roles
 
 FORMAT = 1
@@ -77,7 +76,7 @@ def _keep_another(path: Path) -> None:
     except TDMError:
         return  # one that cannot be read is not worth keeping
     name = path.with_stem(f"{path.stem}-{step:06d}")
-    with writing(name):
+    with writing(name, RESUME):
         name.unlink(missing_ok=True)
         os.link(path, name)
 
@@ -103,7 +102,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
             payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise TDMError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
+        raise TDMError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise TDMError(f"{path} is not a checkpoint of format {FORMAT}")
     return payload
@@ -168,51 +167,3 @@ def _differences(old: Any, new: Any, name: str = "", free: set[str] = frozenset(
             yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name}: {old} there, {new} here"
-
-
-class Measure(NamedTuple):
-    """Which of a task's evaluation measures ranks its students."""
-
-    name: str
-    higher_is_better: bool
-
-
-class BestStudent:
-    """``best.pt``: the mean weights that had the best value of ``measure`` so far; no file without a measure.
-
-    It holds ``format``, ``step``, ``measure`` (its name), ``value`` and ``weights`` (as a checkpoint's
-    ``ema.weights``), and outlives a resume.
-
-    Args:
-        resume: go on from the file that is there; False removes it, since it is of another run.
-
-    Raises:
-        TDMError: the file is not one of this measure.
-    """
-
-    def __init__(self, path: Path, measure: Measure | None, *, resume: bool) -> None:
-        self.path, self.measure = path, measure
-        self.step: int | None = None
-        self.value = 0.0
-        if not resume:
-            path.unlink(missing_ok=True)
-        elif measure is not None and path.exists():
-            payload = read_checkpoint(path, mmap=True)
-            if payload["measure"] != measure.name:
-                raise TDMError(f"{path} ranks students by {payload['measure']}, not {measure.name}; move it away")
-            self.step, self.value = payload["step"], payload["value"]
-
-    def keep(self, step: int, weights: dict[str, Tensor], measures: dict[str, float]) -> dict[str, float]:
-        """Take in an evaluation after ``step`` updates; returns what to log: ``best/step`` and ``best/<measure>``.
-
-        Raises:
-            TDMError: the write failed; the best so far is kept.
-        """
-        if self.measure is None:
-            return {}
-        name, value = self.measure.name, measures[self.measure.name]
-        if self.step is None or (value > self.value if self.measure.higher_is_better else value < self.value):
-            payload = {"format": FORMAT, "step": step, "measure": name, "value": value, "weights": weights}
-            save_tensors(payload, self.path)
-            self.step, self.value = step, value
-        return {"best/step": self.step, f"best/{name}": self.value}

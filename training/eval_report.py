@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..files import replacing
 from .evaluate import Row
-from .files import replacing
 from .measure import EXPLAINED, Measures
 from .metrics.bootstrap import Value
 from .metrics.colours import COLOURS

@@ -17,15 +17,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import TDMError
-from ..pipelines.sheet import contact_sheet
-from ..pipelines.student_adapter import STUDENT_ADAPTER
+from ..pipelines.students.adapter import STUDENT_ADAPTER
+from ..sheet import contact_sheet
 from .measure import Measures, Reference
 from .metrics.extras import Extra
 from .pictures import Drawn, cached
 from .tasks.base_model import BaseModel
-from .world.captions import caption
-from .world.draw import SIZE
-from .world.scene import Scene, scenes
+from .worlds.stickers.captions import caption
+from .worlds.stickers.draw import SIZE
+from .worlds.stickers.scene import Scene, scenes
 
 SEED = 20_000  # of the prompts and noises: far from those of any training run
 APART = 20_000  # between the noises of the pictures that are judged, of the reference, and of those compared with it
@@ -135,7 +135,7 @@ def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[in
                     generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                     num_inference_steps=sampler.steps,
                     output_type="pt",
-                    **pipe._family.guidance(scale),
+                    **pipe.family.guidance(scale),
                     **call,
                 )
                 .images.float()
@@ -180,7 +180,7 @@ class Drawing:
         """All that the teacher's pictures depend on."""
         pipe, recipe = self.pipe, self.pipe.recipe
         if self._base is None:
-            self._base = BaseModel.find(pipe._base).identity()
+            self._base = BaseModel.find(pipe.base_model).identity()
         scale = recipe.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
         return {
             "base": self._base,
@@ -251,7 +251,7 @@ def evaluate(
     rows: list[Row] = []
     sheet = []
     reference: Reference | None = None
-    with progress(getattr(pipe, pipe._family.denoiser), total) as bar:
+    with progress(getattr(pipe, pipe.family.denoiser), total) as bar:
         drawing = Drawing(pipe, bar, cache)
 
         def grouped(sampler: Sampler, first_seed: int) -> Tensor:
@@ -306,7 +306,7 @@ def names_of(students: Sequence[str]) -> list[str]:
 
 def _check(pipe: Any, prompts: Prompts) -> None:
     recipe = pipe.recipe
-    if pipe._family.video:
+    if pipe.family.video:
         raise TDMError(f"an evaluation looks at pictures, and {recipe.family} makes videos")
     if len(prompts.texts) < 2:
         raise TDMError("an evaluation wants at least 2 prompts")

@@ -7,8 +7,7 @@ merged with.
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TDMError
-from ..pipelines.student import MERGED_FILE, STUDENT_FILE, Layout, StudentRecipe, save_student
+from ..pipelines.students.file import MERGED_FILE, STUDENT_FILE, Layout, Student, save_student
+from ..pipelines.students.recipe import StudentRecipe
 from .checkpoint import read_checkpoint
 from .config import DistillConfig, from_dict
 from .objectives import method_of
@@ -26,19 +26,18 @@ Which = Literal["mean", "best", "last"]
 """The running mean of the student's weights at the end, the mean at its best evaluation, or the last weights."""
 
 Format = Literal["student", "kohya", "merged"]
-_NO_CURVES = ("step", "seconds_per_update", "best/step")
 NAMES: dict[Format, str] = {"student": STUDENT_FILE, "kohya": "student-kohya.safetensors", "merged": "merged"}
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The student of a run, as the run's folder has it.
+class FinishedRun:
+    """A run as its folder has it.
 
     Attributes:
         folder: of the run.
         config: of the run.
         step: updates that the weights had.
-        recipe: how to sample it, with notes about its training.
+        recipe: how to sample the student, with notes about its training.
         weights: by the base's own names: ``<layer>.lora_A.weight``, or all of the network (``config.full_weights``).
     """
 
@@ -48,8 +47,30 @@ class Trained:
     recipe: StudentRecipe
     weights: dict[str, Tensor]
 
+    @property
+    def student(self) -> Student:
+        """The student that it trained.
 
-def read_run(folder: Path, which: Which = "mean") -> Trained | None:
+        Raises:
+            TDMError: it trained whole weights, or an embedding of the step count (see `unexportable`).
+        """
+        return student_of(self.config, self.recipe, self.weights)
+
+
+def student_of(config: DistillConfig, recipe: StudentRecipe, weights: Mapping[str, Tensor]) -> Student:
+    """The student of a run's adapter weights, ``<layer>.lora_A.weight`` and ``.lora_B.weight``.
+
+    Raises:
+        TDMError: the run trains whole weights, or an embedding of the step count (see `unexportable`).
+    """
+    if (reason := unexportable(config)) is not None:
+        raise TDMError(reason)
+    if config.full_weights:
+        raise TDMError("this run trained whole weights, which are no LoRA; export it with --format merged")
+    return Student.from_state_dict(recipe, weights, alpha=config.student.alpha)
+
+
+def read_run(folder: Path, which: Which = "mean") -> FinishedRun | None:
     """The student in a run's folder; None for a task that is no pipeline.
 
     Args:
@@ -83,7 +104,7 @@ def read_run(folder: Path, which: Which = "mean") -> Trained | None:
         f"{step} updates of {config.batch_size} prompts, seed {config.seed}, "
         f"teacher guidance {config.objective.teacher_guidance}"
     )
-    return Trained(folder, config, step, dataclasses.replace(recipe, notes=recipe.notes | notes), weights)
+    return FinishedRun(folder, config, step, dataclasses.replace(recipe, notes=recipe.notes | notes), weights)
 
 
 def _recipe(fields: dict[str, Any], config: DistillConfig) -> StudentRecipe:
@@ -93,7 +114,7 @@ def _recipe(fields: dict[str, Any], config: DistillConfig) -> StudentRecipe:
     return dataclasses.replace(recipe, stochastic_sampling=fresh)
 
 
-def export(run: Trained, form: Format, out: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:
+def export(run: FinishedRun, form: Format, out: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:
     """Write the student to ``out`` as a file, as a file with kohya's names, or as a folder, merged into its base."""
     if form == "merged":
         return export_merged(run, out, dtype=dtype, force=force)
@@ -111,7 +132,7 @@ def unexportable(config: DistillConfig) -> str | None:
 
 
 def export_student(
-    run: Trained,
+    run: FinishedRun,
     path: Path,
     *,
     layout: Layout = "diffusers",
@@ -121,17 +142,12 @@ def export_student(
     """Write the student as one self-describing file; see ``save_student``.
 
     Raises:
-        TDMError: the run trained whole weights or an embedding of the step count, or as ``save_student``.
+        TDMError: as ``FinishedRun.student`` and ``save_student``.
     """
-    if (reason := unexportable(run.config)) is not None:
-        raise TDMError(reason)
-    if run.config.full_weights:
-        raise TDMError("this run trained whole weights, which are no LoRA; export it with --format merged")
-    alpha = run.config.student.alpha
-    return save_student(path, run.weights, run.recipe, lora_alpha=alpha, layout=layout, dtype=dtype, force=force)
+    return save_student(path, run.student, layout=layout, dtype=dtype, force=force)
 
 
-def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:
+def export_merged(run: FinishedRun, folder: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:
     """Write the base with the student in its weights, as a pipeline; see ``TDMPipeline.save_merged``.
 
     Args:
@@ -154,42 +170,12 @@ def export_merged(run: Trained, folder: Path, *, dtype: torch.dtype | None = Non
         _replace_weights(getattr(pipe, base.family.denoiser), run)
         merged = TDMPipeline.from_pipe(pipe, student=None, recipe=vars(run.recipe))
     else:
-        with tempfile.TemporaryDirectory() as scratch:
-            merged = TDMPipeline.from_pipe(pipe, student=export_student(run, Path(scratch) / STUDENT_FILE))
+        merged = TDMPipeline.from_pipe(pipe, student=run.student)
     merged.save_merged(folder, force=force)
     return folder
 
 
-def _replace_weights(network: torch.nn.Module, run: Trained) -> None:
+def _replace_weights(network: torch.nn.Module, run: FinishedRun) -> None:
     found = network.load_state_dict(run.weights, strict=False)  # buffers are not trained, and are the base's
     if found.unexpected_keys or not set(found.missing_keys).isdisjoint(dict(network.named_parameters())):
         raise TDMError(f"the weights of {run.folder} are for another network than that of {run.recipe.base_model}")
-
-
-def plot_curves(folder: Path) -> Path | None:
-    """``curves.png`` from ``metrics.jsonl``: one panel a measure, or None if the run wrote none."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = [n for n in dict.fromkeys(key for line in lines for key in line) if n not in _NO_CURVES]
-    if not names:
-        return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = 4
-    figure, axes = plt.subplots(
-        -(-len(names) // columns), columns, figsize=(4 * columns, 2.6 * -(-len(names) // columns)), squeeze=False
-    )
-    for axis, name in zip(axes.flat, names, strict=False):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    figure.tight_layout()
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-    return path

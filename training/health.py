@@ -6,19 +6,9 @@ beside each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import quantiles
-from typing import NamedTuple
-
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
-
-from .metrics import colour_ratios, diversity
-
-SIDE = 64  # pixels of the previews that are compared, the least metrics.features takes: no alarm is about fine detail
 
 # On the student's previews over the teacher's. The bundled student stays within 0.95 to 1.01 in colours and at 0.85 to
 # 1.2 in diversity; the base itself on the student's 4 steps, where a run begins, has contrast 0.9 and diversity 1.1.
@@ -34,26 +24,6 @@ PATIENCE = 3  # lines in a row
 MOST_GAP = 3.0
 LOSS_RISE = 3.0  # times what nine in ten earlier lines stayed below; in those 20 runs never more than 0.85
 EARLIER = 8  # lines before there is anything to compare a loss with
-
-
-class Preview(NamedTuple):
-    """What a task shows from fixed seeds."""
-
-    image: Image.Image | None  # rows of teacher, student and the critic's idea
-    ratios: dict[str, float]  # the student's over the teacher's: diversity, and of pictures what colour_ratios says
-
-
-def picture_ratios(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """``colour_ratios`` and the ratio of ``diversity``, of uint8 pictures (prompts, seeds, 3, H, W) of any size."""
-    made, reference = (
-        F.interpolate(p.flatten(0, 1).float(), (SIDE, SIDE), mode="bilinear", antialias=True).round().byte()
-        for p in (student, teacher)
-    )
-    ratios = colour_ratios(made, reference)
-    shape = (*teacher.shape[:3], SIDE, SIDE)
-    spread = diversity(reference.view(shape))
-    ratios["diversity"] = diversity(made.view(shape)) / spread if spread else math.nan
-    return {name: value for name, value in ratios.items() if math.isfinite(value)}  # a ratio to nothing says nothing
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import TDMError
-from .checkpoint import BestStudent
-from .files import replacing, writing
-from .health import Monitor, Preview
+from ..files import RESUME, replacing, writing
+from .best import BestStudent
+from .health import Monitor
+from .preview import Preview
 from .progress import duration
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Log:
         if run.step:  # resuming: forget what came after the checkpoint, and a line that a killed run left half written
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step]
-        with replacing(self.path) as file:
+        with replacing(self.path, remedy=RESUME) as file:
             file.write("".join(kept).encode())
         for line in kept:  # what the monitor knows is in the lines
             self.monitor.watch(json.loads(line))
@@ -123,7 +124,7 @@ class Log:
     def preview(self, preview: Preview) -> None:
         """The sheet of previews as a file, and how the student's samples compare with the teacher's as a line."""
         if preview.image is not None:
-            with replacing(self.run.out_dir / "previews" / f"{self.run.step:06d}.png") as file:
+            with replacing(self.run.out_dir / "previews" / f"{self.run.step:06d}.png", remedy=RESUME) as file:
                 preview.image.save(file, format="PNG")
             if self.board is not None:
                 self.board.add_image("preview", np.asarray(preview.image), self.run.step, dataformats="HWC")
@@ -132,7 +133,7 @@ class Log:
 
     def _record(self, line: dict[str, float]) -> dict[str, float]:
         line = {"step": self.run.step, **line}
-        with writing(self.path), self.path.open("a") as file:
+        with writing(self.path, RESUME), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.table.write(line)
         if self.board is not None:
@@ -161,7 +162,7 @@ class Table:
         lines = [json.loads(line) for line in self.source.read_text().splitlines()]
         self.columns = list(dict.fromkeys(["step", *(name for line in lines for name in line)]))
         rows = [",".join(self.columns), *(self._row(line) for line in lines)]
-        with replacing(self.path) as file:
+        with replacing(self.path, remedy=RESUME) as file:
             file.write("".join(f"{row}\n" for row in rows).encode())
 
     def _row(self, line: dict[str, float]) -> str:
@@ -172,7 +173,7 @@ class Table:
         if not set(line) <= set(self.columns):
             self._rebuild()
             return
-        with writing(self.path), self.path.open("a") as file:
+        with writing(self.path, RESUME), self.path.open("a") as file:
             file.write(self._row(line) + "\n")
 
 

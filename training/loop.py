@@ -22,7 +22,8 @@ from .precision import best_precision
 from .processes import Processes, shard
 from .progress import Report, print_line
 from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Role, Roles
-from .run import Callback, Run, Task
+from .run import Callback, Run
+from .task import Task
 from .trajectory import Trajectory, build_trajectories
 from .update import update
 

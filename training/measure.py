@@ -16,7 +16,7 @@ from .metrics.colours import COLOURS, colour_statistics, moments
 from .metrics.distances import DIMENSIONS, picture_frechet, picture_sliced_wasserstein
 from .metrics.diversity import diversity_by_prompt
 from .metrics.spectrum import octaves
-from .world.scene import Scene
+from .worlds.stickers.scene import Scene
 
 # Of the values whose names do not say it.
 EXPLAINED = {

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .files import replacing
+from ..files import replacing
 
 FORMAT = 1
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import TDMError
+from ..errors import TDMError, first_line
 from .launcher import launched
 
 T = TypeVar("T")
@@ -140,5 +140,5 @@ def _fellows_live() -> Iterator[None]:
     except RuntimeError as error:
         raise TDMError(
             "another process of this run has ended, its own message says why; go on from the last checkpoint with "
-            f"--resume ({str(error).splitlines()[0]})"
+            f"--resume ({first_line(error)})"
         ) from error

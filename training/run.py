@@ -1,102 +1,24 @@
-"""A run and what it distils, as the loop, its callbacks and the tasks see them."""
+"""A run, as the loop and its callbacks see it."""
 
 from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..pipelines.families.base import on_device
-from ..pipelines.schedule import NoiseSchedule, PredictionType, uniform_grid
-from ..pipelines.student import StudentRecipe
-from .checkpoint import Measure
+from ..pipelines.schedule import uniform_grid
 from .config import DistillConfig
-from .health import Preview
 from .roles import STEPS, Ema, Roles
+from .task import Task, Teacher
 from .trajectory import Condition, Predict, Trajectory, sample, with_fresh_noise
 
-Sampler = Callable[[Tensor, Condition], Tensor]
-"""``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
-steps, or the critic's idea of the student's sample.
-"""
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The guided teacher: a `Sampler` that knows, as JSON, what its samples depend on beside base, noise and prompts.
-    By that a task can keep what it drew for the runs to come.
-    """
-
-    draw: Sampler
-    identity: Mapping[str, Any]
-
-    def __call__(self, noise: Tensor, cond: Condition) -> Tensor:
-        """Samples of the teacher, ``[B, ...]``."""
-        return self.draw(noise, cond)
-
-
 CRITIC_SEED = 1_000  # of the noise in Run.critic: not that of any task's previews
-
-
-class Task(Protocol):
-    """What is distilled: everything that differs between a mixture of Gaussians and a text-to-image model."""
-
-    base: nn.Module  # the pretrained network, on its device; it is frozen
-    schedule: NoiseSchedule
-    prediction_type: PredictionType
-    targets: Sequence[str] | str  # the layers that get adapters, as in peft
-    time_embedder: str  # the base's module whose output [B, D] is the time embedding
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base runs."""
-        ...
-
-    @property
-    def measure(self) -> Measure | None:
-        """The measure of :meth:`evaluate` by which the best student is kept; None keeps none."""
-        ...
-
-    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """The network's output for ``x`` ``[B, ...]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
-        parts in float32.
-        """
-        ...
-
-    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
-        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded (``{}`` if there are none), and the
-        shape of one sample, which may differ from batch to batch. On any device: the loop moves what it needs.
-        """
-        ...
-
-    def null(self, cond: Condition) -> Condition:
-        """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
-        ...
-
-    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:
-        """What the three draw from fixed seeds, and how the student's samples compare with the teacher's."""
-        ...
-
-    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
-        """The task's own measures, from fixed seeds."""
-        ...
-
-    def show(self, sampler: Sampler) -> Image.Image:
-        """What a sampler draws from fixed seeds, in a small picture: to look at beside another's."""
-        ...
-
-    def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe | None:
-        """How a student with a trajectory for each of its step counts is sampled, for its file; None for a task that is
-        no pipeline.
-        """
-        ...
 
 
 @dataclass

@@ -17,7 +17,7 @@ class CogVideoX(Family):
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     video = True
     frames_first = True
-    home = "..mended.batches"
+    home = "..fixes.batches"
 
     def default_size(self, pipe: Any) -> Size:
         config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial

@@ -18,7 +18,7 @@ class QwenImage(PatchedFamily):
     time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     guidance_argument = "true_cfg_scale"
-    home = "..mended.batches"
+    home = "..fixes.batches"
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")

@@ -17,7 +17,7 @@ class Sana(Family):
     time_embedder = "time_embed.emb.timestep_embedder"
     lora_targets = ATTENTION
     binned_sample_sizes = frozenset({16, 32, 64, 128})
-    home = "..mended.batches"
+    home = "..fixes.batches"
     pixel_multiple = 32
     float32_latents = True
 

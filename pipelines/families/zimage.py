@@ -18,7 +18,7 @@ class ZImage(Family):
     time_embedder = "t_embedder"
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     no_guidance = 0.0
-    home = "..mended.batches"
+    home = "..fixes.batches"
     float32_latents = True
 
     def default_size(self, pipe: Any) -> Size:  # noqa: ARG002

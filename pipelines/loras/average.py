@@ -7,28 +7,28 @@ the least that any LoRA of that rank can lose.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...errors import TDMError
-from .pairs import Lora
+from .pairs import Layers, Lora
 
 
 class Mean(NamedTuple):
     """Of several LoRAs: the layers, and the share of the exact mean's norm (Frobenius, over all layers) in them."""
 
-    layers: dict[str, Lora]
+    layers: Layers
     kept: float
 
 
-def mean(loras: Sequence[Mapping[str, Lora]], weights: Sequence[float], rank: int | None = None) -> Mean:
+def mean(loras: Sequence[Layers], weights: Sequence[float], rank: int | None = None) -> Mean:
     """The weighted mean of LoRAs of the same layers, at a rank.
 
     Args:
-        loras: by layer, at strength 1.0; ranks may differ.
+        loras: at strength 1.0; ranks may differ.
         weights: one each, above 0; only their ratios matter.
         rank: of the mean, at most; None is the largest rank of each layer among the loras.
 
@@ -40,14 +40,18 @@ def mean(loras: Sequence[Mapping[str, Lora]], weights: Sequence[float], rank: in
     if rank is not None and rank < 1:
         raise TDMError(f"the rank must be at least 1, not {rank}")
     shares = [weight / sum(weights) for weight in weights]
-    layers, total, kept = {}, 0.0, 0.0
-    for name in dict.fromkeys(name for lora in loras for name in lora):
-        parts = [lora[name] for lora in loras if name in lora]
-        if len(parts) < len(loras) or len({(part.widths, part.A.shape[2:]) for part in parts}) > 1:
-            raise TDMError(f"the students cannot be averaged: layer {name!r} is not in all of them with one shape")
-        layers[name], singular = reduce(stack(parts, shares), rank or max(part.rank for part in parts))
+    layers: dict[str, dict[str, Lora]] = {}
+    total, kept = 0.0, 0.0
+    for component, name in dict.fromkeys((c, name) for lora in loras for c, names in lora.items() for name in names):
+        same = [lora[component][name] for lora in loras if name in lora.get(component, {})]
+        if len(same) < len(loras) or len({(one.widths, one.A.shape[2:]) for one in same}) > 1:
+            raise TDMError(
+                f"the students cannot be averaged: layer '{component}.{name}' is not in all of them with one shape"
+            )
+        averaged, singular = reduce(stack(same, shares), rank or max(one.rank for one in same))
+        layers.setdefault(component, {})[name] = averaged
         total += float(singular.square().sum())
-        kept += float(singular[: layers[name].rank].square().sum())
+        kept += float(singular[: averaged.rank].square().sum())
     return Mean(layers, (kept / total) ** 0.5 if total else 1.0)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...errors import TDMError
+from ...errors import TDMError, first_line
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings in a safetensors header
 _POSITIONAL = ("ema_parameters", "shadow_params")
@@ -98,7 +98,7 @@ def _load_pickle(path: Path) -> Any:
         what = f"it holds {found[1]}, not only tensors," if found else "it holds more than tensors,"
         raise TDMError(f"{path} is refused: {what} and loading that could run code; use a .safetensors file") from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise TDMError(f"{path} is truncated or damaged: {next(iter(str(error).splitlines()), error)}") from None
+        raise TDMError(f"{path} is truncated or damaged: {first_line(error)}") from None
 
 
 def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -25,9 +25,9 @@ from .layer_names import (
     unambiguous,
 )
 from .layouts import Address, Positional, parse
-from .pairs import Lora
-from .places import Placed, place, split, stacked_widths
-from .skeleton import released
+from .pairs import Layers, Lora
+from .places import place, split, stacked_widths
+from .released import released
 
 
 class Rows(NamedTuple):
@@ -45,7 +45,7 @@ def place_native(
     *,
     scale: float = 1.0,
     positional: Positional | None = None,
-) -> Placed:
+) -> Layers:
     """The LoRA of a file on the layers of native networks; every layer of the file finds its place.
 
     Args:
@@ -86,7 +86,7 @@ def place_native(
             f"the student does not fit this model: {len(layers) - len(wrong)} of its {len(layers)} LoRA layers match, "
             f"{len(wrong)} do not: {', '.join(wrong[:3])}" + (", ..." if len(wrong) > 3 else "")
         )
-    placed: Placed = {}
+    placed: dict[str, dict[str, Lora]] = {}
     for (component, layer), stack in stacks.items():
         placed.setdefault(component, {})[layer] = _joined(layer, shapes[component][layer].outputs, stack)
     return placed

@@ -41,6 +41,10 @@ class Lora(NamedTuple):
         return self.A.shape[1], self.B.shape[0]
 
 
+Layers = Mapping[str, Mapping[str, Lora]]
+"""A LoRA at strength 1.0: component of a pipeline -> layer -> its two halves."""
+
+
 def pair_layers(state_dict: Mapping[str, Tensor]) -> dict[str, Lora]:
     """The LoRA of each layer, by layer name.
 
@@ -62,13 +66,15 @@ def pair(layer: str, half: Mapping[str, Tensor]) -> Lora:
     """The LoRA of one layer from its halves, {"A": (rank, in, ...), "B": (out, rank, ...)}.
 
     Raises:
-        TDMError: a half is missing, the two do not fit together, or hold NaN or infinite values.
+        TDMError: a half is missing, the two do not fit together, have rank 0, or hold NaN or infinite values.
     """
     if len(half) < 2:
         raise TDMError(f"layer {layer!r} has only one half of its LoRA, lora_{next(iter(half))}")
     a, b = half["A"].shape, half["B"].shape
     if min(len(a), len(b)) < 2 or a[0] != b[1]:
         raise TDMError(f"layer {layer!r}: lora_A {tuple(a)} and lora_B {tuple(b)} do not fit together")
+    if a[0] == 0:
+        raise TDMError(f"layer {layer!r}: its LoRA has rank 0; leave the layer out of the file")
     for name, tensor in half.items():
         if not bool(torch.isfinite(tensor).all()):
             raise TDMError(f"layer {layer!r}: lora_{name} ({tensor.dtype}) holds NaN or infinite values")

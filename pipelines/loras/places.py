@@ -11,14 +11,7 @@ from ..families import Family
 from .file import LoraFile
 from .layer_names import LayerShape, layer_shapes, names_of
 from .layouts import Positional, parse
-from .pairs import Lora, pair
-
-Placed = dict[str, dict[str, Lora]]  # component -> layer -> its LoRA
-
-
-def flat(placed: Placed) -> dict[str, Lora]:
-    """The layers by one name, `<component>.<layer>`, as a student file has them."""
-    return {f"{component}.{layer}": lora for component, layers in placed.items() for layer, lora in layers.items()}
+from .pairs import Layers, Lora, pair
 
 
 def place(
@@ -28,18 +21,18 @@ def place(
     *,
     scale: float = 1.0,
     positional: Positional | None = None,
-) -> Placed:
+) -> Layers:
     """The LoRA of a file on the layers of a pipeline; every layer of the file finds its place.
 
     Args:
         file: from `read_lora_file`.
         family: of the pipeline.
         components: the networks that can take a LoRA, by name; adapters may be attached to them already.
-        scale: strength to multiply in, beside the file's own alpha / rank.
+        scale: strength to multiply in, on top of the file's own alpha / rank.
         positional: what to lay an EMA list on.
 
     Returns:
-        {component: {layer: (A, B)}}, at strength 1.0; no two layers share memory.
+        The layers at strength 1.0; no two share memory.
 
     Raises:
         TDMError: as in `parse`; a layer that does not exist, has another shape, or is given twice (counts and the
@@ -48,26 +41,65 @@ def place(
     if file.positional is not None and positional is not None:
         denoiser = components[family.denoiser]
         return {family.denoiser: _place_positional(file, denoiser, positional, scale * positional.scale)}
-    layers = parse(file).layers
     names = {component: names_of(network, family.name) for component, network in components.items()}
+    return _place(
+        [
+            (component, ".".join(filter(None, address)), names.get(component, {}).get(address.name, ()), lora)
+            for address, lora in parse(file).layers.items()
+            for component in (address.component or family.denoiser,)
+        ],
+        family,
+        components,
+        scale,
+    )
+
+
+def place_layers(layers: Layers, family: Family, components: Mapping[str, nn.Module]) -> Layers:
+    """A LoRA in memory on the layers of a pipeline, whose names it has already: a copy of it, every layer checked.
+
+    Args:
+        layers: at strength 1.0.
+        family, components: as in `place`.
+
+    Raises:
+        TDMError: a layer that does not exist or has another shape.
+    """
     shapes = {component: layer_shapes(network) for component, network in components.items()}
-    placed: Placed = {}
+    return _place(
+        [
+            (component, f"{component}.{name}", (name,) if name in shapes.get(component, {}) else (), lora)
+            for component, loras in layers.items()
+            for name, lora in loras.items()
+        ],
+        family,
+        components,
+    )
+
+
+def _place(
+    named: Sequence[tuple[str, str, Sequence[str], Lora]],
+    family: Family,
+    components: Mapping[str, nn.Module],
+    scale: float = 1.0,
+) -> Layers:
+    """The layers of a pipeline that (component, name in the source, our layers of that name, LoRA) are for."""
+    shapes = {component: layer_shapes(network) for component, network in components.items()}
+    placed: dict[str, dict[str, Lora]] = {}
     wrong: list[str] = []
-    for address, lora in layers.items():
-        component = address.component or family.denoiser
-        targets = names.get(component, {}).get(address.name, ())
-        parts = split(lora.scaled(scale), [shapes[component][target] for target in targets])
-        if not parts:
-            own = stacked_widths([shapes[component][target] for target in targets])
+    for component, name, targets, lora in named:
+        stack = [shapes[component][target] for target in targets]
+        loras = split(lora.scaled(scale), stack)
+        if not loras:
+            own = stacked_widths(stack)
             why = f"{own} wide, not {lora.widths}" if own not in (None, lora.widths) else "another kernel"
-            wrong.append(f"{'.'.join(filter(None, address))} ({why if targets else 'no such layer'})")
-        for target, part in zip(targets, parts, strict=False):
+            wrong.append(f"{name} ({why if targets else 'no such layer'})")
+        for target, part in zip(targets, loras, strict=False):
             if target in placed.setdefault(component, {}):
-                raise TDMError(f"the file has two LoRAs for the layer {target!r}; the second as {address.name!r}")
+                raise TDMError(f"the file has two LoRAs for the layer {target!r}; the second as {name!r}")
             placed[component][target] = part
     if wrong:
         raise TDMError(
-            f"the student does not fit this base: {len(layers) - len(wrong)} of its {len(layers)} LoRA layers match "
+            f"the student does not fit this base: {len(named) - len(wrong)} of its {len(named)} LoRA layers match "
             f"the {type(components[family.denoiser]).__name__}, {len(wrong)} do not: {', '.join(wrong[:3])}"
             + (", ..." if len(wrong) > 3 else "")
         )

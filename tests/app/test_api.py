@@ -17,9 +17,10 @@ import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
+from safetensors.torch import load_file
 from tdm.cli import main
-from tdm.pipelines.locate import bundled_path
-from tdm.pipelines.student import read_student, save_student
+from tdm.pipelines.bases import bundled_path
+from tdm.pipelines.students.file import Student, read_student, save_student
 from tdm.tests.app.conftest import App
 
 PROMPT = "a green heart on the beach"
@@ -27,7 +28,7 @@ PROMPT = "a green heart on the beach"
 
 def bundled() -> dict[int, list[float]]:
     """The grids of the student that ships."""
-    recipe, _ = read_student(bundled_path() / "student.safetensors")
+    recipe = read_student(bundled_path() / "student.safetensors").recipe
     assert recipe is not None
     return recipe.trained_timesteps
 
@@ -63,10 +64,13 @@ def test_a_seed_gives_the_picture_of_tdm_generate(client: Client, tmp_path: Path
 def test_a_student_with_fresh_noise_draws_the_picture_of_tdm_generate(
     client: Client, students: Path, tmp_path: Path
 ) -> None:
-    recipe, tensors = read_student(bundled_path() / "student.safetensors")
+    recipe, tensors = (
+        read_student(bundled_path() / "student.safetensors").recipe,
+        load_file(bundled_path() / "student.safetensors"),
+    )
     assert recipe is not None
     file = students / "fresh.safetensors"
-    save_student(file, tensors, dataclasses.replace(recipe, stochastic_sampling=True), lora_alpha=None)
+    save_student(file, Student.from_state_dict(dataclasses.replace(recipe, stochastic_sampling=True), tensors))
     drawn = [client.predict(PROMPT, 7, student="students/fresh.safetensors", api_name="/generate")[0] for _ in "ab"]
     plain, _ = client.predict(PROMPT, 7, api_name="/generate")
     assert main(["generate", PROMPT, "--seed", "7", "--student", str(file), "--out", str(tmp_path / "a.png")]) == 0

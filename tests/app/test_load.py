@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 from gradio_client import Client
-from tdm.demo.load import crowd
 from tdm.tests.app.conftest import App
+from tdm.tests.app.load import crowd
 
 CLIENTS = 50
 

@@ -14,8 +14,9 @@ from gradio_client import Client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, expect
-from tdm.pipelines.locate import bundled_path
-from tdm.pipelines.student import read_student, save_student
+from safetensors.torch import load_file
+from tdm.pipelines.bases import bundled_path
+from tdm.pipelines.students.file import Student, read_student, save_student
 from tdm.tests.app.accessibility import violations
 from tdm.tests.app.conftest import App
 
@@ -310,11 +311,14 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
 
 
 def test_another_student_marks_its_own_steps_everywhere(open_page: Open, students: Path) -> None:
-    recipe, tensors = read_student(bundled_path() / "student.safetensors")
+    recipe, tensors = (
+        read_student(bundled_path() / "student.safetensors").recipe,
+        load_file(bundled_path() / "student.safetensors"),
+    )
     assert recipe is not None
     grid = [1000, 929, 857, 762, 667, 533, 400, 200]
     eight = dataclasses.replace(recipe, trained_timesteps={8: grid}, preferred_steps=None)
-    save_student(students / "eight.safetensors", tensors, eight, lora_alpha=None)
+    save_student(students / "eight.safetensors", Student.from_state_dict(eight, tensors))
     page = open_page("/?student=students%2Feight.safetensors")
     expect(page.locator("#steps label", has_text="8, trained")).to_be_visible()
     expect(page.locator("#stage figcaption").nth(0)).to_contain_text("8 calls")

@@ -13,7 +13,8 @@ import pytest
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from tdm.pipelines.loras.pairs import state_dict_of
-from tdm.pipelines.student import StudentRecipe, save_student
+from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.recipe import StudentRecipe
 
 from . import install, tiny_sd15
 from .server import Server
@@ -55,7 +56,7 @@ class Checkpoint:
         grid = {"trained_timesteps": {4: [899.0, 674.0, 449.0, 224.0]}, "solver_order": 2, "height": 64, "width": 64}
         recipe = StudentRecipe.from_fields({**fields, **grid, **changes})
         layers = state_dict_of(tiny_sd15.lora(self.unet))
-        save_student(self.server.models / "loras" / name, layers, recipe, lora_alpha=None, force=True)
+        save_student(self.server.models / "loras" / name, Student.from_state_dict(recipe, layers), force=True)
         return name
 
 

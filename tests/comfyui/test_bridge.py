@@ -17,7 +17,8 @@ from tdm import TDMPipeline, TDMScheduler
 from tdm.pipelines.families import Size, family_of_pipeline
 from tdm.pipelines.loras.layer_names import layer_shapes
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
-from tdm.pipelines.student import StudentRecipe, save_student
+from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests import tiny
 
 from .graphs import SEED, node, sampling
@@ -178,7 +179,9 @@ def test_a_student_goes_onto_denoiser_and_text_encoder(server: Server, folder: F
     }
     recipe = StudentRecipe("me/tiny", "sd15", "epsilon", {3: GRID}, guidance_scale=1.0, height=16, width=32)
     (server.models / "loras").mkdir(exist_ok=True)
-    file = save_student(server.models / "loras" / "on_sd15.safetensors", state_dict_of(layers), recipe, lora_alpha=None)
+    file = save_student(
+        server.models / "loras" / "on_sd15.safetensors", Student.from_state_dict(recipe, state_dict_of(layers))
+    )
     graph = loaded("sd15", timesteps=None)
     (teacher,) = server.latents(loaded("sd15"), ["samples", 0])
     student = {"file": file.name, "released_as": "by its header or name", "strength": 1.0}

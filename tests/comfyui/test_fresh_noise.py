@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tdm import TDMPipeline, TDMScheduler
-from tdm.pipelines.student import HEADER_KEY, StudentRecipe, save_student
+from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.recipe import HEADER_KEY, StudentRecipe
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import lora_for
 from torch import Tensor
@@ -101,7 +102,7 @@ def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server,
     made = StudentRecipe("me/tiny", name, predicts, {3: GRID}, stochastic_sampling=True, **fields)
     (server.models / "loras").mkdir(exist_ok=True)
     file = server.models / "loras" / f"fresh_{name}.safetensors"
-    save_student(file, lora_for(getattr(pipe, denoiser)), made, lora_alpha=2)
+    save_student(file, Student.from_state_dict(made, lora_for(getattr(pipe, denoiser)), alpha=2))
     graph = loaded(name, timesteps=None)
     student = {"file": file.name, "released_as": "by its header or name", "strength": 1.0}
     graph["student"] = node("TDMLoadStudent", model=["load", 0], **student)
@@ -117,4 +118,4 @@ def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server,
         assert found.shape == out.transpose(1, 2).shape
         assert found.isfinite().all()
     else:
-        assert error(found, ours._family.unpack(ours, out, size)) <= 1e-5
+        assert error(found, ours.family.unpack(ours, out, size)) <= 1e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tdm.pipelines.presets import PRESETS
+from tdm.pipelines.students.released import PRESETS
 
 from .graphs import SEED, node, student_graph
 from .server import Graph, Server

@@ -14,7 +14,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tdm.pipelines.loras.merge import merge
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
-from tdm.pipelines.student import HEADER_KEY, StudentRecipe, save_student
+from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.recipe import HEADER_KEY, StudentRecipe
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, tensors_of
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def delta(lora: Lora, shape: torch.Size) -> Tensor:
 
 def save(server: Server, name: str, layers: dict[str, Lora], recipe: StudentRecipe = RECIPE, **options: Any) -> Path:
     return save_student(
-        server.models / "loras" / name, state_dict_of(layers), recipe, lora_alpha=None, force=True, **options
+        server.models / "loras" / name, Student.from_state_dict(recipe, state_dict_of(layers)), force=True, **options
     )
 
 

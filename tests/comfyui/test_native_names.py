@@ -16,8 +16,8 @@ from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes
 from tdm.pipelines.loras.native import Rows, place_native, rows_of
 from tdm.pipelines.loras.pairs import Lora
-from tdm.pipelines.loras.skeleton import released
-from tdm.pipelines.presets import PRESETS
+from tdm.pipelines.loras.released import released
+from tdm.pipelines.students.released import PRESETS
 from tdm.tests.pipelines.native_networks import native_network
 from torch import Tensor, nn
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tdm.pipelines.presets import PRESETS
-from tdm.pipelines.student import StudentRecipe, save_student
+from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.recipe import StudentRecipe
+from tdm.pipelines.students.released import PRESETS
 
 from .graphs import student_graph
 from .server import PromptError, Server
@@ -27,7 +28,7 @@ def student(server: Server) -> Callable[..., str]:
         fields = {"base_model": "me/base", "family": "sd15", "prediction_type": "epsilon", "trained_timesteps": GRIDS}
         sizes = {"guidance_scale": 1.0, "height": 512, "width": 512}
         recipe = StudentRecipe.from_fields({**fields, **sizes, **changes})
-        save_student(server.models / "loras" / name, LORA, recipe, lora_alpha=None, force=True)
+        save_student(server.models / "loras" / name, Student.from_state_dict(recipe, LORA), force=True)
         return name
 
     return write

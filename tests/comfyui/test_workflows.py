@@ -19,8 +19,8 @@ from tdm.tests import tiny
 from tdm.tests.browser import chromium
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, tensors_of
 from tdm.tests.pipelines.students import lora_for
-from tdm.training.world.scene import Group, Scene
-from tdm.training.world.verify import verify
+from tdm.training.worlds.stickers.scene import Group, Scene
+from tdm.training.worlds.stickers.verify import verify
 
 from . import bundled_workflows, tiny_sd15
 from .conftest import Checkpoint

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tdm.pipelines.locate import bundled_path
-from tdm.pipelines.presets import PRESETS
-from tdm.pipelines.student import read_student
+from tdm.pipelines.bases import bundled_path
+from tdm.pipelines.students.file import read_student
+from tdm.pipelines.students.released import PRESETS
 
 from .graphs import node
 from .server import Graph
@@ -84,7 +84,7 @@ def _grid(student: str) -> str:
     if student in PRESETS:
         (grid,) = PRESETS[student].fields["trained_timesteps"].values()
     else:
-        grid = read_student(bundled_path() / "student.safetensors")[0].trained_timesteps[4]
+        grid = read_student(bundled_path() / "student.safetensors").recipe.trained_timesteps[4]
     return ", ".join(f"{timestep:g}" for timestep in grid)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tdm import TDMPipeline
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.student import save_student
+from tdm.pipelines.students.file import Student, save_student
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import Make, load, lora_for, recipe_for
 
@@ -22,7 +22,9 @@ def make(bases: Callable[[str], Path], tmp_path: Path) -> Make:
     def student(base: str, name: str = "student.safetensors", seed: int = 0, **changes: Any) -> Path:
         denoiser = getattr(tiny.build(base), family_of_name(base).denoiser)
         recipe = recipe_for(base, bases(base), **changes)
-        return save_student(tmp_path / name, lora_for(denoiser, seed), recipe, lora_alpha=4, force=True)
+        return save_student(
+            tmp_path / name, Student.from_state_dict(recipe, lora_for(denoiser, seed), alpha=4), force=True
+        )
 
     return student
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from tdm import TDMPipeline, TDMScheduler
 from tdm.pipelines.families import Condition, Size
 from tdm.pipelines.schedule import expand, predict_x0_eps
-from tdm.pipelines.student import StudentRecipe
+from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests import tiny
 from tdm.training.trajectory import Predict
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def short_call(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
 
 def predictor(pipe: Any, family: str) -> tuple[Predict, Condition]:
     """(network, condition) of `tiny.PROMPT` as training calls them, without guidance."""
-    call, rows = tiny.call_kwargs(family), pipe._family
+    call, rows = tiny.call_kwargs(family), pipe.family
     size = Size(call["height"], call["width"], call.get("num_frames"))
     network, config = getattr(pipe, rows.denoiser), pipe.scheduler.config
     told = {"height", "width", "num_frames", "prompt", "guidance_scale", "true_cfg_scale", "num_inference_steps"}

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tdm.cli import main
 from tdm.errors import TDMError
-from tdm.pipelines.average import average, read
 from tdm.pipelines.loras.average import mean, reduce, stack
 from tdm.pipelines.loras.merge import merge
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
-from tdm.pipelines.student import read_student, save_student
+from tdm.pipelines.students.average import average
+from tdm.pipelines.students.file import Student, read_student, save_student
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import Make, error, latents, load, without_student
 from torch import Tensor
@@ -56,20 +57,21 @@ def test_a_smaller_rank_keeps_the_most_that_any_can() -> None:
         assert relative(product(kept), u[:, :rank] @ s[:rank].diag() @ v[:rank]) < 1e-13
     layers = {"a": random_lora(4, 0), "b": random_lora(2, 5)}
     others = {"a": random_lora(4, 1), "b": random_lora(3, 6)}
-    found = mean([layers, others], [1, 3], rank=2)
+    both = [{"unet": layers}, {"unet": others}]
+    found = mean(both, [1, 3], rank=2)
     missed = whole = 0.0
     for name in layers:
         right = (product(layers[name]) + 3 * product(others[name])) / 4
-        missed += float((right - product(found.layers[name])).square().sum())
+        missed += float((right - product(found.layers["unet"][name])).square().sum())
         whole += float(right.square().sum())
     assert found.kept == pytest.approx((1 - missed / whole) ** 0.5, rel=1e-12)
-    assert {name: lora.rank for name, lora in mean([layers, others], [1, 1]).layers.items()} == {"a": 4, "b": 3}
+    assert {name: lora.rank for name, lora in mean(both, [1, 1]).layers["unet"].items()} == {"a": 4, "b": 3}
 
 
 def test_the_mean_of_one_lora_with_itself_is_that_lora() -> None:
-    lora = {"a": random_lora(3, 0)}
+    lora = {"unet": {"a": random_lora(3, 0)}}
     found = mean([lora, lora], [2, 5])
-    assert relative(product(found.layers["a"]), product(lora["a"])) < 1e-13
+    assert relative(product(found.layers["unet"]["a"]), product(lora["unet"]["a"])) < 1e-13
     assert found.kept == pytest.approx(1, abs=1e-12)
 
 
@@ -84,10 +86,10 @@ def test_a_pipeline_with_the_mean_equals_one_with_averaged_weights(family: str, 
     pipe.load_student(files[0])
     clean = without_student(pipe)
     clean.unload_lora_weights()
-    network = getattr(clean, clean._family.denoiser)
+    network = getattr(clean, clean.family.denoiser)
     for file, share in zip(files, (0.25, 0.75), strict=True):
-        layers = {name.partition(".")[2]: lora.scaled(share) for name, lora in read(file).layers.items()}
-        merge(network, layers)
+        (layers,) = read_student(file).layers.values()
+        merge(network, {name: lora.scaled(share) for name, lora in layers.items()})
     assert error(made, latents(clean, family)) < 1e-5
     assert error(made, latents(load(files[0]), family)) > 1e-2
     assert error(made, latents(load(files[1]), family)) > 1e-3
@@ -101,15 +103,16 @@ def test_the_file_says_what_it_is_and_keeps_the_notes_that_all_have(
     out = tmp_path / "mean.safetensors"
     assert main(["average", str(one), str(two), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    recipe, tensors = read_student(out)
+    recipe, tensors = read_student(out).recipe, load_file(out)
     assert recipe is not None
     assert recipe.notes == {"method": "TDM", "average": "of 2 students, weights 1 : 1"}
     assert {tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key} == {2}
-    (_, expected, layers), kept = average([read(one), read(two)])
-    assert expected == recipe
+    expected, kept = average([read_student(one), read_student(two)])
+    assert expected.recipe == recipe
     assert f"{kept:.2%}" in printed
     assert 0.3 < kept < 0.999
-    assert all(torch.equal(tensors[key], value) for key, value in state_dict_of(layers).items())
+    (layers,) = expected.layers.values()
+    assert all(torch.equal(tensors[f"unet.{key}"], value) for key, value in state_dict_of(layers).items())
 
 
 def test_what_cannot_be_averaged_is_one_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,9 +120,9 @@ def test_what_cannot_be_averaged_is_one_line(make: Make, tmp_path: Path, capsys:
     two = str(make("sd15", "b.safetensors", seed=1))
     other = str(make("sd15", "grid.safetensors", trained_timesteps={4: [999, 700, 500, 300]}))
     pixart = str(make("pixart", "pixart.safetensors"))
-    student = read(one)
-    fewer = dict(list(student.layers.items())[1:])
-    save_student(tmp_path / "fewer.safetensors", state_dict_of(fewer), student.recipe, lora_alpha=None)
+    student = read_student(one)
+    fewer = {component: dict(list(layers.items())[1:]) for component, layers in student.layers.items()}
+    save_student(tmp_path / "fewer.safetensors", Student(student.recipe, fewer))
     (tmp_path / "run").mkdir()
     for arguments, said in (
         ([one], "two students or more"),
@@ -141,5 +144,5 @@ def test_what_cannot_be_averaged_is_one_line(make: Make, tmp_path: Path, capsys:
 
 def test_layers_of_other_widths_are_refused() -> None:
     narrow = Lora(torch.ones(2, 11), torch.ones(9, 2))
-    with pytest.raises(TDMError, match="'a' is not in all of them with one shape"):
-        mean([{"a": random_lora(2, 0)}, {"a": narrow}], [1, 1])
+    with pytest.raises(TDMError, match=r"'unet\.a' is not in all of them with one shape"):
+        mean([{"unet": {"a": random_lora(2, 0)}}, {"unet": {"a": narrow}}], [1, 1])

@@ -20,7 +20,7 @@ Loaded = Callable[[str], TDMPipeline]
 
 
 def denoiser(pipe: TDMPipeline) -> Any:
-    return getattr(pipe, pipe._family.denoiser)
+    return getattr(pipe, pipe.family.denoiser)
 
 
 def adapters(pipe: TDMPipeline) -> list[Any]:
@@ -33,7 +33,7 @@ def adapters(pipe: TDMPipeline) -> list[Any]:
 def watch(pipe: TDMPipeline) -> list[tuple[bool, ...]]:
     """Whether (student, style) have a part in each network call, as it happens."""
     seen: list[tuple[bool, ...]] = []
-    network = pipe._denoiser
+    network = pipe.denoiser
     network.register_forward_pre_hook(
         lambda *_: seen.append((is_on(network, "student"), is_on(network, "style"))),
     )

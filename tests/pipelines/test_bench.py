@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tdm.bench.measure import Cost, Counts, bare, count, runs_of
+from tdm.bench.models import MODELS
 from tdm.cli import main
-from tdm.pipelines.bench.measure import Cost, Counts, bare, count, runs_of
-from tdm.pipelines.bench.models import MODELS
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import Make, latents, load

@@ -37,7 +37,7 @@ def counted(pipe: TDMPipeline, family: str, **kwargs: Any) -> tuple[int, Tensor]
     def count(_: Any, args: Any, kwargs: Any) -> None:
         seen.append(len(args[0] if args else kwargs["hidden_states"]))
 
-    with getattr(pipe, pipe._family.denoiser).register_forward_pre_hook(count, with_kwargs=True):
+    with getattr(pipe, pipe.family.denoiser).register_forward_pre_hook(count, with_kwargs=True):
         out = latents(pipe, family, **kwargs)
     return sum(seen), out
 

@@ -13,7 +13,8 @@ from tdm import TDMScheduler
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.pipelines.families import Size
-from tdm.pipelines.student import HEADER_KEY, read_header, read_student
+from tdm.pipelines.students.file import read_header, read_student
+from tdm.pipelines.students.recipe import HEADER_KEY
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import GRIDS, Make, error, latents, load, plain, predictor, short_call
 from tdm.tests.pipelines.test_image_to_image import picture, redrawn
@@ -50,8 +51,8 @@ def test_a_seed_is_one_picture_and_its_noise_is_that_of_training(family: str, fr
     call = tiny.call_kwargs(family)
     size = Size(call["height"], call["width"], call.get("num_frames"))
     generator = seeded()
-    noise = torch.randn(1, *pipe._family.latent_shape(pipe, size), generator=generator)
-    expected = pipe._family.pack(by_hand(pipe, family, noise, generator, GRIDS[4]))
+    noise = torch.randn(1, *pipe.family.latent_shape(pipe, size), generator=generator)
+    expected = pipe.family.pack(by_hand(pipe, family, noise, generator, GRIDS[4]))
     assert error(found, expected) < 1e-5
     pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, stochastic_sampling=False)
     assert error(short_call(pipe, family), found) > 1e-3
@@ -91,9 +92,9 @@ def test_image_to_image_takes_the_noise_of_the_steps_behind_that_of_the_start(
     pixels = pipe.image_processor.preprocess(picture(side, side))
     alpha, sigma = pipe.scheduler.schedule.alpha_sigma(torch.tensor(grid[0], dtype=torch.float64))
     with torch.no_grad():
-        x0 = pipe._family.encode_pictures(pipe, pixels)
+        x0 = pipe.family.encode_pictures(pipe, pixels)
         start = float(alpha) * x0 + float(sigma) * torch.randn(x0.shape, generator=generator)
-    assert error(found, pipe._family.pack(by_hand(pipe, family, start, generator, grid))) < 1e-5
+    assert error(found, pipe.family.pack(by_hand(pipe, family, start, generator, grid))) < 1e-5
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -106,7 +107,7 @@ def test_a_merged_folder_draws_the_same_and_a_stock_pipeline_does_or_says_that_i
     assert merged.recipe.stochastic_sampling
     assert error(short_call(merged, family), short_call(pipe, family)) < 1e-5
     stock = plain(tmp_path / "merged")
-    guidance = pipe._family.guidance(1.0)
+    guidance = pipe.family.guidance(1.0)
     if family in GIVES_GENERATOR:
         assert error(latents(stock, family, **guidance), latents(pipe, family, **guidance)) < 1e-5
     else:
@@ -116,7 +117,7 @@ def test_a_merged_folder_draws_the_same_and_a_stock_pipeline_does_or_says_that_i
 
 def test_the_file_says_it_and_only_where_it_is_so(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     file = make("sd3", stochastic_sampling=True)
-    recipe, _ = read_student(file)
+    recipe = read_student(file).recipe
     assert recipe is not None
     assert recipe.stochastic_sampling
     assert main(["info", str(file)]) == 0

@@ -39,7 +39,7 @@ def redrawn(pipe: TDMPipeline, name: str, **call: Any) -> Tensor:
 def by_hand(pipe: Any, name: str, grid: list[float]) -> Tensor:
     """The same from the definition: alpha E(picture) + sigma noise, and the trainer's own steps down the rest."""
     side = tiny.call_kwargs(name)["height"]
-    family, size, schedule = pipe._family, Size(side, side), pipe.scheduler.schedule
+    family, size, schedule = pipe.family, Size(side, side), pipe.scheduler.schedule
     predict, cond = predictor(pipe, name)
     pixels = pipe.image_processor.preprocess(picture(side, side))
     assert float(pixels.min()) < -0.9

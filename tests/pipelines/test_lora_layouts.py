@@ -47,7 +47,7 @@ def merged_call(pipe: TDMPipeline, base: Path, family: str, made: list[Update], 
     by_hand = plain(base)
     merge(by_hand, made, scale)
     clean = without_student(pipe)
-    for component in {update.component for update in made} | {pipe._family.denoiser}:
+    for component in {update.component for update in made} | {pipe.family.denoiser}:
         setattr(clean, component, getattr(by_hand, component))
     return short_call(clean, family)
 

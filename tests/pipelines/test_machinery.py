@@ -17,7 +17,7 @@ FP8 = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
 
 
 def denoiser(pipe: TDMPipeline) -> Any:
-    return getattr(pipe, pipe._family.denoiser)
+    return getattr(pipe, pipe.family.denoiser)
 
 
 def teacher(pipe: TDMPipeline, family: str) -> Tensor:
@@ -45,7 +45,7 @@ def test_a_student_on_int8_weights(family: str, make: Make, tmp_path: Path) -> N
     quantization = pytest.importorskip("torchao.quantization")
     file, second = make(family), make(family, "second.safetensors", seed=1)
     plain = load(file)
-    component = plain._family.denoiser
+    component = plain.family.denoiser
     int8 = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     pipe = load(file, quantization_config=PipelineQuantizationConfig(quant_mapping={component: int8}))
     attention = next(module for name, module in denoiser(pipe).named_modules() if name.endswith("to_q"))

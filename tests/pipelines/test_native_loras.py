@@ -14,7 +14,7 @@ from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes, parts_of_native
 from tdm.pipelines.loras.native import place_native
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
-from tdm.pipelines.loras.skeleton import released
+from tdm.pipelines.loras.released import released
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import ALPHA, LAYOUTS, RANK, Update, layouts_of, own_names, tensors_of, updates
 from tdm.tests.pipelines.native_networks import native_network, native_of

@@ -16,11 +16,12 @@ import torch
 from tdm import TDMPipeline, TDMScheduler
 from tdm.cli import main
 from tdm.errors import TDMError
-from tdm.pipelines.convert import convert_lora
-from tdm.pipelines.describe import describe
 from tdm.pipelines.loras.file import read_lora_file
-from tdm.pipelines.presets import PRESETS, Preset, known_of, preset_of
-from tdm.pipelines.student import HEADER_KEY, StudentRecipe, read_header
+from tdm.pipelines.students.convert import convert_lora
+from tdm.pipelines.students.describe import describe
+from tdm.pipelines.students.file import read_header, save_student
+from tdm.pipelines.students.recipe import HEADER_KEY, StudentRecipe
+from tdm.pipelines.students.released import PRESETS, Preset, known_of, preset_of
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates, write
 from tdm.tests.pipelines.students import Make, latents, load, plain, recipe_for, short_call
@@ -245,7 +246,7 @@ def test_a_converted_or_saved_student_carries_its_sampler(
     pipe = other(TCD)
     found = short_call(pipe, "sd15")
     out = tmp_path / "out.safetensors"
-    convert_lora(tmp_path / TCD, out, base=str(base("sd15")), recipe=SMALL)
+    save_student(out, convert_lora(tmp_path / TCD, base=str(base("sd15")), recipe=SMALL))
     assert torch.equal(short_call(load(base("sd15"), student=out), "sd15"), found)
     assert json.loads(read_header(out)[HEADER_KEY])["sampler"] == {
         "scheduler": "TCDScheduler",

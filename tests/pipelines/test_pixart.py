@@ -12,7 +12,7 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from tdm import TDMPipeline
 from tdm.errors import TDMError
-from tdm.pipelines.mended.pixart import TDMPixArtAlphaPipeline, TDMPixArtSigmaPipeline
+from tdm.pipelines.fixes.pixart import TDMPixArtAlphaPipeline, TDMPixArtSigmaPipeline
 from tdm.tests.pipelines.students import latents
 
 Loaded = Callable[[str], TDMPipeline]

@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.file import read_lora_file
-from tdm.pipelines.presets import PRESETS, Preset, preset_of
-from tdm.pipelines.student import StudentRecipe, save_student
+from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.recipe import StudentRecipe
+from tdm.pipelines.students.released import PRESETS, Preset, preset_of
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import own_names, updates
 from tdm.tests.pipelines.students import load, plain, recipe_for, short_call
@@ -112,7 +113,7 @@ def test_the_scale_of_a_preset_is_folded_in_once(bases: Callable[[str], Path], t
 
     # A file with a recipe of its own, in the same folder, is not scaled again.
     recipe = StudentRecipe.from_fields(preset.fields | SMALL)
-    save_student(file.parent / "student.safetensors", scaled, recipe, lora_alpha=None)
+    save_student(file.parent / "student.safetensors", Student.from_state_dict(recipe, scaled))
     again = load(bases("sd3"), student=file.parent)
     assert torch.equal(short_call(again, "sd3"), short_call(pipe, "sd3"))
 

@@ -31,7 +31,7 @@ def test_a_merged_folder_samples_as_the_student_does(
 
     merged = load(tmp_path / "merged")
     assert merged.recipe == pipe.recipe
-    assert not any("lora" in name for name, _ in merged.components[merged._family.denoiser].named_modules())
+    assert not any("lora" in name for name, _ in merged.components[merged.family.denoiser].named_modules())
     assert error(short_call(merged, family), expected) < 1e-5  # float32 weights round the sum once
 
     stock = plain(tmp_path / "merged")

@@ -12,17 +12,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import load_file
 from tdm.errors import TDMError
-from tdm.pipelines.describe import describe
-from tdm.pipelines.student import (
-    HEADER_KEY,
-    StudentRecipe,
-    completed,
-    read_header,
-    read_student,
-    read_tensors,
-    save_student,
-)
+from tdm.pipelines.loras.pairs import Layers, Lora
+from tdm.pipelines.students.describe import describe
+from tdm.pipelines.students.file import Student, read_header, read_student, save_student
+from tdm.pipelines.students.recipe import HEADER_KEY, StudentRecipe, completed
 from torch import Tensor
 
 RECIPE = StudentRecipe(
@@ -50,7 +45,7 @@ def tensors(rank: int = 4, prefix: str = "transformer.") -> dict[str, Tensor]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return save_student(tmp_path / "student.safetensors", tensors(), RECIPE, lora_alpha=4)
+    return save_student(tmp_path / "student.safetensors", Student.from_state_dict(RECIPE, tensors(), alpha=4))
 
 
 def with_header(path: Path, fields: Any) -> Path:
@@ -66,9 +61,9 @@ def test_no_length_of_the_header_is_taken_for_a_pickle(tmp_path: Path) -> None:
     lengths = set()
     for i in range(0, 264, 8):  # headers are padded to 8 bytes
         recipe = dataclasses.replace(RECIPE, notes={"n": "x" * i})
-        path = save_student(tmp_path / f"{i}.safetensors", tensors(), recipe, lora_alpha=4)
+        path = save_student(tmp_path / f"{i}.safetensors", Student.from_state_dict(recipe, tensors(), alpha=4))
         lengths.add(path.read_bytes()[0])
-        assert read_student(path)[0] == recipe
+        assert read_student(path).recipe == recipe
     assert 0x80 in lengths
 
 
@@ -76,8 +71,8 @@ def test_a_preferred_step_count_is_the_default_and_comes_back(tmp_path: Path) ->
     assert RECIPE.default_steps == 4
     assert "preferred_steps" not in RECIPE.to_metadata()[HEADER_KEY]  # readers that do not know it read the file
     preferring = dataclasses.replace(RECIPE, preferred_steps=1)
-    path = save_student(tmp_path / "student.safetensors", tensors(), preferring, lora_alpha=4)
-    read, _ = read_student(path)
+    path = save_student(tmp_path / "student.safetensors", Student.from_state_dict(preferring, tensors(), alpha=4))
+    read = read_student(path).recipe
     assert read == preferring
     assert read.default_steps == 1
     with pytest.raises(TDMError, match="preferred_steps must be one of 1, 4, got 2"):
@@ -94,7 +89,7 @@ def test_timesteps_of_ones_own_are_run_with_their_own_step_count() -> None:
 
 
 def test_a_file_comes_back_bit_equal(file: Path) -> None:
-    recipe, read = read_student(file)
+    recipe, read = read_student(file).recipe, load_file(file)
     assert recipe == RECIPE
     assert list(recipe.trained_timesteps) == [1, 4]
     assert recipe.default_steps == 4
@@ -108,14 +103,14 @@ def test_the_recipe_survives_its_header() -> None:
 
 def test_keys_gain_the_prefix_of_the_family(tmp_path: Path) -> None:
     unet = dataclasses.replace(RECIPE, family="sd15", prediction_type="epsilon", flow_shift=None)
-    save_student(tmp_path / "s.safetensors", tensors(prefix=""), unet, lora_alpha=4)
-    assert read_tensors(tmp_path / "s.safetensors").keys() == tensors(prefix="unet.").keys()
+    save_student(tmp_path / "s.safetensors", Student.from_state_dict(unet, tensors(prefix=""), alpha=4))
+    assert load_file(tmp_path / "s.safetensors").keys() == tensors(prefix="unet.").keys()
 
 
 @pytest.mark.parametrize("alpha", [4, 8, 0.5])
 def test_alpha_over_rank_is_baked_into_lora_b(tmp_path: Path, alpha: float) -> None:
-    save_student(tmp_path / "s.safetensors", tensors(), RECIPE, lora_alpha=alpha)
-    for key, tensor in read_tensors(tmp_path / "s.safetensors").items():
+    save_student(tmp_path / "s.safetensors", Student.from_state_dict(RECIPE, tensors(), alpha=alpha))
+    for key, tensor in load_file(tmp_path / "s.safetensors").items():
         scale = alpha / 4 if "lora_B" in key else 1
         assert torch.equal(tensor, tensors()[key] * scale)
 
@@ -123,8 +118,8 @@ def test_alpha_over_rank_is_baked_into_lora_b(tmp_path: Path, alpha: float) -> N
 def test_the_scale_is_applied_in_float32_before_the_cast(tmp_path: Path) -> None:
     half = {key: tensor.half() for key, tensor in tensors().items()}
     half["transformer.blocks.0.attn.to_q.lora_B.weight"][0, 0] = 60000  # twice this is infinite in float16
-    save_student(tmp_path / "s.safetensors", half, RECIPE, lora_alpha=8, dtype=torch.bfloat16)
-    for key, tensor in read_tensors(tmp_path / "s.safetensors").items():
+    save_student(tmp_path / "s.safetensors", Student.from_state_dict(RECIPE, half, alpha=8), dtype=torch.bfloat16)
+    for key, tensor in load_file(tmp_path / "s.safetensors").items():
         scale = 2 if "lora_B" in key else 1
         assert torch.equal(tensor, (half[key].float() * scale).to(torch.bfloat16))
 
@@ -132,7 +127,7 @@ def test_the_scale_is_applied_in_float32_before_the_cast(tmp_path: Path) -> None
 def test_the_header_tells_diffusers_that_alpha_is_the_rank_of_each_layer(tmp_path: Path) -> None:
     mixed = {**tensors(4), **{k: t for k, t in tensors(2).items() if ".1." in k}}
     mixed |= {k.replace(".0.", ".2."): t for k, t in tensors(4).items() if ".0." in k}
-    save_student(tmp_path / "s.safetensors", mixed, RECIPE, lora_alpha=None)
+    save_student(tmp_path / "s.safetensors", Student.from_state_dict(RECIPE, mixed))
     config = json.loads(read_header(tmp_path / "s.safetensors")["lora_adapter_metadata"])
     assert config["transformer.r"] == config["transformer.lora_alpha"] == 4
     assert config["transformer.rank_pattern"] == config["transformer.alpha_pattern"] == {"^blocks.1.attn.to_q": 2}
@@ -149,9 +144,9 @@ def test_a_file_has_the_ordinary_permissions(file: Path) -> None:
 def test_an_existing_file_stays_without_force(file: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(TDMError, match="force"):
-        save_student(file, tensors(), RECIPE, lora_alpha=8)
+        save_student(file, Student.from_state_dict(RECIPE, tensors(), alpha=8))
     assert file.read_bytes() == before
-    save_student(file, tensors(), RECIPE, lora_alpha=8, force=True)
+    save_student(file, Student.from_state_dict(RECIPE, tensors(), alpha=8), force=True)
     assert file.read_bytes() != before
 
 
@@ -160,8 +155,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(file: Path) -> None
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # the disk is full half-way
     try:
-        with pytest.raises(OSError, match="File too large"):
-            save_student(file, tensors(), RECIPE, lora_alpha=4, force=True)
+        with pytest.raises(TDMError, match=r"cannot write .* File too large; free some space"):
+            save_student(file, Student.from_state_dict(RECIPE, tensors(), alpha=4), force=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
@@ -171,7 +166,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(file: Path) -> None
 def test_values_that_overflow_the_stored_dtype_are_refused(tmp_path: Path) -> None:
     big = {key: tensor * 1e5 for key, tensor in tensors().items()}
     with pytest.raises(TDMError, match="infinite"):
-        save_student(tmp_path / "s.safetensors", big, RECIPE, lora_alpha=4, dtype=torch.float16)
+        save_student(tmp_path / "s.safetensors", Student.from_state_dict(RECIPE, big, alpha=4), dtype=torch.float16)
     assert not os.listdir(tmp_path)
 
 
@@ -190,13 +185,13 @@ def test_what_is_no_lora_is_not_written(tmp_path: Path, change: Any, message: st
     state = tensors()
     change(state)
     with pytest.raises(TDMError, match=message):
-        save_student(tmp_path / "s.safetensors", state, RECIPE, lora_alpha=4)
+        save_student(tmp_path / "s.safetensors", Student.from_state_dict(RECIPE, state, alpha=4))
     assert not os.listdir(tmp_path)
 
 
 def test_a_folder_is_not_a_file_to_write(tmp_path: Path) -> None:
     with pytest.raises(TDMError, match="folder"):
-        save_student(tmp_path, tensors(), RECIPE, lora_alpha=4, force=True)
+        save_student(tmp_path, Student.from_state_dict(RECIPE, tensors(), alpha=4), force=True)
 
 
 # ---------------------------------------------------------------------- reading
@@ -223,11 +218,30 @@ def test_files_that_are_no_students_are_named_in_one_line(tmp_path: Path, file: 
             assert "\n" not in str(error.value)
 
 
-def test_a_lora_without_metadata_has_no_recipe(tmp_path: Path) -> None:
+def test_a_lora_without_metadata_is_no_student_file(tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors(), tmp_path / "lora.safetensors")
-    recipe, read = read_student(tmp_path / "lora.safetensors")
-    assert recipe is None
-    assert read.keys() == tensors().keys()
+    with pytest.raises(TDMError, match=r"lora.safetensors .*no recipe.*; write it with tdm convert"):
+        read_student(tmp_path / "lora.safetensors")
+
+
+def lora(rank: int = 2, inputs: int = 8, outputs: int = 6) -> Lora:
+    return Lora(torch.ones(rank, inputs), torch.ones(outputs, rank))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({}, "no LoRA layers"),
+        ({"transformer": {}}, "no LoRA layers"),
+        ({"unet": {"a": lora()}}, "'unet' is no component .* transformer, text_encoder"),
+        ({"transformer": {"a": lora(), "b": lora(rank=0)}}, "'transformer.b': its LoRA has rank 0"),
+        ({"transformer": {"a": Lora(torch.ones(2, 8), torch.ones(6, 3))}}, "do not fit together"),
+        ({"text_encoder": {"a": lora().scaled(float("nan"))}}, "'text_encoder.a': lora_B .* NaN"),
+    ],
+)
+def test_a_student_in_memory_is_checked_like_a_file(layers: Layers, message: str) -> None:
+    with pytest.raises(TDMError, match=message):
+        Student(RECIPE, layers)
 
 
 def test_every_missing_field_is_listed(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from tdm import TDMPipeline, TDMScheduler
-from tdm.pipelines.locate import bundled_path
-from tdm.pipelines.mended.pixart import TDMPixArtAlphaPipeline
-from tdm.pipelines.student import read_student, read_tensors
+from tdm.pipelines.bases import bundled_path
+from tdm.pipelines.fixes.pixart import TDMPixArtAlphaPipeline
+from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import (
     GRIDS,
@@ -50,7 +51,7 @@ def test_a_student_alone_is_a_pipeline_that_a_prompt_suffices_for(
     def count(_: Any, args: Any, kwargs: Any) -> None:
         samples.append(len(args[0] if args else kwargs["hidden_states"]))
 
-    with getattr(pipe, pipe._family.denoiser).register_forward_pre_hook(count, with_kwargs=True):
+    with getattr(pipe, pipe.family.denoiser).register_forward_pre_hook(count, with_kwargs=True):
         out = short_call(pipe, family)
     assert sum(samples) == 4  # K calls of one sample: no guidance
     call = NO_GUIDANCE.get(family, {"guidance_scale": 1.0})
@@ -84,8 +85,8 @@ def test_a_saved_folder_comes_back_bit_equal_and_holds_a_clean_base(
     index, stock_index = (json.loads((f / "model_index.json").read_text()) for f in (tmp_path / "saved", bases(family)))
     index.pop("_name_or_path")  # diffusers notes where a pipeline was loaded from
     assert index == stock_index
-    weights = Path(pipe._family.denoiser, "diffusion_pytorch_model.safetensors")
-    saved, stock = (read_tensors(folder / weights) for folder in (tmp_path / "saved", bases(family)))
+    weights = Path(pipe.family.denoiser, "diffusion_pytorch_model.safetensors")
+    saved, stock = (load_file(folder / weights) for folder in (tmp_path / "saved", bases(family)))
     assert saved.keys() == stock.keys()
     assert all(torch.equal(saved[key], stock[key]) for key in stock)
     base = plain(tmp_path / "saved")
@@ -105,9 +106,9 @@ def test_the_file_loads_with_the_stock_loader_at_strength_one(
     else:
         stock = plain(bases(family))
     merged = plain(bases(family))
-    prefix = ours._family.denoiser
+    prefix = ours.family.denoiser
     layers = dict(getattr(merged, prefix).named_modules())
-    lora = read_tensors(file)
+    lora = load_file(file)
     for key in (key for key in lora if "lora_A" in key):
         name = key.removesuffix(".lora_A.weight").removeprefix(f"{prefix}.")
         layers[name].weight.data += lora[key.replace("lora_A", "lora_B")] @ lora[key]
@@ -163,9 +164,9 @@ def test_the_teacher_has_its_own_defaults_but_the_students_size(make: Make) -> N
 
 def test_resolution_binning_stays_on_for_sizes_that_have_bins(make: Make) -> None:
     pipe = load(make("pixart"))
-    assert pipe._family.call_defaults(pipe) == {"clean_caption": False, "use_resolution_binning": False}
+    assert pipe.family.call_defaults(pipe) == {"clean_caption": False, "use_resolution_binning": False}
     pipe.transformer.register_to_config(sample_size=64)
-    assert pipe._family.call_defaults(pipe) == {"clean_caption": False}
+    assert pipe.family.call_defaults(pipe) == {"clean_caption": False}
 
 
 # ---------------------------------------------------------------------- the teacher context
@@ -250,6 +251,6 @@ def test_the_loaded_class_is_found_by_diffusers_own_dispatch(make: Make) -> None
 
 def test_the_bundled_model_is_the_default() -> None:
     pipe = load()
-    assert read_student(bundled_path() / "student.safetensors")[0] == pipe.recipe
+    assert read_student(bundled_path() / "student.safetensors").recipe == pipe.recipe
     assert pipe.recipe.base_model == "bundled"
     assert len(pipe("a red cube", output_type="latent")[0]) == 1

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.pipelines.families import Size
 from tdm.pipelines.schedule import NoiseSchedule, ddim_step, grid_pairs, uniform_grid
 from tdm.pipelines.searched_grids import predictor, search
-from tdm.pipelines.student import read_student
+from tdm.pipelines.students.file import read_student
 from tdm.pipelines.timestep_search import Predict, cheapest_paths, fine_levels, fine_run, path_cost, run_error
 from tdm.tests import tiny
 from tdm.tests.commands import refused
@@ -128,12 +129,12 @@ def test_a_network_that_gives_nan_is_an_error() -> None:
 def test_the_networks_of_all_families_are_run_as_their_pipelines_run_them(family: str, make: Make) -> None:
     pipe = load(make(family))
     size = Size(pipe.recipe.height, pipe.recipe.width, pipe.recipe.num_frames)
-    noise = torch.randn(1, *pipe._family.latent_shape(pipe, size), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, *pipe.family.latent_shape(pipe, size), generator=torch.Generator().manual_seed(0))
     about_text = ("max_sequence_length", "complex_human_instruction")
     options = {name: value for name, value in tiny.call_kwargs(family).items() if name in about_text}
-    predict = predictor(pipe, pipe._family, [tiny.PROMPT], size, 1.0, **options)
+    predict = predictor(pipe, pipe.family, [tiny.PROMPT], size, 1.0, **options)
     grid = pipe.recipe.trained_timesteps[4]
-    expected = pipe._family.unpack(pipe, latents(pipe, family, latents=pipe._family.pack(noise)), size)
+    expected = pipe.family.unpack(pipe, latents(pipe, family, latents=pipe.family.pack(noise)), size)
     assert run_error(predict, pipe.scheduler.schedule, grid, noise, expected.double()) < 1e-8
 
 
@@ -141,8 +142,8 @@ def test_the_networks_of_all_families_are_run_as_their_pipelines_run_them(family
 def test_guidance_makes_two_passes_as_the_pipeline_does(family: str, make: Make) -> None:
     pipe = load(make(family))
     size, options = Size(16, 16), {"max_sequence_length": 16} if family == "pixart" else {}
-    noise = torch.randn(1, *pipe._family.latent_shape(pipe, size), generator=torch.Generator().manual_seed(0))
-    predict = predictor(pipe, pipe._family, [tiny.PROMPT], size, 3.0, **options)
+    noise = torch.randn(1, *pipe.family.latent_shape(pipe, size), generator=torch.Generator().manual_seed(0))
+    predict = predictor(pipe, pipe.family, [tiny.PROMPT], size, 3.0, **options)
     expected = latents(pipe, family, latents=noise, guidance_scale=3.0)
     assert (
         run_error(predict, pipe.scheduler.schedule, pipe.recipe.trained_timesteps[4], noise, expected.double()) < 1e-8
@@ -154,7 +155,7 @@ def test_the_search_on_a_student_compares_with_what_it_runs_on_otherwise(make: M
     calls: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     found = search(
-        pipe, pipe._family, pipe.recipe, [tiny.PROMPT] * 3, [2, 3], levels=12, guidance_scale=1.0, expect=told.append
+        pipe, pipe.family, pipe.recipe, [tiny.PROMPT] * 3, [2, 3], levels=12, guidance_scale=1.0, expect=told.append
     )
     assert told == [sum(calls)]
     assert {k: list(grids) for k, grids in found.items()} == {
@@ -177,9 +178,8 @@ def test_the_command_writes_the_grids_that_are_better_and_keeps_the_rest(
     arguments = ["timesteps", "--student", str(student), "--prompts", str(tmp_path / "prompts.txt"), "--levels", "12"]
     assert main([*arguments, "--steps", "3", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    (before, tensors), (after, copied) = read_student(student), read_student(out)
-    assert before is not None
-    assert after is not None
+    before, after = read_student(student).recipe, read_student(out).recipe
+    tensors, copied = load_file(student), load_file(out)
     assert {k: after.trained_timesteps[k] for k in before.trained_timesteps} == before.trained_timesteps
     assert after.notes == before.notes | {"timesteps of K=3": "searched, not trained"}
     assert ", ".join(f"{t:.4g}" for t in after.trained_timesteps[3]) in printed
@@ -192,7 +192,7 @@ def test_the_command_writes_the_grids_that_are_better_and_keeps_the_rest(
 
 
 def test_a_teacher_is_a_base_by_itself(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = read_student(make("sd15"))[0].base_model  # type: ignore[union-attr]
+    base = read_student(make("sd15")).recipe.base_model
     (tmp_path / "prompts.txt").write_text(tiny.PROMPT)
     arguments = ["timesteps", "--model", base, "--prompts", str(tmp_path / "prompts.txt")]
     assert main([*arguments, "--steps", "2", "--levels", "6"]) == 0

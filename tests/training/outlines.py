@@ -7,9 +7,9 @@ from pathlib import Path
 
 import diffusers
 import torch
-from tdm.pipelines.bench.models import MODELS
+from tdm.bench.models import MODELS
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.loras.skeleton import released
+from tdm.pipelines.loras.released import released
 
 FLUX_VAE = {
     "block_out_channels": (128, 256, 512, 512),

@@ -13,7 +13,8 @@ import pytest
 import torch
 from tdm.errors import TDMError
 from tdm.tests.processes import finish, start
-from tdm.training.checkpoint import BestStudent, Measure, read_checkpoint
+from tdm.training.best import BestStudent, Measure
+from tdm.training.checkpoint import read_checkpoint
 
 RECIPE = Path(__file__).parents[2] / "training/configs/mixture.yaml"
 SMALL = ["task.width=256", "task.samples=200", "batch_size=16", "student.rank=16", "critic.rank=16"]
@@ -61,7 +62,7 @@ def test_killed_again_and_again_it_ends_as_the_run_that_was_left_alone(tmp_path:
     settings = [f"updates={6 * kills + 12}", "student.decay=cosine", "output.keep=2"]
     assert finish(distill(whole, *settings), tmp_path / "whole.err") == 0, said(whole)
 
-    checkpoint, temporary = cut / "checkpoint.pt", cut / "checkpoint.pt.tmp"
+    checkpoint, temporary = cut / "checkpoint.pt", cut / ".checkpoint.pt.tmp"
 
     def written() -> int:
         return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tdm.bench.memory import LiveMemory
 from tdm.errors import TDMError
-from tdm.pipelines.bench.memory import LiveMemory
+from tdm.pipelines.bases import outline
 from tdm.pipelines.families import Size
-from tdm.pipelines.outline import outline
 from tdm.tests import tiny
 from tdm.tests.training.outlines import outline_folder
 from tdm.training.batch import draw_batch

@@ -14,7 +14,8 @@ from PIL import Image
 from tdm import TDMPipeline
 from tdm.cli import main
 from tdm.errors import TDMError
-from tdm.pipelines.student import StudentRecipe, save_student
+from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests.commands import refused
 from tdm.training import evaluate as module
 from tdm.training.eval_report import over_students, table, write
@@ -44,7 +45,7 @@ def student(bases: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]
         }  # fmt: skip
         folder = tmp_path / f"seed{seed}"
         folder.mkdir(exist_ok=True)
-        save_student(folder / "student.safetensors", lora, StudentRecipe(**fields), lora_alpha=None)
+        save_student(folder / "student.safetensors", Student.from_state_dict(StudentRecipe(**fields), lora))
         return folder / "student.safetensors"
 
     return made

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 from tdm import TDMScheduler
 from tdm.cli import main
-from tdm.pipelines.describe import describe
+from tdm.pipelines.bases import skeletons
 from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.loras.places import flat, place
-from tdm.pipelines.loras.skeleton import skeletons
-from tdm.pipelines.student import read_student
+from tdm.pipelines.students.describe import describe
+from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import error, load, plain, short_call
@@ -64,7 +65,7 @@ def test_kohya_names_are_the_same_student(family: str, runs: Callable[[str], Run
         assert torch.equal(lora.A, expected[layer].A)
         assert torch.equal(lora.B, expected[layer].B)
 
-    assert read_student(kohya)[0] == run.recipe
+    assert read_student(kohya).recipe == run.recipe
     assert "all of its LoRA layers" in describe(kohya)
     assert torch.equal(short_call(load(kohya), family), short_call(load(file), family))
 
@@ -173,7 +174,7 @@ def test_which_weights(runs: Callable[[str], Run], tmp_path: Path, capsys: pytes
     assert found is not None
     assert found.recipe.notes["weights"] == "the best by accuracy, 0.75"
     assert found.recipe.notes["training"].startswith("1 updates of 2 prompts")
-    a, b = (read_student(export_student(r, tmp_path / f"{i}.safetensors"))[1] for i, r in enumerate((found, mean)))
+    a, b = (load_file(export_student(r, tmp_path / f"{i}.safetensors")) for i, r in enumerate((found, mean)))
     assert all(torch.equal(a[key] * 2, b[key]) for key in a)
 
 
@@ -225,7 +226,7 @@ def test_runs_and_their_checkpoints_are_averaged_like_their_files(
     assert "100.00%" in capsys.readouterr().out
     products = []
     for path in (tmp_path / "mean.safetensors", file):
-        recipe, tensors = read_student(path)
+        recipe, tensors = read_student(path).recipe, load_file(path)
         assert recipe is not None
         assert recipe.notes["training"] == trained.recipe.notes["training"]
         halves = [{k.partition(".lora_")[0]: v for k, v in tensors.items() if f"lora_{half}" in k} for half in "AB"]

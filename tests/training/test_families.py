@@ -12,7 +12,7 @@ from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.families import Condition
 from tdm.pipelines.schedule import expand, predict_x0_eps
-from tdm.pipelines.student import read_student
+from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.training.config import load_config
 from tdm.training.export import export_student, read_run
@@ -57,7 +57,7 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
     file = export_student(finished, tmp_path / "student.safetensors")
     again = load_file(file)
     assert all(torch.equal(again[f"{task.family.denoiser}.{key}"], value) for key, value in run.ema.weights.items())
-    recipe, _ = read_student(file)
+    recipe = read_student(file).recipe
     assert recipe is not None
     assert (recipe.family, recipe.height, recipe.num_frames) == (family, call["height"], call.get("num_frames"))
 

@@ -12,13 +12,14 @@ from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import load_config
-from tdm.training.health import Monitor, picture_ratios
+from tdm.training.health import Monitor
 from tdm.training.loop import distill
+from tdm.training.preview import picture_ratios
 from tdm.training.run import Callback
 from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
-from tdm.training.teacher.data import pictures
 from tdm.training.trajectory import Condition
+from tdm.training.worlds.teacher.data import pictures
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
 MIXTURE = ["updates=100", "batch_size=32", "output.log_every=4", "output.preview_every=20", "output.evaluate_every=0"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tdm.tests.processes import finish
 from tdm.training.config import load_config
-from tdm.training.health import Preview
 from tdm.training.loop import distill
+from tdm.training.preview import Preview
 from tdm.training.run import Callback, Run
 from tdm.training.tasks.mixture import MixtureTask
 

@@ -8,10 +8,10 @@ from PIL import Image
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
 from tdm.training.config import RoleConfig, load_config
-from tdm.training.health import Preview
 from tdm.training.loop import distill
 from tdm.training.optimizers import learning_rate
 from tdm.training.precision import best_precision
+from tdm.training.preview import Preview
 from tdm.training.tasks.mixture import MixtureTask
 
 SMALL = [

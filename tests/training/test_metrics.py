@@ -28,9 +28,9 @@ from tdm.training.metrics import (
 from tdm.training.metrics.bootstrap import ratio
 from tdm.training.metrics.distances import picture_frechet, picture_sliced_wasserstein
 from tdm.training.metrics.spectrum import octaves
-from tdm.training.teacher.data import pictures
-from tdm.training.world.draw import draw
-from tdm.training.world.scene import Group, Scene
+from tdm.training.worlds.stickers.draw import draw
+from tdm.training.worlds.stickers.scene import Group, Scene
+from tdm.training.worlds.teacher.data import pictures
 from torch.nn import functional as F
 
 

@@ -18,7 +18,8 @@ from tdm.training.config import MemoryConfig, load_config
 from tdm.training.loop import build_roles
 from tdm.training.pictures import Drawn, cached, cached_pictures
 from tdm.training.roles import Ema
-from tdm.training.run import Run, Teacher
+from tdm.training.run import Run
+from tdm.training.task import Teacher
 from tdm.training.tasks.base_model import BaseModel
 from tdm.training.tasks.pipeline import PipelineTask
 from tdm.training.trajectory import build_trajectories

@@ -11,7 +11,7 @@ import torch
 from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.student import read_student
+from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
 from tdm.training.config import from_dict, load_config
@@ -58,7 +58,7 @@ def test_each_update_draws_one_size_for_its_whole_batch(
     finished = read_run(tmp_path / "run")
     assert finished is not None
     file = export_student(finished, tmp_path / "student.safetensors")
-    recipe, _ = read_student(file)
+    recipe = read_student(file).recipe
     assert recipe is not None
     assert (recipe.height, recipe.width, recipe.num_frames) == (*sizes[0], None)[:3]
 
@@ -171,7 +171,7 @@ def test_loras_of_other_layouts_add_up_and_are_named_in_the_student(
     finished = read_run(tmp_path / "run")
     assert finished is not None
     file = export_student(finished, tmp_path / "student.safetensors")
-    recipe, _ = read_student(file)
+    recipe = read_student(file).recipe
     assert recipe is not None
     assert recipe.notes["load_beside"] == "0.safetensors@1, 1.safetensors@-0.4"
 

@@ -204,7 +204,7 @@ def test_another_encoder_or_other_prompts_get_another_folder(
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(bases: Callable[[str], Path], prompts: str) -> None:
-    with pytest.raises(TDMError, match=r"cannot be written \(.*\); make room, or set task.cache") as error:
+    with pytest.raises(TDMError, match=r"cannot write .*; make room, or set task.cache") as error:
         task_of("pixart", bases("pixart"), prompts, cache=prompts)  # a file is in the way
     assert "\n" not in str(error.value)
 

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from tdm.cli import main
 from tdm.errors import TDMError
+from tdm.files import user_cache
 from tdm.training.cost import passes
-from tdm.training.files import user_cache
 from tdm.training.studies import runs
 from tdm.training.studies.question import Question, is_of, load_question, questions
 from tdm.training.studies.report import at_passes, at_updates, interval, reached, table

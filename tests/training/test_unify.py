@@ -11,7 +11,7 @@ import torch
 from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule, uniform_grid
-from tdm.pipelines.student import read_student
+from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.training.config import TrajectoryConfig, load_config
 from tdm.training.export import export_student, read_run
@@ -155,7 +155,7 @@ def test_every_step_count_is_sampled_as_it_was_trained(
     fast = ["updates=4", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
     run = distill(task, load_config("unify", fast), tmp_path / "run", report=lambda _: None)
     file = export_student(read_run(tmp_path / "run"), tmp_path / "student.safetensors")  # type: ignore[arg-type]
-    recipe, _ = read_student(file)
+    recipe = read_student(file).recipe
     assert recipe is not None
     assert list(recipe.trained_timesteps) == list(COUNTS)
     assert recipe.default_steps == 4

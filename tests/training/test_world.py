@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from tdm.training.teacher.data import pictures
-from tdm.training.world.captions import caption, vocabulary
-from tdm.training.world.draw import STYLES, draw, paint_background
-from tdm.training.world.scene import BACKGROUNDS, COLOURS, HELD_OUT, KINDS, Group, Scene, scenes
-from tdm.training.world.verify import judge, read, verify
+from tdm.training.worlds.stickers.captions import caption, vocabulary
+from tdm.training.worlds.stickers.draw import STYLES, draw, paint_background
+from tdm.training.worlds.stickers.scene import BACKGROUNDS, COLOURS, HELD_OUT, KINDS, Group, Scene, scenes
+from tdm.training.worlds.stickers.verify import judge, read, verify
+from tdm.training.worlds.teacher.data import pictures
 
 
 @pytest.fixture(scope="module")

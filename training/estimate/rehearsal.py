@@ -20,10 +20,10 @@ from torch.optim import SGD, Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from ...bench.memory import LiveMemory
 from ...errors import TDMError
-from ...pipelines.bench.memory import LiveMemory
+from ...pipelines.bases import outline
 from ...pipelines.families import Condition
-from ...pipelines.outline import outline
 from ...pipelines.scheduler import TDMScheduler
 from ..batch import Batch, draw_batch
 from ..config import DistillConfig, from_dict

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..world.scene import HELD_OUT, Scene
-from ..world.verify import verify
+from ..worlds.stickers.scene import HELD_OUT, Scene
+from ..worlds.stickers.verify import verify
 
 ALL = "all"  # everything that the prompt says: the strict accuracy that this project reports
 ATTRIBUTES = ("background", "count", "colour", "kind", "relation")

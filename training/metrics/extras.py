@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...errors import TDMError
+from ...errors import TDMError, first_line
 from .bootstrap import Value, measured
 
 BATCH = 32
@@ -170,7 +170,7 @@ def _package(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:  # the last two: made for another torch
-        raise TDMError(f"the package {name} is not installed, or not for what is here ({_line(error)})") from error
+        raise TDMError(f"the package {name} is not installed, or not for what is here ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -178,11 +178,7 @@ def _weights(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise TDMError(f"{name}: its package cannot be used with what is here ({_line(error)})") from error
+        raise TDMError(f"{name}: its package cannot be used with what is here ({first_line(error)})") from error
     except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         # no network, no such model, files of something else
-        raise TDMError(f"{name}: its weights are not to be had ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TDMError(f"{name}: its weights are not to be had ({first_line(error)})") from error

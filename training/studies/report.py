@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from ...errors import TDMError
+from ...files import replacing
 from ..cost import passes
-from ..files import replacing
 from ..metrics import bootstrap_interval
 from .question import Question
 from .runs import BASE, TEACHER, Trained, picture_folder, slug

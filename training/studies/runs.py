@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from ...errors import TDMError
+from ...files import replacing, user_cache, writing
 from ..config import DistillConfig
 from ..cost import passes
-from ..files import replacing, user_cache, writing
 from ..loop import build_roles, distill, settled
 from ..progress import Report, print_line
 from ..roles import Ema

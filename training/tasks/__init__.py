@@ -9,7 +9,7 @@ import torch
 from ...errors import TDMError
 from ..config import MemoryConfig, from_dict
 from ..progress import Report, print_line
-from ..run import Task
+from ..task import Task
 
 
 def build_task(

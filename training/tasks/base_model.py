@@ -19,12 +19,13 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from ...errors import TDMError
+from ...pipelines.bases import base_folder, family_of_base, network_without_weights, skeletons
 from ...pipelines.families import Family
-from ...pipelines.locate import base_folder, family_of_base, student_file
 from ...pipelines.loras.file import read_lora_file
 from ...pipelines.loras.merge import merge
-from ...pipelines.loras.places import Placed, place
-from ...pipelines.loras.skeleton import network_without_weights, skeletons
+from ...pipelines.loras.pairs import Layers
+from ...pipelines.loras.places import place
+from ...pipelines.students.locate import student_file
 from ..config import MemoryConfig
 from .base_storage import load_denoiser
 
@@ -187,7 +188,7 @@ class BaseModel:
     # ------------------------------------------------------------------ LoRAs
 
     @functools.cached_property
-    def _placed(self) -> list[Placed]:
+    def _placed(self) -> list[Layers]:
         """The layers of each LoRA, on the names of all networks that can take one."""
         if not self.loras:
             return []

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
-from ..checkpoint import Measure
-from ..health import Preview
+from ..best import Measure
 from ..metrics import energy_distance
-from ..run import Sampler, Teacher
+from ..preview import Preview
+from ..task import Sampler, Teacher
 from ..trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared

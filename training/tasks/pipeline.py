@@ -15,25 +15,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...errors import TDMError
+from ...files import user_cache
+from ...pipelines.bases import BUNDLED
 from ...pipelines.families import Condition, Family, Size
 from ...pipelines.families.base import null_like, on_device
-from ...pipelines.locate import BUNDLED
 from ...pipelines.schedule import NoiseSchedule, PredictionType
 from ...pipelines.scheduler import TDMScheduler
-from ...pipelines.sheet import contact_sheet
-from ...pipelines.student import StudentRecipe
-from ..checkpoint import Measure
+from ...pipelines.students.recipe import StudentRecipe
+from ...sheet import contact_sheet
+from ..best import Measure
 from ..config import MemoryConfig
-from ..files import user_cache
-from ..health import Preview, picture_ratios
 from ..metrics import colour_ratios
 from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
+from ..preview import Preview, picture_ratios
 from ..progress import Progress, Report, print_line
-from ..run import Sampler, Teacher
+from ..task import Sampler, Teacher
 from ..trajectory import Trajectory
-from ..world.scene import Scene
-from ..world.verify import verify
+from ..worlds.stickers.scene import Scene
+from ..worlds.stickers.verify import verify
 from .base_model import BaseModel
 from .base_storage import storage_on
 from .prompt_cache import PromptCache, TextEncoders, build_cache

@@ -13,11 +13,9 @@ each file depends only on its own prompts, the result is the same to the bit.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...errors import TDMError
+from ...errors import TDMError, first_line
+from ...files import replacing
 from ...pipelines.families import Condition
 from ...pipelines.families.base import pad_text
 from ..progress import Progress, Report, print_line
@@ -131,7 +130,8 @@ def build_cache(
         null = encoders.null()
         _save(cache.null_file, _unpadded(null)[0])
         index = {**cache.identity, "text_length": None if _end(null) is not None else null["text"].shape[1]}
-        _replace(cache.index, lambda temporary: temporary.write_text(json.dumps(index)))
+        with _replacing(cache.index) as file:
+            file.write(json.dumps(index).encode())
         for path, prompts in shards.items():
             ones: list[Condition] = []
             for start in range(0, len(prompts), BATCH):
@@ -193,17 +193,11 @@ def _readable(path: Path) -> bool:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    _replace(path, lambda temporary: save_file(tensors, temporary))
+    with _replacing(path) as file:
+        try:
+            save_file(tensors, file.name)
+        except SafetensorError as error:  # the system's refusal, in safetensors' words
+            raise OSError(first_line(error)) from error
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        line = str(error).splitlines()[0]
-        raise TDMError(f"encoded prompts cannot be written ({line}); make room, or set task.cache") from error
+_replacing = functools.partial(replacing, shared=True, remedy="make room, or set task.cache")

@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from ...errors import TDMError
-from ..world.captions import caption
-from ..world.scene import Scene, random_scene, scenes
+from ..worlds.stickers.captions import caption
+from ..worlds.stickers.scene import Scene, random_scene, scenes
 
 STICKERS = "stickers"
 

@@ -1,17 +1,4 @@
-"""The student file: one .safetensors LoRA that carries in its header all that is needed to run it.
-
-- **Tensors**: `<unet|transformer>.<layer>.lora_A.weight` (rank, in, ...) and `.lora_B.weight` (out, rank, ...), the
-  layout of diffusers; text encoders' begin with `text_encoder` or `text_encoder_2`. The LoRA scale alpha / rank is
-  baked into lora_B, so the file loads at strength 1.0 everywhere, with or without metadata.
-- **Header**: the recipe as JSON under `tdm_student` (see `StudentRecipe`), and diffusers' own `lora_adapter_metadata`.
-  Stock loaders read the second and ignore the first.
-
-The same LoRA under kohya's names (`layout="kohya"`: `lora_unet_<layer_with_underscores>.lora_down.weight`,
-`.lora_up.weight` and `.alpha`, which is the rank) carries the same recipe. A pipeline folder with the student merged
-into its weights has the recipe beside `model_index.json`, in `student.json`.
-
-`version` is 1. A change that an older reader would get wrong raises it; a reader refuses a version above its own.
-"""
+"""The recipe of a student: all that is needed to sample it as it was trained, checked field by field."""
 
 from __future__ import annotations
 
@@ -19,30 +6,17 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from safetensors.torch import save
-from torch import Tensor
-
-from ..errors import TDMError
-from .families import family_of_name
-from .loras.file import open_safetensors
-from .loras.pairs import Lora, kohya_state_dict_of, pair, pair_layers, peft_config, state_dict_of
+from ...errors import TDMError
+from ..families import family_of_name
+from ..schedule import PREDICTION_TYPES
 from .samplers import Sampler
-from .schedule import PREDICTION_TYPES
 
 HEADER_KEY = "tdm_student"
 VERSION = 1
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # components that may have a LoRA beside the denoiser's
-STUDENT_FILE = "student.safetensors"  # its name inside a saved pipeline, the bundled model and a hub repository
-MERGED_FILE = "student.json"  # the recipe of a student that is part of the weights of the folder it lies in
-
-Layout = Literal["diffusers", "kohya"]
 
 
 @dataclass(frozen=True)
@@ -197,131 +171,6 @@ def completed(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict
     if "trained_timesteps" in given:
         stays.pop("preferred_steps", None)
     return {**stays, **given}
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of a .safetensors file; its tensors are not read.
-
-    Raises:
-        TDMError: no such file, a folder, a pickle, truncated, or not a safetensors file.
-    """
-    with open_safetensors(path) as file:
-        return file.metadata() or {}
-
-
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, by key, on the CPU.
-
-    Raises:
-        TDMError: the file cannot be read (see `read_header`).
-    """
-    with open_safetensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file, not a dict)
-
-
-def read_student(path: str | os.PathLike[str]) -> tuple[StudentRecipe | None, dict[str, Tensor]]:
-    """(recipe, tensors by key) of a student file; the recipe is None if the header has no `tdm_student` entry.
-
-    Raises:
-        TDMError: the file cannot be read (see `read_header`), or its recipe is not complete and valid.
-
-    >>> from tdm.pipelines.locate import bundled_path
-    >>> recipe, tensors = read_student(bundled_path() / "student.safetensors")
-    >>> recipe.family, recipe.default_steps, recipe.width, len(tensors) > 0
-    ('pixart', 4, 64, True)
-    """
-    metadata = read_header(path)
-    return (StudentRecipe.from_metadata(metadata) if HEADER_KEY in metadata else None), read_tensors(path)
-
-
-def save_student(
-    path: str | os.PathLike[str],
-    state_dict: Mapping[str, Tensor],
-    recipe: StudentRecipe,
-    *,
-    lora_alpha: float | None,
-    layout: Layout = "diffusers",
-    dtype: torch.dtype | None = None,
-    force: bool = False,
-) -> Path:
-    """Write a student file. It appears whole or not at all.
-
-    Args:
-        path: the file to write; missing parent folders are made.
-        state_dict: LoRA tensors, `<layer>.lora_A.weight` and `.lora_B.weight`; without a prefix the denoiser's.
-        recipe: goes into the header.
-        lora_alpha: the alpha of the training; ``alpha / rank`` is multiplied into lora_B, in float32. None if that has
-            been done, or if alpha is the rank.
-        layout: the names of the tensors: diffusers', or kohya's with an `.alpha` that is the rank.
-        dtype: the dtype to store; None keeps each tensor's own.
-        force: replace an existing file.
-
-    Raises:
-        TDMError: `path` exists and `force` is False, or is a folder; the tensors are not a LoRA (see `pair_layers`);
-            values are not finite, before the cast or after it.
-
-    >>> recipe = StudentRecipe("me/base", "sd15", "epsilon", {2: [999, 500]}, guidance_scale=1.0, height=512, width=512)
-    >>> layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    >>> lora = {f"{layer}.lora_A.weight": torch.ones(4, 1280), f"{layer}.lora_B.weight": torch.ones(1280, 4)}
-    >>> file = save_student("my_student.safetensors", lora, recipe, lora_alpha=2)
-    >>> read_student(file)[1][f"unet.{layer}.lora_B.weight"][0]  # times alpha / rank
-    tensor([0.5000, 0.5000, 0.5000, 0.5000])
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise TDMError(f"{path} is a folder; give the name of a file")
-    if path.exists() and not force:
-        raise TDMError(f"{path} exists; pass force=True to replace it")
-    denoiser = family_of_name(recipe.family).denoiser
-    components: dict[str, dict[str, Lora]] = {}
-    for name, (A, B) in pair_layers(state_dict).items():
-        if lora_alpha is not None:
-            B = (B.float() * (lora_alpha / A.shape[0])).to(dtype or B.dtype)
-        component, layer = _component(name, denoiser)
-        stored = {"A": _stored(A, dtype), "B": _stored(B, dtype)}
-        components.setdefault(component, {})[layer] = pair(f"{component}.{layer}", stored)  # still finite
-    tensors: dict[str, Tensor] = {}
-    adapter: dict[str, Any] = {}
-    for component, layers in components.items():
-        if layout == "kohya":
-            tensors |= kohya_state_dict_of(component, layers)
-            continue
-        tensors |= {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
-        adapter |= {f"{component}.{key}": value for key, value in peft_config(layers).items()}
-    metadata = {"format": "pt", **recipe.to_metadata()}
-    if adapter:
-        metadata["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Not `save_file`: safetensors 0.8 makes files that only their owner can read.
-        unfinished.write_bytes(_in_order(save(tensors, metadata=metadata)))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
-
-
-def _in_order(file: bytes) -> bytes:
-    """The file with its metadata sorted: safetensors writes them in another order each time, and files would differ."""
-    size = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + file[8 + size :]
-
-
-def _component(name: str, denoiser: str) -> tuple[str, str]:
-    """(component, layer) of a name with or without a component in front; without, it is the denoiser's."""
-    for component in (denoiser, *TEXT_ENCODERS):
-        if name.startswith(f"{component}."):
-            return component, name.removeprefix(f"{component}.")
-    return denoiser, name
-
-
-def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor.detach().to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _timestep_table(table: Any) -> dict[int, list[float]]:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import TDMError
-from .loras.file import LoraFile, read_lora_file
-from .loras.layouts import NamedLoras, parse
-from .presets import Preset, known_of, preset_of_id
-from .student import HEADER_KEY, MERGED_FILE, VERSION, StudentRecipe, fields_of
+from ...errors import TDMError
+from ..loras.file import LoraFile, read_lora_file
+from ..loras.layouts import NamedLoras, parse
+from .file import MERGED_FILE, read_merged
+from .recipe import VERSION, StudentRecipe, fields_of
+from .released import Preset, known_of, preset_of_id
 
 
 def about(source: str, *, base: str | None = None) -> str:
@@ -25,7 +26,7 @@ def about(source: str, *, base: str | None = None) -> str:
         return describe_preset(preset)
     path = source
     if os.path.isfile(merged := os.path.join(path, MERGED_FILE)):
-        fields = fields_of({HEADER_KEY: Path(merged).read_text()})
+        fields = read_merged(merged)
         return _lines({"folder": path, "layout": "a pipeline with the student in its weights", **_recipe_rows(fields)})
     if os.path.isdir(path):
         from .locate import student_file
@@ -118,8 +119,9 @@ def _match_rows(
     file: LoraFile, named: NamedLoras | None, preset: Preset | None, fields: Mapping[str, Any], base: str | None
 ) -> dict[str, str]:
     """What the layers belong to: a base that is at hand, or else the family whose released network knows most."""
-    from .loras.places import flat, place
-    from .loras.skeleton import family_by_names, known_layers, skeletons
+    from ..bases import skeletons
+    from ..loras.places import place
+    from ..loras.released import family_by_names, known_layers
 
     at_hand = base or str(fields.get("base_model", ""))
     try:
@@ -132,7 +134,10 @@ def _match_rows(
             placed = place(file, family, networks, **(preset.placing if preset else {}))
         except TDMError as error:
             return {"family": family.name, "matched": str(error)}
-        return {"family": family.name, "matched": f"all of its LoRA layers, {len(flat(placed))} modules of {at_hand}"}
+        return {
+            "family": family.name,
+            "matched": f"all of its LoRA layers, {sum(map(len, placed.values()))} modules of {at_hand}",
+        }
     if named is None:
         return {}
     name = fields.get("family") or family_by_names(named.layers)

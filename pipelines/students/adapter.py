@@ -10,11 +10,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.peft_utils import delete_adapter_layers
 from torch import nn
 
-from ..errors import TDMError
-from .families import Family
-from .loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active, tuner_layers
-from .loras.pairs import Lora, peft_config, state_dict_of
-from .loras.places import Placed
+from ...errors import TDMError
+from ..families import Family
+from ..loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active, tuner_layers
+from ..loras.pairs import Layers, Lora, peft_config, state_dict_of
 
 STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
 
@@ -22,7 +21,7 @@ STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapter
 class StudentAdapter(DiffusionPipeline):
     """What `TDMPipeline` does with adapters: the half of it that knows peft."""
 
-    _family: Family
+    family: Family
     _sampler: Any  # the scheduler that came with the student
     _teaching = False
 
@@ -36,7 +35,7 @@ class StudentAdapter(DiffusionPipeline):
         with staying_active(self._adaptable().values()):
             loader.load_lora_weights(*args, **kwargs)
 
-    def _replace_student(self, placed: Placed) -> None:
+    def _replace_student(self, placed: Layers) -> None:
         """Put a student's layers in the place of the one that is there. Other adapters stay as they are, on or off."""
         active = {name: active_adapters(network) for name, network in self._adaptable().items()}
         self._detach()
@@ -51,7 +50,7 @@ class StudentAdapter(DiffusionPipeline):
         settings = {f"{component}.{key}": value for key, value in peft_config(layers).items()}
         state = {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
         network = self._adaptable()[component]
-        if component == self._family.denoiser:
+        if component == self.family.denoiser:
             network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
         else:
             load: Any = self.load_lora_into_text_encoder
@@ -62,14 +61,14 @@ class StudentAdapter(DiffusionPipeline):
         for component, network in self._adaptable().items():
             if STUDENT_ADAPTER not in getattr(network, "peft_config", {}):
                 continue
-            if component == self._family.denoiser:
+            if component == self.family.denoiser:
                 network.delete_adapters(STUDENT_ADAPTER)
             else:
                 delete_adapter_layers(network, STUDENT_ADAPTER)
 
     @property
-    def _denoiser(self) -> Any:
-        denoiser = getattr(self, self._family.denoiser)
+    def denoiser(self) -> Any:
+        denoiser = getattr(self, self.family.denoiser)
         return getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps it
 
     def _modules(self) -> list[nn.Module]:
@@ -79,11 +78,11 @@ class StudentAdapter(DiffusionPipeline):
         """The networks that can take a LoRA, by component: the denoiser, and text encoders that diffusers supports."""
         names: list[str] = self._lora_loadable_modules
         encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
-        return {self._family.denoiser: self._denoiser} | {k: v for k, v in encoders.items() if v is not None}
+        return {self.family.denoiser: self.denoiser} | {k: v for k, v in encoders.items() if v is not None}
 
-    def _only_student(self) -> Placed:
+    def _only_student(self) -> Layers:
         """The student's LoRA, if the pipeline holds no adapter beside it."""
-        self._require_unfused()
+        self.require_unfused()
         attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
         if other := attached - {STUDENT_ADAPTER}:
             raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
@@ -98,14 +97,14 @@ class StudentAdapter(DiffusionPipeline):
         """Whether the student is in the weights and nothing is attached to them."""
         return STUDENT_ADAPTER in self.fused_loras and not any(tuner_layers(module) for module in self._modules())
 
-    def _require_unfused(self) -> None:
+    def require_unfused(self) -> None:
         """Raise TDMError if an adapter is part of the weights, be it that it was unloaded after that."""
         require_unfused(self._modules())
         if self.fused_loras:
             names = ", ".join(sorted(self.fused_loras))
             raise TDMError(f"the adapters {names} were fused into the weights; load the base and the student again")
 
-    def _check_student(self) -> None:
+    def check_student(self) -> None:
         """Before a call: the student's sampler must not run the base alone. Another scheduler is the caller's choice.
 
         Raises:

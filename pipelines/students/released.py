@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import TDMError
-from .loras.file import LoraFile
-from .loras.layouts import Positional
+from ...errors import TDMError
+from ..loras.file import LoraFile
+from ..loras.layouts import Positional
+from .recipe import fields_of
 from .samplers import Sampler
-from .student import fields_of
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ are left out and prompts are random embeddings: gigabytes, and one call of their
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from torch import nn
 
-from ..families import family_of_name
-from ..student import StudentRecipe, save_student
-from ..tdm_pipeline import TDMPipeline
+from ..pipelines.families import family_of_name
+from ..pipelines.loras.pairs import Lora
+from ..pipelines.students.file import Student
+from ..pipelines.students.recipe import StudentRecipe
+from ..pipelines.tdm_pipeline import TDMPipeline
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _SD_VAE = {
@@ -242,17 +242,14 @@ def build(
         width=width,
         num_frames=frames,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        lora = _lora(parts[family.denoiser])
-        file = save_student(Path(folder, "student.safetensors"), lora, recipe, lora_alpha=None)
-        return TDMPipeline.from_pipe(stock, student=file), call
+    student = Student(recipe, {family.denoiser: _lora(parts[family.denoiser])})
+    return TDMPipeline.from_pipe(stock, student=student), call
 
 
-def _lora(denoiser: nn.Module, rank: int = 16) -> dict[str, torch.Tensor]:
+def _lora(denoiser: nn.Module, rank: int = 16) -> dict[str, Lora]:
     """A LoRA of zeros on the attention projections: what a student's costs, whatever is in it."""
-    state = {}
-    for name, layer in denoiser.named_modules():
-        if isinstance(layer, nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-            state[f"{name}.lora_A.weight"] = torch.zeros(rank, layer.in_features)
-            state[f"{name}.lora_B.weight"] = torch.zeros(layer.out_features, rank)
-    return state
+    return {
+        name: Lora(torch.zeros(rank, layer.in_features), torch.zeros(layer.out_features, rank))
+        for name, layer in denoiser.named_modules()
+        if isinstance(layer, nn.Linear) and name.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    }

@@ -1,42 +1,26 @@
-"""Where a base and a student are: a file, a folder, a hub repository, or the model bundled with this package."""
+"""Where a student is: a file, a folder, a hub repository, or the one bundled with this package."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-from ..errors import TDMError
-from .families import Family, family_of_pipeline
-from .presets import Preset, preset_of, preset_of_id
-from .student import MERGED_FILE, STUDENT_FILE
+from ...errors import TDMError, first_line
+from ..bases import BUNDLED, INDEX, Source, bundled_path, download
+from .file import MERGED_FILE, STUDENT_FILE, Student
+from .released import Preset, preset_of, preset_of_id
 
-BUNDLED = "bundled"
-_INDEX = "model_index.json"
 _LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 
-Source = str | os.PathLike[str]
 
-
-def bundled_path() -> Path:
-    """The folder of the model that ships with this package: `teacher/` and `student.safetensors`.
-
-    Raises:
-        TDMError: this installation has none.
-    """
-    path = Path(__file__).parents[1] / BUNDLED
-    if not (path / "teacher" / _INDEX).is_file():
-        raise TDMError(f"this installation has no bundled model: {path / 'teacher'} is missing")
-    return path
-
-
-def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tuple[str | None, Path]:
-    """(base, student file) of the arguments of `TDMPipeline.from_pretrained`; base None: the student names it.
+def locate(
+    source: Source | Student, student: Source | Student | None, hub: Mapping[str, Any]
+) -> tuple[str | None, Path | Student]:
+    """(base, student) of the arguments of `TDMPipeline.from_pretrained`; base None: the student names it.
 
     For a folder or repository with the student in its weights, the file is its `student.json`.
 
@@ -48,24 +32,28 @@ def locate(source: Source, student: Source | None, hub: Mapping[str, Any]) -> tu
     Raises:
         TDMError: nothing is there, or there is a base without a student.
     """
+    if isinstance(source, Student):
+        if student is not None:
+            raise TDMError("two students were given; pass the base first and one student: (base, student=...)")
+        return None, source
     path = Path(source)
     if student is not None:
         if (path / MERGED_FILE).is_file():
             raise TDMError(f"{path} has a student in its weights already; put this one on a base")
-        return str(source), student_file(student, hub)
+        return str(source), student if isinstance(student, Student) else student_file(student, hub)
     if (path / MERGED_FILE).is_file():
         return str(path), path / MERGED_FILE
     if path.is_dir():
-        base = (path / _INDEX).is_file()
+        base = (path / INDEX).is_file()
         if base and not (path / STUDENT_FILE).is_file():
             raise TDMError(f"{path} is a base without a {STUDENT_FILE}; pass student=")
         if not base and not (path / STUDENT_FILE).is_file() and preset_of(path) is None:
-            raise TDMError(f"{path} is neither a pipeline ({_INDEX}) nor a student ({STUDENT_FILE})")
+            raise TDMError(f"{path} is neither a pipeline ({INDEX}) nor a student ({STUDENT_FILE})")
         return (str(path) if base else None), student_file(source, hub)
     if source == BUNDLED or path.is_file() or path.suffix in _LORA_SUFFIXES or preset_of_id(source) is not None:
         return None, student_file(source, hub)
-    index = _download(source, _INDEX, hub)
-    downloaded = _download(source, STUDENT_FILE, hub) or (_download(source, MERGED_FILE, hub) if index else None)
+    index = download(source, INDEX, hub)
+    downloaded = download(source, STUDENT_FILE, hub) or (download(source, MERGED_FILE, hub) if index else None)
     if downloaded is None:
         raise TDMError(f"{source} is a base without a {STUDENT_FILE}; pass student=" if index else _absent(source))
     return (str(source) if index else None), downloaded
@@ -94,12 +82,12 @@ def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
     if (preset := preset_of_id(source)) is not None:
         if preset.file is None:
             return _released_lora(_snapshot(preset.repository, hub), preset)
-        if (file := _download(preset.repository, preset.file, hub)) is None:  # alone: whole models may lie beside it
+        if (file := download(preset.repository, preset.file, hub)) is None:  # alone: whole models may lie beside it
             raise TDMError(f"{preset.repository}/{preset.file} is not in the local cache and not to be had")
         return file
     if path.suffix in _LORA_SUFFIXES:
         return _hub_file(source, hub)
-    downloaded = _download(source, STUDENT_FILE, hub)
+    downloaded = download(source, STUDENT_FILE, hub)
     if downloaded is None:
         raise TDMError(_absent(source))
     return downloaded
@@ -113,7 +101,7 @@ def _hub_file(source: Source, hub: Mapping[str, Any]) -> Path:
     """
     owner, *rest = str(source).split("/")
     remote = len(rest) >= 2 and not Path(owner).exists()
-    file = _download(f"{owner}/{rest[0]}", "/".join(rest[1:]), hub) if remote else None
+    file = download(f"{owner}/{rest[0]}", "/".join(rest[1:]), hub) if remote else None
     if file is None:
         raise TDMError(f"{source}: no such file" + (", and no hub repository within reach has it" if remote else ""))
     return file
@@ -137,51 +125,10 @@ def _snapshot(repository: str, hub: Mapping[str, Any]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[f"*{end}" for end in _LORA_SUFFIXES], **hub))
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
-        raise TDMError(f"{repository} is not in the local cache and not to be had ({_first_line(error)})") from None
+        raise TDMError(f"{repository} is not in the local cache and not to be had ({first_line(error)})") from None
     except OSError as error:
-        raise TDMError(f"cannot reach the hub repository {repository} ({_first_line(error)})") from None
-
-
-def base_folder(base: Source) -> str:
-    """What diffusers loads for a base's name: "bundled" becomes its folder, anything else stays."""
-    return str(bundled_path() / "teacher") if base == BUNDLED else str(base)
-
-
-def family_of_base(folder: str, **hub: Any) -> Family:
-    """The family of a base folder or hub repository, by its `model_index.json`.
-
-    Raises:
-        TDMError: there is no such pipeline, its family is not supported, or it has two denoisers (Wan 2.2).
-    """
-    if Path(folder).is_file():
-        raise TDMError(
-            f"the base {folder} is a single file; write it as a folder first: tdm convert {folder} "
-            "--base FOLDER_OF_WHAT_IT_WAS_TUNED_FROM --out NEW_FOLDER"
-        )
-    try:
-        config: Any = DiffusionPipeline.load_config(folder, **hub)
-    except (OSError, ValueError) as error:
-        raise TDMError(
-            f"cannot read the base {folder!r} ({_first_line(error)}); pass one: (base, student=...)"
-        ) from None
-    if (config.get("transformer_2") or [None])[0] is not None:
-        raise TDMError(f"the base {folder} has two denoisers, and a student is one LoRA on one; it is not supported")
-    return family_of_pipeline(str(config.get("_class_name")))
-
-
-def _download(repository: Source, name: str, hub: Mapping[str, Any]) -> Path | None:
-    """One file of a hub repository, through the local cache; None if there is no such file or repository."""
-    try:
-        return Path(hf_hub_download(str(repository), name, **hub))
-    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
-        return None
-    except OSError as error:
-        raise TDMError(f"cannot reach the hub repository {repository} ({_first_line(error)})") from None
+        raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)})") from None
 
 
 def _absent(source: Source) -> str:
     return f"{source}: no such file or folder, and no hub repository within reach has a {STUDENT_FILE} under that name"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

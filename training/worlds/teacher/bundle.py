@@ -1,38 +1,36 @@
 """Turn a finished teacher into the bundled one: float16 weights, and a record of how it was made.
 
-python -m tdm.training.teacher.bundle --run runs/teacher --out bundled
+python -m tdm.training.worlds.teacher.bundle --run runs/teacher --out bundled
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PixArtAlphaPipeline
 
-from .data import replace_folder
+from ....files import whole_folder
 
 
 def bundle(run: Path, out: Path) -> Path:
     """Write ``out/teacher`` from ``run/pipeline``; the folder appears whole or not at all."""
     target = out / "teacher"
-    unfinished = out / f".teacher-{os.getpid()}"
     pipe: Any = PixArtAlphaPipeline.from_pretrained(run / "pipeline", dtype=torch.float16)
     # transformers loads weights in the dtype they are stored in, diffusers in float32: stored in float16, the text
     # encoder would not fit the rest of a pipeline that is loaded without a dtype.
     pipe.text_encoder.float()
-    pipe.save_pretrained(unfinished)
-    for path in unfinished.rglob("*.json"):  # diffusers notes the folder a part was loaded from
-        content = json.loads(path.read_text())
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(content, indent=2) + "\n")
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
-    (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n")
-    replace_folder(unfinished, target)
+    with whole_folder(target, force=True) as unfinished:
+        pipe.save_pretrained(unfinished)
+        for path in unfinished.rglob("*.json"):  # diffusers notes the folder a part was loaded from
+            content = json.loads(path.read_text())
+            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(content, indent=2) + "\n")
+        records = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
+        (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n")
     return target
 
 

@@ -1,6 +1,6 @@
 """Train the bundled text encoder and denoiser: T5 and PixArt transformer, flow matching, on the Stickers world.
 
-    python -m tdm.training.teacher.denoiser --out runs/teacher
+    python -m tdm.training.worlds.teacher.denoiser --out runs/teacher
 
 Needs ``runs/teacher/vae`` (see :mod:`.vae`). Stopped at any moment, the same command goes on from the last
 checkpoint. The rate is constant and falls to zero over the last 30 % of ``--steps``; until then ``--steps`` may be
@@ -8,7 +8,7 @@ changed. Ends with a complete diffusers pipeline in ``runs/teacher/pipeline``. `
 with the weights of a finished pipeline instead of random ones, and with its VAE unless there is a ``runs/teacher/vae``,
 which must then have the same latents. A teacher fine-tuned to another style of drawing:
 
-    python -m tdm.training.teacher.denoiser --out runs/postcard --start-from bundled/teacher --style postcard \\
+    python -m tdm.training.worlds.teacher.denoiser --out runs/postcard --start-from bundled/teacher --style postcard \\
         --steps 160 --batch 24 --shards 1 --rate 0.01
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import random
 import time
 from pathlib import Path
@@ -28,11 +27,12 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPip
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from ..precision import Precision, autocast
-from ..world.captions import caption, vocabulary
-from ..world.draw import STYLES, Style
-from ..world.scene import Scene
-from .data import pictures, replace_folder, to_model
+from ....files import save_tensors, whole_folder
+from ...precision import Precision, autocast
+from ..stickers.captions import caption, vocabulary
+from ..stickers.draw import STYLES, Style
+from ..stickers.scene import Scene
+from .data import pictures, to_model
 
 MAX_TOKENS = 24
 SHARD = 4096
@@ -174,9 +174,8 @@ def save_pipeline(folder: Path, model: Model, vae: Any, tokenizer: T5Tokenizer, 
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=2
         ),
     )
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
-    pipe.save_pretrained(temporary)
-    replace_folder(temporary, folder)
+    with whole_folder(folder, force=True) as unfinished:
+        pipe.save_pretrained(unfinished)
 
 
 def train(
@@ -220,11 +219,9 @@ def train(
     print(f"{count / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {torch.get_num_threads()} threads", flush=True)
 
     def save(step: int) -> None:
-        temporary = checkpoint.with_suffix(f".tmp{os.getpid()}")
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "noise": noise.get_state(), "step": step,
                  "seconds": seconds, "optimisers": [o.state_dict() for o in optimisers]}  # fmt: skip
-        torch.save(state, temporary)
-        os.replace(temporary, checkpoint)
+        save_tensors(state, checkpoint)
         save_pipeline(out / "pipeline", ema, vae, tokenizer, torch.float32)
 
     running = 0.0

@@ -5,33 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import TDMError
-from .families import Family
-from .scheduler import TDMScheduler
-from .student import StudentRecipe
+from ...errors import TDMError
+from ..families import Family
+from ..scheduler import TDMScheduler
+from .recipe import StudentRecipe
 
 
-def recipe_for(base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]) -> StudentRecipe:
-    """The recipe of a student's metadata on a base; what the base itself says fills the gaps, or must agree.
+def recipe_on_base(
+    base: str, family: Family, config: Mapping[str, Any], fields: Mapping[str, Any]
+) -> tuple[StudentRecipe, Any]:
+    """(recipe, sampler) of a student's metadata on a base; what the base itself says fills the gaps, or must agree.
 
     Args:
         base: name or path of the base.
         family: of the base.
-        config: of the base's scheduler.
+        config: of the base's scheduler: the noise schedule that the sampler gets.
         fields: the student's metadata.
 
     Raises:
         TDMError: see `TDMPipeline.from_pretrained`.
     """
-    prediction_type = TDMScheduler.from_config(config).config.prediction_type
-    facts = {"base_model": base, "family": family.name, "prediction_type": prediction_type}
+    facts = {
+        "base_model": base,
+        "family": family.name,
+        "prediction_type": TDMScheduler.prediction_type_of(config),
+    }
     recipe = StudentRecipe.from_fields({**facts, **fields})
     for name in ("family", "prediction_type"):
         trained, here = getattr(recipe, name), facts[name]
         if trained != here:
             raise TDMError(f"the student was trained for {name} {trained!r}, but the base {base} has {here!r}")
-    student_scheduler(recipe, config)  # timesteps outside the base's schedule
-    return recipe
+    return recipe, student_scheduler(recipe, config)  # refuses timesteps outside the base's schedule
 
 
 def student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> Any:

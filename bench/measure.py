@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tdm_pipeline import TDMPipeline
+from ..pipelines.tdm_pipeline import TDMPipeline
 from .memory import LiveMemory
 
 COPIES = {"_to_copy", "clone", "copy_", "_copy_from"}
@@ -140,11 +140,11 @@ def runs_of(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:
         pipe: with a student, whose adapter both pipelines run.
         call: arguments of both calls, besides the student's steps, guidance and size; no generator.
     """
-    stock: Any = pipe._family.pipeline_class()(**{**pipe.components, "scheduler": pipe._teacher_scheduler})
+    stock: Any = pipe.family.pipeline_class()(**{**pipe.components, "scheduler": pipe.teacher_scheduler})
     stock.set_progress_bar_config(disable=True)
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(type(stock).__call__).parameters
-    settings = {k: v for k, v in pipe._call_defaults().items() if k in known} | call
+    settings = {k: v for k, v in pipe.call_defaults().items() if k in known} | call
 
     def tdm() -> Any:
         return pipe(**call, generator=torch.Generator().manual_seed(0))
@@ -205,13 +205,13 @@ def rows(
     owners = {"TDMPipeline": pipe, "stock pipeline": stock}
     counts = {run: count(owner, runs[run]) for run, owner in owners.items()}
     if compiled:
-        pipe._denoiser.compile()
+        pipe.denoiser.compile()
     times = seconds(runs, repeats, device)
     lines = []
     for run, spent in times.items():
         ratio = statistics.median(a / b for a, b in zip(spent, times["bare networks"], strict=True))
         peak = peak_on(device, runs[run]) if device.type == "cuda" else counts[run].peak if run in counts else None
-        cells = [name, run, str(counts.get(run, counts["TDMPipeline"]).calls[pipe._family.denoiser])]
+        cells = [name, run, str(counts.get(run, counts["TDMPipeline"]).calls[pipe.family.denoiser])]
         cells += [f"{statistics.median(spent):.3f}", f"{ratio:.3f}", f"{peak / 1e6:.1f}" if peak is not None else ""]
         if run in counts:
             steps, rest = counts[run].parts["steps"], counts[run].parts["rest"]

@@ -1,7 +1,7 @@
 """Train the bundled VAE: 64x64 RGB to 8x8 latents of 16 channels (a diffusers ``AutoencoderKL``).
 
-python -m tdm.training.teacher.vae --out runs/teacher                    encoder and decoder together
-python -m tdm.training.teacher.vae --out runs/teacher --decoder-only     sharpen the decoder, latents unchanged
+python -m tdm.training.worlds.teacher.vae --out runs/teacher                    encoder and decoder together
+python -m tdm.training.worlds.teacher.vae --out runs/teacher --decoder-only     sharpen the decoder, latents unchanged
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .data import pictures, replace_folder, to_model
+from ....files import whole_folder
+from .data import pictures, to_model
 
 WIDTHS = (24, 48, 96, 128)
 LATENT_CHANNELS = 16
@@ -131,9 +131,8 @@ def train(out: Path, steps: int, batch: int, rate: float, shards: int, decoder_o
             vae.register_to_config(scaling_factor=1.0 / std, shift_factor=None)
             print(f"latent mean {mean:.3f} std {std:.3f}", flush=True)
         if step % 250 == 249 or step == steps - 1:
-            temporary = out / f".vae-{os.getpid()}"
-            vae.save_pretrained(temporary)
-            replace_folder(temporary, folder)
+            with whole_folder(folder, force=True) as unfinished:
+                vae.save_pretrained(unfinished)
     record = {"updates": steps, "batch": batch, "seed": seed, "minutes": round((time.time() - start) / 60, 1)}
     (out / f"vae{'-decoder' if decoder_only else ''}.json").write_text(json.dumps(record))
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..world.captions import caption
-from ..world.draw import Style, draw
-from ..world.scene import Scene, Split, scenes
+from ..stickers.captions import caption
+from ..stickers.draw import Style, draw
+from ..stickers.scene import Scene, Split, scenes
 
 
 def pictures(
@@ -35,15 +33,3 @@ def pictures(
 def to_model(pictures_u8: Tensor) -> Tensor:
     """uint8 [0, 255] to float32 [-1, 1]."""
     return pictures_u8.float() / 127.5 - 1.0
-
-
-def to_u8(pictures_float: Tensor) -> Tensor:
-    """Float [-1, 1] to uint8 [0, 255], clipped."""
-    return ((pictures_float.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
-
-
-def replace_folder(finished: Path, target: Path) -> None:
-    """Put a finished folder in the place of ``target``; what was there goes only once the new one is complete."""
-    if target.exists():
-        shutil.rmtree(target)
-    finished.rename(target)

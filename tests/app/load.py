@@ -1,7 +1,7 @@
 """A crowd on the demo: many clients at once, and what became of each.
 
-    python -m tdm.demo.load                                    starts a demo of its own, 50 clients, 4 pictures each
-    python -m tdm.demo.load --url http://127.0.0.1:7860        asks one that runs
+    python -m tdm.tests.app.load                                starts a demo of its own, 50 clients, 4 pictures each
+    python -m tdm.tests.app.load --url http://127.0.0.1:7860    asks one that runs
 
 Prints how many requests were served, refused, lost and cancelled, whether each that waited was told its place, how long
 they took, and how the memory of the demo's process grew. Exit code 1 if one was lost.
@@ -31,7 +31,7 @@ import psutil
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from . import APP
+from ...demo import APP
 
 PROMPT = "two red stars above a blue ball at night"
 PATIENCE = 600.0  # seconds until a request counts as lost
@@ -127,7 +127,7 @@ def demo() -> Iterator[tuple[str, psutil.Process]]:
 
 def main() -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="tdm.demo.load", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="tdm.tests.app.load", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--url", help="of a demo that runs (default: one is started)")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--pictures", type=int, default=4, help="that each client asks for")

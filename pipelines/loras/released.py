@@ -1,4 +1,4 @@
-"""Networks without weights: the names and shapes of a base's layers, from its configs alone, in no memory."""
+"""The denoisers of the families as they were released: which of them has the layers that a file names."""
 
 from __future__ import annotations
 
@@ -8,57 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from ...errors import TDMError
-from ..families import Family, family_of_name
-from ..locate import base_folder, family_of_base
+from ..families import family_of_name
 from .layer_names import layer_shapes, names_of
 from .layouts import Address
 from .pairs import Lora
-
-
-def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
-    """(family, networks that can take a LoRA by component) of a base, on the meta device.
-
-    Args:
-        base: folder, hub id, or "bundled".
-        hub: options of `hf_hub_download`, such as `cache_dir` and `local_files_only`.
-
-    Raises:
-        TDMError: there is no such base, its family is not supported, or a config cannot be read.
-    """
-    folder = base_folder(base)
-    family = family_of_base(folder, **hub)
-    index: Any = DiffusionPipeline.load_config(folder, **hub)
-    adaptable: list[str] = getattr(family.pipeline_class(), "_lora_loadable_modules", [])
-    encoders = [name for name in adaptable if name.startswith("text_encoder")]
-    networks = {}
-    for component in (family.denoiser, *encoders):
-        library, name = index.get(component) or (None, None)
-        if library is None or name is None:  # a base may leave an encoder out
-            continue
-        try:
-            networks[component] = network_without_weights(library, name, folder, component, hub)
-        except (OSError, ValueError) as error:
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            raise TDMError(f"cannot read the config of {component} of the base {base} ({line})") from None
-    return family, networks
-
-
-def network_without_weights(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
-    """A component of a base on the meta device, from its config: class `name` of `library` ("diffusers" or
-    "transformers").
-    """
-    network_class = getattr(importlib.import_module(library), name)
-    if library == "diffusers":
-        config = network_class.load_config(folder, subfolder=component, **hub)
-        with torch.device("meta"):
-            return network_class.from_config(config)
-    config = network_class.config_class.from_pretrained(folder, subfolder=component, **hub)
-    with torch.device("meta"):
-        return network_class(config)
 
 
 @functools.cache

@@ -1,0 +1,52 @@
+"""What several commands share: which model, how it is loaded, and no progress bars of loading."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import TDMError
+
+if TYPE_CHECKING:
+    from ..pipelines.tdm_pipeline import TDMPipeline
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and --student, alike for every command."""
+    parser.add_argument("--model", help="base model: folder or hub id (default: the bundled one, or the student's)")
+    parser.add_argument("--student", help="student file, folder or hub id (default: the bundled one)")
+
+
+def load(args: argparse.Namespace, **recipe: Any) -> TDMPipeline:
+    """The pipeline that --model and --student name; see `load_pipeline`."""
+    return load_pipeline(args.model, args.student, recipe or None)
+
+
+def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, Any] | None = None) -> TDMPipeline:
+    """The pipeline of a base and a student, with the bundled model as the default.
+
+    Args:
+        recipe: fields that replace the student's own.
+    """
+    from ..pipelines.tdm_pipeline import TDMPipeline
+
+    quiet()
+    pipe = TDMPipeline.from_pretrained(model or student or "bundled", student=student if model else None, recipe=recipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def quiet() -> None:
+    """No progress bars of loading: they bury what is said."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def check_strength(strength: float) -> None:
+    """Raise TDMError for a strength at which no student draws."""
+    if not 0 < strength <= 2:
+        raise TDMError(f"--strength {strength:g} is not above 0 and at most 2; 1 is as the student was trained")

@@ -1,0 +1,228 @@
+"""Bases: where they are, which family they are of, their networks without weights, and a folder from a single file."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from torch import nn
+
+from ..errors import TDMError, first_line
+from ..files import whole_folder
+from .families import Family, family_of_pipeline
+from .loras.file import open_safetensors
+
+BUNDLED = "bundled"
+INDEX = "model_index.json"
+
+Source = str | os.PathLike[str]
+
+
+def bundled_path() -> Path:
+    """The folder of the model that ships with this package: `teacher/` and `student.safetensors`.
+
+    Raises:
+        TDMError: this installation has none.
+    """
+    path = Path(__file__).parents[1] / BUNDLED
+    if not (path / "teacher" / INDEX).is_file():
+        raise TDMError(f"this installation has no bundled model: {path / 'teacher'} is missing")
+    return path
+
+
+def base_folder(base: Source) -> str:
+    """What diffusers loads for a base's name: "bundled" becomes its folder, anything else stays."""
+    return str(bundled_path() / "teacher") if base == BUNDLED else str(base)
+
+
+def family_of_base(folder: str, **hub: Any) -> Family:
+    """The family of a base folder or hub repository, by its `model_index.json`.
+
+    Raises:
+        TDMError: there is no such pipeline, its family is not supported, or it has two denoisers (Wan 2.2).
+    """
+    if Path(folder).is_file():
+        raise TDMError(
+            f"the base {folder} is a single file; write it as a folder first: tdm convert {folder} "
+            "--base FOLDER_OF_WHAT_IT_WAS_TUNED_FROM --out NEW_FOLDER"
+        )
+    try:
+        config: Any = DiffusionPipeline.load_config(folder, **hub)
+    except (OSError, ValueError) as error:
+        raise TDMError(
+            f"cannot read the base {folder!r} ({first_line(error)}); pass one: (base, student=...)"
+        ) from None
+    if (config.get("transformer_2") or [None])[0] is not None:
+        raise TDMError(f"the base {folder} has two denoisers, and a student is one LoRA on one; it is not supported")
+    return family_of_pipeline(str(config.get("_class_name")))
+
+
+def download(repository: Source, name: str, hub: Mapping[str, Any]) -> Path | None:
+    """One file of a hub repository, through the local cache; None if there is no such file or repository."""
+    try:
+        return Path(hf_hub_download(str(repository), name, **hub))
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+    except OSError as error:
+        raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)})") from None
+
+
+def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
+    """(family, networks that can take a LoRA by component) of a base, on the meta device.
+
+    Args:
+        base: folder, hub id, or "bundled".
+        hub: options of `hf_hub_download`, such as `cache_dir` and `local_files_only`.
+
+    Raises:
+        TDMError: there is no such base, its family is not supported, or a config cannot be read.
+    """
+    folder = base_folder(base)
+    family = family_of_base(folder, **hub)
+    index: Any = DiffusionPipeline.load_config(folder, **hub)
+    adaptable: list[str] = getattr(family.pipeline_class(), "_lora_loadable_modules", [])
+    encoders = [name for name in adaptable if name.startswith("text_encoder")]
+    networks = {}
+    for component in (family.denoiser, *encoders):
+        library, name = index.get(component) or (None, None)
+        if library is None or name is None:  # a base may leave an encoder out
+            continue
+        try:
+            networks[component] = network_without_weights(library, name, folder, component, hub)
+        except (OSError, ValueError) as error:
+            line = first_line(error)
+            raise TDMError(f"cannot read the config of {component} of the base {base} ({line})") from None
+    return family, networks
+
+
+def network_without_weights(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
+    """A component of a base on the meta device, from its config: class `name` of `library` ("diffusers" or
+    "transformers").
+    """
+    network_class = getattr(importlib.import_module(library), name)
+    if library == "diffusers":
+        config = network_class.load_config(folder, subfolder=component, **hub)
+        with torch.device("meta"):
+            return network_class.from_config(config)
+    config = network_class.config_class.from_pretrained(folder, subfolder=component, **hub)
+    with torch.device("meta"):
+        return network_class(config)
+
+
+def outline(base: str, **hub: Any) -> tuple[Family, Any]:
+    """(family, pipeline) of a base: denoiser and VAE on the meta device, the true scheduler and tokenizers, no text
+    encoders. It answers every question about sizes and shapes, and cannot draw.
+
+    Args:
+        base: folder, hub id, or "bundled".
+        hub: options of `hf_hub_download`, such as `cache_dir` and `local_files_only`.
+
+    Raises:
+        TDMError: there is no such base, its family is not supported, or a config cannot be read.
+    """
+    folder = base_folder(base)
+    family = family_of_base(folder, **hub)
+    pipeline = family.pipeline_class()
+    index: Any = DiffusionPipeline.load_config(folder, **hub)
+    parts: dict[str, Any] = {}
+    for name, parameter in inspect.signature(pipeline.__init__).parameters.items():
+        entry = index.get(name)
+        if isinstance(entry, list | tuple):
+            try:
+                library, class_name = entry
+                parts[name] = _part(family, name, library, class_name, folder, hub)
+            except (OSError, ValueError) as error:
+                line = first_line(error)
+                raise TDMError(f"cannot read the config of {name} of the base {base} ({line})") from None
+        elif name in index:
+            parts[name] = entry
+        elif name != "self" and parameter.default is inspect.Parameter.empty:
+            parts[name] = None
+    if parts.get(family.denoiser) is None:
+        raise TDMError(f"the base {base} has no {family.denoiser}")
+    return family, pipeline(**parts)
+
+
+def _part(family: Family, name: str, library: str | None, class_name: str | None, folder: str, hub: Any) -> Any:
+    if library is None or class_name is None:
+        return None
+    if name in (family.denoiser, "vae"):
+        return network_without_weights(library, class_name, folder, name, hub)
+    if name == "scheduler" or name.startswith("tokenizer"):
+        if Path(folder).is_dir() and not (Path(folder) / name).is_dir():  # transformers makes an empty tokenizer then
+            raise OSError(f"there is no folder {name}")
+        return getattr(importlib.import_module(library), class_name).from_pretrained(folder, subfolder=name, **hub)
+    return None
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a .safetensors file holds a network's own weights, and no LoRA.
+
+    Raises:
+        TDMError: it cannot be read.
+    """
+    if not Path(path).is_file() or Path(path).suffix != ".safetensors":
+        return False
+    with open_safetensors(path) as file:
+        return not any(mark in key.lower() for key in file.keys() for mark in ("lora", "lokr", "hada_"))  # noqa: SIM118
+
+
+def convert_checkpoint(source: Path, out: Path, *, base: str, force: bool = False) -> Path:
+    """Write a model that is a single .safetensors file, such as a fine-tune, as the folder of a pipeline.
+
+    The folder is a base for everything here: `task.model` of a distillation, `TDMPipeline`, `tdm generate --model`.
+
+    Args:
+        source: the file, in the names of diffusers or of the original checkpoints, as far as diffusers reads them.
+        out: the folder to write; the weights keep the dtype that most of the file has.
+        base: folder (or hub id) of what the model was tuned from: its configs are taken, and the parts that the file
+            lacks, such as text encoders and VAE.
+        force: replace a folder that is there.
+
+    Raises:
+        TDMError: diffusers reads no single files of this family; the file is for another network; parts are in neither.
+    """
+    folder = base_folder(base)
+    family = family_of_base(folder)
+    stock: Any = getattr(diffusers, family.pipeline)
+    if not hasattr(stock, "from_single_file"):
+        raise TDMError(f"diffusers reads no single files of {family.name}; get this model as a folder")
+    with open_safetensors(source) as file:
+        stored = Counter(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored.most_common(1)[0][0], torch.float32)
+
+    with whole_folder(out, force=force) as unfinished:
+        try:
+            pipe = _from_file(stock, source, folder, family.denoiser, dtype)
+        except Exception as error:  # diffusers reads the keys of another network in any way, and fails in any
+            line = first_line(error)
+            raise TDMError(f"{source} cannot be read as a {family.name} model on {base}: {line}") from None
+        pipe.save_pretrained(str(unfinished))
+    return out
+
+
+def _from_file(stock: Any, source: Path, folder: str, denoiser: str, dtype: torch.dtype) -> Any:
+    """diffusers' `from_single_file`; each part but the denoiser that it does not find in the file is the base's."""
+    base: Any = None
+    parts: dict[str, Any] = {}
+    while True:
+        try:
+            return stock.from_single_file(str(source), config=folder, dtype=dtype, **parts)
+        except SingleFileComponentError as error:
+            missing = re.search(r"^(\w+) = ", str(error), re.MULTILINE)
+            if missing is None or missing[1] == denoiser or missing[1] in parts:
+                raise
+            base = base or stock.from_pretrained(folder, dtype=dtype)
+            parts[missing[1]] = base.components[missing[1]]

@@ -1,0 +1,1 @@
+"""Student files: what a student is, how it is read, written, attached, averaged and converted."""

@@ -1,0 +1,37 @@
+"""The curves of a run: one panel for each value in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_NO_CURVES = ("step", "seconds_per_update", "best/step")
+
+
+def plot_curves(folder: Path) -> Path | None:
+    """``curves.png`` from ``metrics.jsonl``: one panel a measure, or None if the run wrote none."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = [n for n in dict.fromkeys(key for line in lines for key in line) if n not in _NO_CURVES]
+    if not names:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = 4
+    figure, axes = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(4 * columns, 2.6 * -(-len(names) // columns)), squeeze=False
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return path

@@ -1,0 +1,90 @@
+"""What is distilled, as the loop sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..pipelines.schedule import NoiseSchedule, PredictionType
+from ..pipelines.students.recipe import StudentRecipe
+from .best import Measure
+from .preview import Preview
+from .trajectory import Condition, Trajectory
+
+Sampler = Callable[[Tensor, Condition], Tensor]
+"""``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
+steps, or the critic's idea of the student's sample.
+"""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The guided teacher: a `Sampler` that knows, as JSON, what its samples depend on beside base, noise and prompts.
+    By that a task can keep what it drew for the runs to come.
+    """
+
+    draw: Sampler
+    identity: Mapping[str, Any]
+
+    def __call__(self, noise: Tensor, cond: Condition) -> Tensor:
+        """Samples of the teacher, ``[B, ...]``."""
+        return self.draw(noise, cond)
+
+
+class Task(Protocol):
+    """What is distilled: everything that differs between a mixture of Gaussians and a text-to-image model."""
+
+    base: nn.Module  # the pretrained network, on its device; it is frozen
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    targets: Sequence[str] | str  # the layers that get adapters, as in peft
+    time_embedder: str  # the base's module whose output [B, D] is the time embedding
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base runs."""
+        ...
+
+    @property
+    def measure(self) -> Measure | None:
+        """The measure of :meth:`evaluate` by which the best student is kept; None keeps none."""
+        ...
+
+    def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
+        """The network's output for ``x`` ``[B, ...]``, ``timesteps`` ``[B]`` float32. Keep bf16-unsafe
+        parts in float32.
+        """
+        ...
+
+    def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
+        """``n`` prompts drawn with ``generator`` (CPU) and nothing else, encoded (``{}`` if there are none), and the
+        shape of one sample, which may differ from batch to batch. On any device: the loop moves what it needs.
+        """
+        ...
+
+    def null(self, cond: Condition) -> Condition:
+        """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
+        ...
+
+    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:
+        """What the three draw from fixed seeds, and how the student's samples compare with the teacher's."""
+        ...
+
+    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
+        """The task's own measures, from fixed seeds."""
+        ...
+
+    def show(self, sampler: Sampler) -> Image.Image:
+        """What a sampler draws from fixed seeds, in a small picture: to look at beside another's."""
+        ...
+
+    def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe | None:
+        """How a student with a trajectory for each of its step counts is sampled, for its file; None for a task that is
+        no pipeline.
+        """
+        ...

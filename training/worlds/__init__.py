@@ -1,0 +1,1 @@
+"""The small worlds where every picture can be checked, and how their teachers were trained."""
