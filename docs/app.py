@@ -1,4 +1,4 @@
-"""The picture of the demo in the README, of a demo that runs: `python docs/app.py http://127.0.0.1:7860`."""
+"""The picture of the demo in docs/demo.md, of a demo that runs: `python docs/app.py http://127.0.0.1:7860`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bundled model: small, complete, usable with stock diffusers alone, and as good as the README says."""
+"""The bundled model: small, complete, usable with stock diffusers alone, and as good as docs/measurements.md says."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_seed_is_one_picture_alone_or_in_a_batch(pipe: TDMPipeline) -> None:
 
 
 @pytest.mark.slow
-def test_the_table_of_the_readme(pipe: TDMPipeline, tmp_path: Path) -> None:
+def test_the_table_of_the_measurements(pipe: TDMPipeline, tmp_path: Path) -> None:
     rows, sheet = evaluate(pipe, Prompts(*held_out_prompts(256)))
     sheet.save(tmp_path / "grid.png")
     print(table(rows))
