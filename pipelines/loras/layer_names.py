@@ -15,17 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .native_names import NATIVE
+from .pairs import LayerShape
 
 Names = dict[str, tuple[str, ...]]
 Meaning = TypeVar("Meaning")
-
-
-class LayerShape(NamedTuple):
-    """What a LoRA must fit: A (rank, inputs, *kernel), B (outputs, rank, 1 per kernel axis)."""
-
-    inputs: int
-    outputs: int
-    kernel: tuple[int, ...] = ()
 
 
 def layer_shapes(network: nn.Module) -> dict[str, LayerShape]:

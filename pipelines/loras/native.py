@@ -25,8 +25,8 @@ from .layer_names import (
     unambiguous,
 )
 from .layouts import Address, Positional, parse
-from .pairs import Layers, Lora
-from .places import place, split, stacked_widths
+from .pairs import Layers, Lora, split, stacked_widths
+from .places import place
 from .released import released
 
 

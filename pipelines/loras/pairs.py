@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +41,24 @@ class Lora(NamedTuple):
         return self.A.shape[1], self.B.shape[0]
 
 
+class LayerShape(NamedTuple):
+    """What a LoRA must fit: A (rank, inputs, *kernel), B (outputs, rank, 1 per kernel axis)."""
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...] = ()
+
+
 Layers = Mapping[str, Mapping[str, Lora]]
 """A LoRA at strength 1.0: component of a pipeline -> layer -> its two halves."""
 
 
-def pair_layers(state_dict: Mapping[str, Tensor]) -> dict[str, Lora]:
-    """The LoRA of each layer, by layer name.
+def pair_layers(state_dict: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Lora]:
+    """The LoRA of each layer at strength 1.0, by layer name.
+
+    Args:
+        state_dict: by key.
+        alpha: that the LoRA was trained with; ``alpha / rank`` goes into B. None: it is the rank.
 
     Raises:
         TDMError: no keys, keys of another layout, half a layer, halves that do not fit, or values that are not finite.
@@ -59,7 +71,41 @@ def pair_layers(state_dict: Mapping[str, Tensor]) -> dict[str, Lora]:
         halves.setdefault(match["layer"], {})[match["half"]] = tensor
     if not halves:
         raise TDMError("there are no LoRA tensors")
-    return {layer: pair(layer, half) for layer, half in halves.items()}
+    loras = {layer: pair(layer, half) for layer, half in halves.items()}
+    return {layer: lora if alpha is None else lora.scaled(alpha / lora.rank) for layer, lora in loras.items()}
+
+
+def check_layers(layers: Layers) -> None:
+    """Check a LoRA in memory as `pair` checks one from a file.
+
+    Raises:
+        TDMError: the halves of a layer do not fit together, have rank 0, or hold NaN or infinite values.
+    """
+    for component, loras in layers.items():
+        for layer, lora in loras.items():
+            pair(f"{component}.{layer}", lora._asdict())
+
+
+def stored(layers: Layers, dtype: torch.dtype | None) -> Layers:
+    """Layers as they go into a file: on the CPU, contiguous, in the dtype to store (None: their own), finite in it.
+
+    Raises:
+        TDMError: values that the dtype cannot hold.
+    """
+    ready = {
+        component: {
+            layer: Lora(
+                *(
+                    half.detach().to("cpu", dtype or half.dtype).clone(memory_format=torch.contiguous_format)
+                    for half in lora
+                )
+            )
+            for layer, lora in loras.items()
+        }
+        for component, loras in layers.items()
+    }
+    check_layers(ready)
+    return ready
 
 
 def pair(layer: str, half: Mapping[str, Tensor]) -> Lora:
@@ -115,3 +161,70 @@ def peft_config(layers: Mapping[str, Lora]) -> dict[str, Any]:
         "alpha_pattern": others,
         "target_modules": sorted(layers),
     }
+
+
+def lay_out(
+    named: Sequence[tuple[str, str, Sequence[str], Lora]],
+    shapes: Mapping[str, Mapping[str, LayerShape]],
+    network: str,
+    scale: float = 1.0,
+) -> Layers:
+    """LoRAs on the layers of a pipeline, in the shapes that these have; every one finds its place.
+
+    Args:
+        named: (component, name in the source, names of our layers, LoRA); of several layers the LoRA is of their stack.
+        shapes: of the layers, by component and name.
+        network: what errors call the denoiser.
+        scale: strength to multiply in.
+
+    Raises:
+        TDMError: a LoRA without a layer or for another shape, or two for one layer.
+    """
+    placed: dict[str, dict[str, Lora]] = {}
+    wrong: list[str] = []
+    for component, name, targets, lora in named:
+        stack = [shapes[component][target] for target in targets]
+        loras = split(lora.scaled(scale), stack)
+        if not loras:
+            own = stacked_widths(stack)
+            why = f"{own} wide, not {lora.widths}" if own not in (None, lora.widths) else "another kernel"
+            wrong.append(f"{name} ({why if targets else 'no such layer'})")
+        for target, part in zip(targets, loras, strict=False):
+            if target in placed.setdefault(component, {}):
+                raise TDMError(f"the file has two LoRAs for the layer {target!r}; the second as {name!r}")
+            placed[component][target] = part
+    if wrong:
+        raise TDMError(
+            f"the student does not fit this base: {len(named) - len(wrong)} of its {len(named)} LoRA layers match "
+            f"the {network}, {len(wrong)} do not: {', '.join(wrong[:3])}" + (", ..." if len(wrong) > 3 else "")
+        )
+    return placed
+
+
+def stacked_widths(stack: Sequence[LayerShape]) -> tuple[int, int] | None:
+    """(in, out) of our layers as one native layer; None if there are none."""
+    return (stack[0].inputs, sum(layer.outputs for layer in stack)) if stack else None
+
+
+def split(lora: Lora, stack: Sequence[LayerShape]) -> list[Lora]:
+    """The LoRA of each layer of a stack: A for all, B by rows. Empty if it does not fit."""
+    if stacked_widths(stack) != lora.widths:
+        return []
+    loras, row = [], 0
+    for inputs, outputs, kernel in stack:
+        A = _reshaped(lora.A, (lora.rank, inputs, *kernel))
+        B = _reshaped(lora.B[row : row + outputs], (outputs, lora.rank, *[1] * len(kernel)))
+        if A is None or B is None:
+            return []
+        loras.append(Lora(A.clone(), B.clone()))
+        row += outputs
+    return loras
+
+
+def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor in that shape, if the two differ by kernel axes of length 1 at most; else None."""
+
+    def essence(sizes: Sequence[int]) -> list[int]:
+        return [*sizes[:2], *(size for size in sizes[2:] if size != 1)]
+
+    return tensor.reshape(shape) if essence(tensor.shape) == essence(shape) else None

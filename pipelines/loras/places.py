@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import TDMError
 from ..families import Family
 from .file import LoraFile
-from .layer_names import LayerShape, layer_shapes, names_of
+from .layer_names import layer_shapes, names_of
 from .layouts import Positional, parse
-from .pairs import Layers, Lora, pair
+from .pairs import Layers, Lora, lay_out, pair
 
 
 def place(
@@ -42,14 +42,14 @@ def place(
         denoiser = components[family.denoiser]
         return {family.denoiser: _place_positional(file, denoiser, positional, scale * positional.scale)}
     names = {component: names_of(network, family.name) for component, network in components.items()}
-    return _place(
+    return lay_out(
         [
             (component, ".".join(filter(None, address)), names.get(component, {}).get(address.name, ()), lora)
             for address, lora in parse(file).layers.items()
             for component in (address.component or family.denoiser,)
         ],
-        family,
-        components,
+        {component: layer_shapes(network) for component, network in components.items()},
+        type(components[family.denoiser]).__name__,
         scale,
     )
 
@@ -65,74 +65,15 @@ def place_layers(layers: Layers, family: Family, components: Mapping[str, nn.Mod
         TDMError: a layer that does not exist or has another shape.
     """
     shapes = {component: layer_shapes(network) for component, network in components.items()}
-    return _place(
+    return lay_out(
         [
             (component, f"{component}.{name}", (name,) if name in shapes.get(component, {}) else (), lora)
             for component, loras in layers.items()
             for name, lora in loras.items()
         ],
-        family,
-        components,
+        shapes,
+        type(components[family.denoiser]).__name__,
     )
-
-
-def _place(
-    named: Sequence[tuple[str, str, Sequence[str], Lora]],
-    family: Family,
-    components: Mapping[str, nn.Module],
-    scale: float = 1.0,
-) -> Layers:
-    """The layers of a pipeline that (component, name in the source, our layers of that name, LoRA) are for."""
-    shapes = {component: layer_shapes(network) for component, network in components.items()}
-    placed: dict[str, dict[str, Lora]] = {}
-    wrong: list[str] = []
-    for component, name, targets, lora in named:
-        stack = [shapes[component][target] for target in targets]
-        loras = split(lora.scaled(scale), stack)
-        if not loras:
-            own = stacked_widths(stack)
-            why = f"{own} wide, not {lora.widths}" if own not in (None, lora.widths) else "another kernel"
-            wrong.append(f"{name} ({why if targets else 'no such layer'})")
-        for target, part in zip(targets, loras, strict=False):
-            if target in placed.setdefault(component, {}):
-                raise TDMError(f"the file has two LoRAs for the layer {target!r}; the second as {name!r}")
-            placed[component][target] = part
-    if wrong:
-        raise TDMError(
-            f"the student does not fit this base: {len(named) - len(wrong)} of its {len(named)} LoRA layers match "
-            f"the {type(components[family.denoiser]).__name__}, {len(wrong)} do not: {', '.join(wrong[:3])}"
-            + (", ..." if len(wrong) > 3 else "")
-        )
-    return placed
-
-
-def stacked_widths(parts: Sequence[LayerShape]) -> tuple[int, int] | None:
-    """(in, out) of our layers as one native layer; None if there are none."""
-    return (parts[0].inputs, sum(part.outputs for part in parts)) if parts else None
-
-
-def split(lora: Lora, parts: Sequence[LayerShape]) -> list[Lora]:
-    """The LoRA of each layer of a stack: A for all, B by rows. Empty if it does not fit."""
-    if stacked_widths(parts) != lora.widths:
-        return []
-    found, row = [], 0
-    for inputs, outputs, kernel in parts:
-        A = _reshaped(lora.A, (lora.rank, inputs, *kernel))
-        B = _reshaped(lora.B[row : row + outputs], (outputs, lora.rank, *[1] * len(kernel)))
-        if A is None or B is None:
-            return []
-        found.append(Lora(A.clone(), B.clone()))
-        row += outputs
-    return found
-
-
-def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The tensor in that shape, if the two differ by kernel axes of length 1 at most; else None."""
-
-    def essence(sizes: Sequence[int]) -> list[int]:
-        return [*sizes[:2], *(size for size in sizes[2:] if size != 1)]
-
-    return tensor.reshape(shape) if essence(tensor.shape) == essence(shape) else None
 
 
 def _place_positional(file: LoraFile, denoiser: nn.Module, positional: Positional, scale: float) -> dict[str, Lora]:

@@ -30,7 +30,16 @@ from ...errors import TDMError
 from ...files import replacing
 from ..families import family_of_name
 from ..loras.file import open_safetensors
-from ..loras.pairs import Layers, Lora, kohya_state_dict_of, pair, pair_layers, peft_config, state_dict_of
+from ..loras.pairs import (
+    Layers,
+    Lora,
+    check_layers,
+    kohya_state_dict_of,
+    pair_layers,
+    peft_config,
+    state_dict_of,
+    stored,
+)
 from .recipe import HEADER_KEY, StudentRecipe, fields_of
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # components that may have a LoRA, as the denoiser has
@@ -64,11 +73,10 @@ class Student:
         components = (family_of_name(self.recipe.family).denoiser, *TEXT_ENCODERS)
         if not any(self.layers.values()):
             raise TDMError("the student has no LoRA layers")
-        for component, layers in self.layers.items():
+        for component in self.layers:
             if component not in components:
                 raise TDMError(f"{component!r} is no component of a student; use one of {', '.join(components)}")
-            for layer, lora in layers.items():
-                pair(f"{component}.{layer}", lora._asdict())
+        check_layers(self.layers)
 
     @classmethod
     def from_state_dict(
@@ -93,10 +101,9 @@ class Student:
         """
         denoiser = family_of_name(recipe.family).denoiser
         layers: dict[str, dict[str, Lora]] = {}
-        for name, lora in pair_layers(state_dict).items():
+        for name, lora in pair_layers(state_dict, alpha).items():
             component, layer = _component(name, denoiser)
-            scale = 1.0 if alpha is None else alpha / lora.rank
-            layers.setdefault(component, {})[layer] = lora.scaled(scale)
+            layers.setdefault(component, {})[layer] = lora
         return cls(recipe, layers)
 
 
@@ -178,13 +185,12 @@ def save_student(
         raise TDMError(f"{path} exists; pass force=True to replace it")
     tensors: dict[str, Tensor] = {}
     adapter: dict[str, Any] = {}
-    for component, layers in student.layers.items():
-        stored = {layer: _stored(f"{component}.{layer}", lora, dtype) for layer, lora in layers.items()}
+    for component, layers in stored(student.layers, dtype).items():
         if layout == "kohya":
-            tensors |= kohya_state_dict_of(component, stored)
+            tensors |= kohya_state_dict_of(component, layers)
             continue
-        tensors |= {f"{component}.{key}": tensor for key, tensor in state_dict_of(stored).items()}
-        adapter |= {f"{component}.{key}": value for key, value in peft_config(stored).items()}
+        tensors |= {f"{component}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
+        adapter |= {f"{component}.{key}": value for key, value in peft_config(layers).items()}
     metadata = {"format": "pt", **student.recipe.to_metadata()}
     if adapter:
         metadata["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True)
@@ -210,12 +216,3 @@ def _component(name: str, denoiser: str) -> tuple[str, str]:
         if name.startswith(f"{component}."):
             return component, name.removeprefix(f"{component}.")
     return denoiser, name
-
-
-def _stored(name: str, lora: Lora, dtype: torch.dtype | None) -> Lora:
-    """A layer as it goes into a file: on the CPU, contiguous, in the dtype to store, still finite in it."""
-    halves = {
-        half: tensor.detach().to("cpu", dtype or tensor.dtype).clone(memory_format=torch.contiguous_format)
-        for half, tensor in lora._asdict().items()
-    }
-    return pair(name, halves)
