@@ -7,7 +7,7 @@ from typing import Any
 
 from tdm.tests import tiny
 from tdm.training.config import MemoryConfig
-from tdm.training.export import Trained, read_run
+from tdm.training.export import FinishedRun, read_run
 from tdm.training.progress import Report, print_line
 from tdm.training.run import Run
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
@@ -30,7 +30,7 @@ def task_of(
     return PipelineTask(config, memory, report=report)
 
 
-def trained(run: Run) -> Trained:
+def trained(run: Run) -> FinishedRun:
     """The student of a finished run."""
     found = read_run(run.out_dir)
     assert found is not None
