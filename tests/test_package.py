@@ -72,7 +72,7 @@ def test_wheel_holds_the_code_the_configs_and_the_bundled_model(clone: Path, tmp
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    code = [n for n in tracked() if n.endswith(".py") and not n.startswith(("tests/", "docs/"))]
+    code = [n for n in tracked() if n.endswith(".py") and not n.startswith(("tests/", "docs/", "examples/"))]
     assert {f"tdm/{n}" for n in code} <= names
     assert {f"tdm/{n}" for n in tracked() if n.startswith(("bundled/", "training/configs/"))} <= names
     assert not [n for n in names if n.startswith("tdm/tests")]

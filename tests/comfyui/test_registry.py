@@ -46,7 +46,7 @@ def installed(comfyui_installed: None, archive: Path, tmp_path_factory: pytest.T
 
 
 def test_the_archive_alone_has_all_nodes_their_help_and_the_bundled_model(installed: Server, archive: Path) -> None:
-    assert not [name for name in ("tests", "training", "cli", "docs", ".ci") if (archive / name).exists()]
+    assert not [name for name in ("tests", "training", "cli", "docs", "examples", ".ci") if (archive / name).exists()]
     known = installed.get("object_info")
     ours = [name for name, shown in known.items() if shown["python_module"] == f"custom_nodes.{archive.name}"]
     assert tuple(ours) == NODES
