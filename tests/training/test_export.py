@@ -16,7 +16,8 @@ from tdm.pipelines.bases import skeletons
 from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.loras.places import place
 from tdm.pipelines.students.describe import describe
-from tdm.pipelines.students.file import read_student
+from tdm.pipelines.students.file import read_header, read_student
+from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import error, load, plain, short_call
@@ -64,7 +65,7 @@ def test_kohya_names_are_the_same_student(family: str, runs: Callable[[str], Run
         assert torch.equal(lora.A, expected[layer].A)
         assert torch.equal(lora.B, expected[layer].B)
 
-    assert read_student(kohya).recipe == run.recipe
+    assert StudentRecipe.from_metadata(read_header(kohya)) == run.recipe
     assert "all of its LoRA layers" in describe(kohya)
     assert torch.equal(short_call(load(kohya), family), short_call(load(file), family))
 
