@@ -13,7 +13,7 @@ from .output import check_writable
 
 if TYPE_CHECKING:
     from ..pipelines.families import Family
-    from ..pipelines.searched_grids import Grid
+    from ..pipelines.searched_grids import SearchedGrid
 
 HELP = """\
 Search the K timesteps on which few steps of a network come closest to many: one run of --levels steps for each prompt
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         _write(args, recipe, better)
 
 
-def table(found: dict[int, dict[str, Grid]]) -> str:
+def table(found: dict[int, dict[str, SearchedGrid]]) -> str:
     """The grids of each step count, as a Markdown table."""
     lines = ["| steps | grid | predicted | error | timesteps |", "| --- | --- | --- | --- | --- |"]
     for k, grids in found.items():

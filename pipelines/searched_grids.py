@@ -18,7 +18,7 @@ BATCH = 32
 SEED = 30_000  # of the noises
 
 
-class Grid(NamedTuple):
+class SearchedGrid(NamedTuple):
     """Timesteps, the error that the costs of their steps add up to, and that of real runs on them: the root mean
     square of what is missed over that of the clean latents.
     """
@@ -75,7 +75,7 @@ def search(
     levels: int,
     guidance_scale: float,
     expect: Callable[[int], Any] = lambda total: None,  # noqa: ARG005
-) -> dict[int, dict[str, Grid]]:
+) -> dict[int, dict[str, SearchedGrid]]:
     """The best grid of each step count, beside those that would be run otherwise.
 
     Args:
@@ -122,10 +122,10 @@ def search(
         costs += each * (len(part) / len(prompts))
         runs.append((predict, noise, x0))
 
-    def measured(grid: list[float]) -> Grid:
+    def measured(grid: list[float]) -> SearchedGrid:
         errors = [run_error(predict, schedule, grid, noise, x0) * len(x0) for predict, noise, x0 in runs]
         predicted = path_cost(costs, [fine.index(t) for t in grid])
-        return Grid(grid, predicted**0.5, (sum(errors) / len(prompts)) ** 0.5)
+        return SearchedGrid(grid, predicted**0.5, (sum(errors) / len(prompts)) ** 0.5)
 
     found = {k: [fine[i] for i in path.levels] for k, path in cheapest_paths(costs, steps).items()}
     return {k: {name: measured(grid) for name, grid in {"found": found[k], **others[k]}.items()} for k in steps}

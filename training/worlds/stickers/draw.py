@@ -99,7 +99,7 @@ OUTLINES: dict[str, list[Point]] = {
 RING_HOLE = 0.52
 
 
-def outline(kind: str, centre: Point, radius: float, tilt: float) -> list[Point]:
+def polygon(kind: str, centre: Point, radius: float, tilt: float) -> list[Point]:
     """The polygon of a sticker; ``tilt`` in degrees, everything else in pixels."""
     c, s = math.cos(math.radians(tilt)), math.sin(math.radians(tilt))
     return [(centre[0] + radius * (c * x - s * y), centre[1] + radius * (s * x + c * y)) for x, y in OUTLINES[kind]]
@@ -115,7 +115,7 @@ def draw_sticker(
     rim: float = RIM,
 ) -> None:
     """Draw one sticker; all lengths in pixels of the canvas that ``pen`` draws on."""
-    shape = outline(kind, centre, radius, tilt)
+    shape = polygon(kind, centre, radius, tilt)
     if kind == "ring":
         hole = radius * RING_HOLE
         for r, width, fill in (

@@ -31,7 +31,7 @@ GRID = 20  # side of the templates
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReadSticker:
     """One sticker read from a picture; ``kind`` is None for a blob that looks like none. Centre in pixels."""
 
     colour: str
@@ -45,7 +45,7 @@ class Reading:
     """What a picture shows."""
 
     background: str
-    stickers: tuple[Seen, ...]
+    stickers: tuple[ReadSticker, ...]
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,12 @@ def read(pictures: Tensor) -> list[Reading]:
                 if area >= SPECK:
                     y, x = (float(v.mean()) for v in np.nonzero(blob))
                     kind = _kind_of(blob) if area >= SMALLEST else None
-                    stickers.append(Seen(COLOURS[index], kind, x, y))
+                    stickers.append(ReadSticker(COLOURS[index], kind, x, y))
         readings.append(Reading(_background_of(picture.numpy(), ~taken), tuple(stickers)))
     return readings
 
 
-def _stands(relation: str, first: list[Seen], second: list[Seen]) -> bool:
+def _stands(relation: str, first: list[ReadSticker], second: list[ReadSticker]) -> bool:
     """Whether every sticker of ``first`` lies on the named side of every one of ``second``."""
     if relation in ("left of", "right of"):
         a, b = [s.x for s in first], [s.x for s in second]
@@ -166,16 +166,16 @@ def _stands(relation: str, first: list[Seen], second: list[Seen]) -> bool:
 def judge(reading: Reading, scene: Scene) -> Verdict:
     """Compare a reading with the scene that was asked for. Every sticker counts: extra ones and debris are wrong."""
     wanted = sorted((g.colour, g.kind) for g in scene.groups for _ in range(g.count))
-    seen = sorted((s.colour, s.kind or "?") for s in reading.stickers)
+    pairs = sorted((s.colour, s.kind or "?") for s in reading.stickers)
     relation: bool | None = None
     if scene.relation is not None:
         groups = [[s for s in reading.stickers if (s.colour, s.kind) == (g.colour, g.kind)] for g in scene.groups]
         relation = all(groups) and _stands(scene.relation, groups[0], groups[1])
     return Verdict(
         background=reading.background == scene.background,
-        count=len(seen) == len(wanted),
-        colour=sorted(c for c, _ in seen) == sorted(c for c, _ in wanted),
-        kind=seen == wanted,
+        count=len(pairs) == len(wanted),
+        colour=sorted(c for c, _ in pairs) == sorted(c for c, _ in wanted),
+        kind=pairs == wanted,
         relation=relation,
     )
 
