@@ -25,7 +25,7 @@ lint: .venv/test
 
 types: .venv/test
 	mkdir -p .venv/types && ln -sfn ../.. .venv/types/tdm
-	MYPYPATH=.venv/types $(BIN)/mypy -p tdm
+	MYPYPATH=.venv/types $(BIN)/mypy -p tdm -m tdm.tests.user_script
 
 eval: .venv/demo
 	$(BIN)/tdm eval --force

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -310,6 +310,28 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         return shift
 
     # ------------------------------------------------------------------ step
+
+    @overload
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: Literal[True] = True,
+        *,
+        generator: Generator | Sequence[Generator] | None = NONE_GIVEN,
+    ) -> TDMSchedulerOutput: ...
+
+    @overload
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        return_dict: bool,
+        *,
+        generator: Generator | Sequence[Generator] | None = NONE_GIVEN,
+    ) -> TDMSchedulerOutput | tuple[Tensor, Tensor]: ...
 
     def step(
         self,

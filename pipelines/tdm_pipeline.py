@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -32,6 +32,10 @@ from .students.recipe import HEADER_KEY, StudentRecipe, completed
 from .students.recipe_on_base import recipe_on_base
 from .students.unplaced import Unplaced, unplaced
 
+_CALL_NOTE = """Draw, with the student's own settings where the call says nothing.
+
+Steps, guidance scale, height, width and, of a video, the number of frames are the student's: `pipe.call_defaults()`
+names them. The defaults that the stock pipeline states below hold for all other arguments."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _logger = logging.getLogger(__name__)
 
@@ -54,9 +58,14 @@ class TDMPipeline(StudentAdapter):
     """
 
     recipe: StudentRecipe
+    scheduler: Any
     base_model: str
     teacher_scheduler: Any
     _first_by_base = False
+
+    if TYPE_CHECKING:  # the class that `from_pretrained` gives has the family's own, with the student's defaults
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -413,4 +422,5 @@ def _student_class(family: Family) -> Any:
                 return base_first(self, call, bound)
             return call(*bound.args, **bound.kwargs)
 
+    __call__.__doc__ = f"{_CALL_NOTE}\n\n{call.__doc__ or ''}"
     return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})
