@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -21,9 +22,26 @@ Result = tuple[FileData | None, dict[str, Any]]
 
 
 def endpoints(engine: Engine, pictures: Pictures) -> None:
-    """Add them to the `gr.Blocks` around."""
+    """Add the endpoints to the `gr.Blocks` around."""
+    api = Endpoints(engine, pictures)
+    for function in (api.generate, api.compare, api.explore, api.trajectory):
+        gr.api(_typed(function), api_name=function.__name__, **MODEL)
+    gr.api(_typed(api.info), api_name="info")
+
+
+class Endpoints:
+    """The endpoints, one method each.
+
+    Args:
+        engine: draws.
+        pictures: keeps the files that are returned.
+    """
+
+    def __init__(self, engine: Engine, pictures: Pictures) -> None:
+        self._engine, self._pictures = engine, pictures
 
     def generate(
+        self,
         prompt: str,
         seed: int = 0,
         steps: int | None = None,
@@ -47,14 +65,16 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             the picture, a PNG with its settings inside
             settings, network calls and seconds; before the end, how far it is, without a picture
         """
-        settings = engine.settings(_given(prompt, seed, steps, width, height, student, base_first))
-        for frame in engine.student(settings):
+        fields = {"prompt": prompt, "seed": seed, "steps": steps, "width": width, "height": height}
+        settings = self._engine.settings({**fields, "student": student, "base_first": base_first})
+        for frame in self._engine.student(settings):
             if not frame.final:
                 yield None, {"step": frame.step, "steps": frame.steps, "calls": frame.calls, "seconds": frame.seconds}
-        made = {**settings.to_dict(), "calls": frame.calls, "seconds": frame.seconds}
-        yield _file(pictures.save(frame.picture, settings)), made
+        metadata = {**settings.to_dict(), "calls": frame.calls, "seconds": frame.seconds}
+        yield _file(self._pictures.save(frame.picture, settings)), metadata
 
     def compare(
+        self,
         prompt: str,
         seed: int = 0,
         steps: int | None = None,
@@ -79,23 +99,25 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             the teacher's picture
             settings, and network calls and seconds of both
         """
-        settings = engine.settings(_given(prompt, seed, steps, width, height, student, base_first))
-        comparison = Comparison(engine, [settings], race=True)
-        drawn: FileData | None = None
-        made: dict[str, Any] = settings.to_dict()
+        fields = {"prompt": prompt, "seed": seed, "steps": steps, "width": width, "height": height}
+        settings = self._engine.settings({**fields, "student": student, "base_first": base_first})
+        comparison = Comparison(self._engine, [settings], race=True)
+        file: FileData | None = None
+        metadata: dict[str, Any] = settings.to_dict()
         for _ in comparison.run():
             for name, frame in (("student", comparison.students[0]), ("teacher", comparison.teacher)):
                 if frame is not None:
-                    made |= {f"{name}_calls": frame.calls, f"{name}_seconds": frame.seconds}
-            if drawn is None and comparison.students[0].final:
-                drawn = _file(pictures.save(comparison.students[0].picture, settings))
+                    metadata |= {f"{name}_calls": frame.calls, f"{name}_seconds": frame.seconds}
+            if file is None and comparison.students[0].final:
+                file = _file(self._pictures.save(comparison.students[0].picture, settings))
             if not comparison.finished:
-                yield drawn, None, made
+                yield file, None, metadata
         assert comparison.teacher is not None
-        sheet = pictures.save_sheet(comparison.teacher.picture, f"teacher {settings.prompt}")
-        yield drawn, _file(sheet), made
+        sheet = self._pictures.save_sheet(comparison.teacher.picture, f"teacher {settings.prompt}")
+        yield file, _file(sheet), metadata
 
     def explore(
+        self,
         prompts: list[str],
         steps: list[int] | None = None,
         seeds: int = 4,
@@ -116,20 +138,20 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             prompts, steps and seeds; before the end, how many pictures are drawn
         """
         texts = prompts if isinstance(prompts, list) else [prompts]
-        checked = [engine.settings(_given(text, seed, None, None, None, student)) for text in texts]
-        if not checked:
+        rows = [self._engine.settings({"prompt": text, "seed": seed, "student": student}) for text in texts]
+        if not rows:
             raise TDMError("a table needs a prompt at least")
-        counts = [whole("steps", k, 1, MOST_STEPS) for k in (steps or [checked[0].steps])]
-        trained = engine.recipe(checked[0].student).trained_timesteps
-        wanted = grid(checked[0], [s.prompt for s in checked], counts, whole("seeds", seeds, 1, 8), trained)
-        for done, drawn in enumerate(draw_grid(engine, wanted), 1):  # noqa: B007 (the last is saved)
+        counts = [whole("steps", k, 1, MOST_STEPS) for k in (steps or [rows[0].steps])]
+        trained = self._engine.recipe(rows[0].student).trained_timesteps
+        wanted = grid(rows[0], [s.prompt for s in rows], counts, whole("seeds", seeds, 1, 8), trained)
+        for done, drawn in enumerate(draw_grid(self._engine, wanted), 1):  # noqa: B007 (the last is saved)
             if done < len(wanted):
                 yield None, {"done": done, "of": len(wanted)}
-        said = {"prompts": [s.prompt for s in checked], "steps": counts, "seeds": [s.seed for s in wanted.rows[0]]}
-        yield _file(save_grid(pictures, wanted, drawn)), said
+        metadata = {"prompts": [s.prompt for s in rows], "steps": counts, "seeds": [s.seed for s in wanted.rows[0]]}
+        yield _file(save_grid(self._pictures, wanted, drawn)), metadata
 
     def trajectory(
-        prompt: str, seed: int = 0, steps: int | None = None, student: str | None = None
+        self, prompt: str, seed: int = 0, steps: int | None = None, student: str | None = None
     ) -> Iterator[Result]:
         """Show how one picture comes about: the clean picture that the student predicts at each of its steps.
 
@@ -143,26 +165,26 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             one PNG with the strip
             settings, and the timestep of each step
         """
-        settings = engine.settings(_given(prompt, seed, steps, None, None, student))
+        settings = self._engine.settings({"prompt": prompt, "seed": seed, "steps": steps, "student": student})
         frames = []
-        for frame in engine.student(settings):
+        for frame in self._engine.student(settings):
             frames.append(frame)
             if not frame.final:
                 yield None, {"step": frame.step, "steps": frame.steps}
-        made = {**settings.to_dict(), "timesteps": [frame.timestep for frame in frames[:-1]]}
-        yield _file(save_strip(pictures, frames, settings)), made
+        metadata = {**settings.to_dict(), "timesteps": [frame.timestep for frame in frames[:-1]]}
+        yield _file(save_strip(self._pictures, frames, settings)), metadata
 
-    def info() -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
         """Say which base this is, which students there are, and the first student's trained steps, size and guidance.
 
         Returns:
             base, family, students by name, trained timesteps by step count, default steps, width, height, guidance
         """
-        recipe = engine.recipe()
+        recipe = self._engine.recipe()
         return {
-            "base": engine.base,
+            "base": self._engine.base,
             "family": recipe.family,
-            "students": engine.catalogue.names(),
+            "students": self._engine.catalogue.names(),
             "trained_timesteps": {str(k): grid for k, grid in recipe.trained_timesteps.items()},
             "default_steps": recipe.default_steps,
             "width": recipe.width,
@@ -170,26 +192,17 @@ def endpoints(engine: Engine, pictures: Pictures) -> None:
             "guidance_scale": recipe.guidance_scale,
         }
 
-    for function in (generate, compare, explore, trajectory):
-        gr.api(explained(_declared(function)), api_name=function.__name__, **MODEL)
-    gr.api(_declared(info), api_name="info")
-
-
-def _given(
-    prompt: Any, seed: Any, steps: Any, width: Any, height: Any, student: Any, base_first: Any = False
-) -> dict[str, Any]:
-    given = {"prompt": prompt, "seed": seed, "steps": steps, "width": width, "height": height}
-    return given | {"student": student, "base_first": base_first}
-
 
 def _file(path: Path) -> FileData:
     return FileData(path=str(path), orig_name=path.name, mime_type="image/png")
 
 
-def _declared(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its types as Gradio reads them: no texts, and of an iterator what it yields."""
-    hints = get_type_hints(function)
+def _typed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """An endpoint with the types that Gradio reads: types instead of their names, and an iterator's items."""
+    hints = get_type_hints(method)
     if hints["return"].__origin__ is not tuple and issubclass(hints["return"].__origin__, Iterator):
         (hints["return"],) = get_args(hints["return"])
+    function = explained(method)
     function.__annotations__ = hints
+    function.__signature__ = inspect.signature(method).replace(return_annotation=hints["return"])  # type: ignore
     return function

@@ -1,4 +1,4 @@
-"""Pictures and figures as HTML: with the pictures inside, so that a run that streams leaves no files behind."""
+"""Pictures and figures as HTML. The pictures are inside the HTML, so that a run that streams leaves no files."""
 
 from __future__ import annotations
 
@@ -21,36 +21,46 @@ def picture(image: Image.Image, alt: str) -> str:
 
 
 def card(name: str, frame: Frame | None, alt: str, waiting: str = "") -> str:
-    """One run: its picture so far, and what it took.
+    """A run: its picture so far, its network calls and its seconds.
 
     Args:
-        name: of who draws.
-        frame: None before the first.
+        name: of the model that draws.
+        frame: the last frame of the run; None before the first.
         alt: what the picture shows, for those who do not see it.
-        waiting: what stands in the place of the picture before the first frame.
+        waiting: the text in the place of the picture before the first frame.
     """
     if frame is None:
-        shown = f'<div class="blank">{escape(waiting)}</div>'
+        image = f'<div class="blank">{escape(waiting)}</div>'
         figures, done, total = "&nbsp;", 0, 1  # its line is there already, so that nothing moves when they come
     else:
-        shown = picture(frame.picture, alt)
+        image = picture(frame.picture, alt)
         of = "" if frame.final else f" of {frame.total}"
         figures = f"<span><b>{plural(frame.calls, 'call')}</b>{of}</span> <span>{frame.seconds:.2f} s</span>"
         done, total = frame.calls, frame.total
     bar = f'<progress max="{total}" value="{done}" aria-label="{escape(name)}: network calls made"></progress>'
     return (
-        f'<figure class="card">{shown}{bar}'
+        f'<figure class="card">{image}{bar}'
         f"<figcaption><strong>{escape(name)}</strong><div>{figures}</div></figcaption></figure>"
     )
 
 
-def stage(cards: Sequence[str], said: str = "") -> str:
-    """Cards side by side, and a line below that screen readers announce."""
+def enlargeable(image: Image.Image, alt: str) -> str:
+    """A picture that a click, or Enter, shows in the size of the window (page.js)."""
+    return f'<button class="enlarge" title="Enlarge">{picture(image, alt)}</button>'
+
+
+def status(text: str) -> str:
+    """A line that screen readers announce."""
+    return f'<p class="status" role="status">{escape(text)}</p>'
+
+
+def stage(cards: Sequence[str]) -> str:
+    """Cards side by side."""
     many = " many" if len(cards) > 4 else ""
-    return f'<div class="stage{many}">{"".join(cards)}</div><p class="said" role="status">{escape(said)}</p>'
+    return f'<div class="stage{many}">{"".join(cards)}</div>'
 
 
-def table(rows: Sequence[Sequence[str]], head: Sequence[str], side: Sequence[str], said: str, label: str) -> str:
+def table(rows: Sequence[Sequence[str]], head: Sequence[str], side: Sequence[str], label: str) -> str:
     """A grid of cells, which are HTML already, with labels on two sides."""
     top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
     body = "".join(
@@ -59,19 +69,19 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str], side: Sequence[str
     )
     return (
         f'<div class="sheet" tabindex="0" role="region" aria-label="{escape(label)}"><table><thead><tr><td></td>{top}'
-        f'</tr></thead><tbody>{body}</tbody></table></div><p class="said" role="status">{escape(said)}</p>'
+        f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def strip(pictures: Sequence[str], labels: Sequence[str], said: str) -> str:
-    """Pictures one after another, as many a line as there is room for."""
+def strip(pictures: Sequence[str], labels: Sequence[str]) -> str:
+    """Pictures one after another, as many on a line as there is room for."""
     figures = "".join(
-        f"<figure>{shown}<figcaption>{escape(label)}</figcaption></figure>"
-        for shown, label in zip(pictures, labels, strict=True)
+        f"<figure>{image}<figcaption>{escape(label)}</figcaption></figure>"
+        for image, label in zip(pictures, labels, strict=True)
     )
-    return f'<div class="strip">{figures}</div><p class="said" role="status">{escape(said)}</p>'
+    return f'<div class="strip">{figures}</div>'
 
 
 def plural(n: int, noun: str) -> str:
-    """ "1 call", "4 calls"."""
+    """A count with its noun: "1 call", "4 calls"."""
     return f"{n:,} {noun}{'s' * (n != 1)}"

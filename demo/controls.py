@@ -1,4 +1,4 @@
-"""What the tabs have in common: errors as one line, and the choices that a student offers."""
+"""Helpers that the tabs share: errors as one line, and the choices that a student offers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OTHER_PROMPTS = (
 
 
 def explained(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose TDMErrors the visitor reads, on the page and through the API."""
+    """Wrap a handler so that the visitor reads its TDMErrors, on the page and through the API."""
 
     if inspect.isgeneratorfunction(function):
 
@@ -58,8 +58,13 @@ def explained(function: Callable[..., Any]) -> Callable[..., Any]:
     return at_once
 
 
+def error_line(error: Exception) -> str:
+    """An error as the page states it: a `TDMError` in its own words, anything else without what it may give away."""
+    return " ".join(str(error).split()) if isinstance(error, TDMError) else "an error, which the terminal explains"
+
+
 def _shown(error: TDMError) -> gr.Error:
-    return gr.Error(" ".join(str(error).split()), title="That does not work", duration=12, print_exception=False)
+    return gr.Error(error_line(error), title="That does not work", duration=12, print_exception=False)
 
 
 def steps_choices(recipe: StudentRecipe, also: int | None = None) -> list[tuple[str, int]]:
@@ -70,24 +75,24 @@ def steps_choices(recipe: StudentRecipe, also: int | None = None) -> list[tuple[
 
 
 def size_choices(recipe: StudentRecipe) -> list[str]:
-    """The student's own size, then wide and tall."""
+    """Sizes to choose from: the one that the student was trained at, then a wide and a tall one."""
     width, height = recipe.width, recipe.height
     long = round(max(width, height) * 1.5 / 32) * 32
     return list(dict.fromkeys([size_text(width, height), size_text(long, height), size_text(width, long)]))
 
 
 def size_text(width: int, height: int) -> str:
-    """As it stands in the page."""
+    """A size as the page writes it."""
     return f"{width} x {height}"
 
 
 def parse_size(text: Any) -> tuple[int, int]:
-    """(width, height) of what `size_text` wrote, or a visitor.
+    """Return (width, height) in pixels of a size that `size_text` or a visitor wrote.
 
     Raises:
-        TDMError: it is no size.
+        TDMError: the text is not a size.
     """
-    found = re.fullmatch(r"\s*(\d{1,6})\s*[x×*]\s*(\d{1,6})\s*", str(text))
-    if found is None:
+    size = re.fullmatch(r"\s*(\d{1,6})\s*[x×*]\s*(\d{1,6})\s*", str(text))
+    if size is None:
         raise TDMError(f"{str(text)[:40]!r} is no size; give width x height, such as 96 x 64")
-    return int(found[1]), int(found[2])
+    return int(size[1]), int(size[2])

@@ -1,4 +1,4 @@
-"""A distillation from the page: start, watch, stop, resume, and draw with what it learned."""
+"""The fourth tab: start a distillation, watch, stop and resume it, and draw with its student."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import gradio as gr
 from PIL import Image
 
 from ..errors import TDMError
-from .cards import picture, plural
+from .cards import enlargeable, plural, status
 from .controls import MODEL, PRIVATE, explained
 from .curves import curves
-from .generate import GenerateTab
+from .generate import DRAW, GenerateTab
 from .runs import Runs, State
 from .settings import whole
 
-EVERY = 2.0  # seconds between two looks at a run, while the tab is open
+EVERY = 2.0  # seconds between two updates of the page, while the tab is open
 # Sooner than `tdm distill` does by itself, for people who watch. The student is the same.
 OFTEN = "output.log_every=5\noutput.preview_every=20\noutput.checkpoint_every=20"
 EXPLAINED = """
-<div class="hint"><p class="said" role="status">No run yet.</p>
+<div class="hint"><p class="status" role="status">No run yet.</p>
 <p>A run is <code>tdm distill</code> in a process of its own: this page may be closed, and the demo ended. Its curves,
 its health and what teacher and student draw appear here. The bundled teacher takes minutes on a CPU; as soon as there
 is a checkpoint the student draws in the first tab.</p></div>
@@ -28,11 +28,16 @@ is a checkpoint the student draws in the first tab.</p></div>
 
 
 class DistilTab:
-    """Build it inside a `gr.Blocks`, with the tabs around, which it turns to the first."""
+    """The tab that distils. Build it inside a `gr.Blocks`.
+
+    Args:
+        runs: the runs that it starts and watches.
+        generate: the tab that draws with a run's student.
+        tabs: the tabs of the page, which turn to that tab.
+    """
 
     def __init__(self, runs: Runs, generate: GenerateTab, tabs: gr.Tabs) -> None:
         self.runs, self.generate = runs, generate
-        controls = generate.controls
         known = runs.names()
         with gr.Row(elem_classes="work"):
             with gr.Column(scale=2, min_width=320):
@@ -62,54 +67,60 @@ class DistilTab:
                 self._live = gr.HTML(EXPLAINED, elem_id="live", min_height=240, label="Run")
         self._timer = gr.Timer(EVERY, active=False)
         quick: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", **PRIVATE}
-        asked = [self._name, config, updates, seed, more]
+        inputs = [self._name, config, updates, seed, more]
         shown = [self._live, self._stop, self._resume, self._use]
-        start.click(explained(self.start), asked, [self._name, self._run, *shown], **quick)
+        start.click(explained(self.start), inputs, [self._name, self._run, *shown], **quick)
         self._stop.click(explained(self.stop), self._run, shown, **quick)
         self._resume.click(explained(self.resume), self._run, shown, **quick)
-        gr.on([self._timer.tick, self._run.change], self.look, self._run, shown, **quick)
-        tabs.select(self.turned, [self._name, self._run], [self._timer, self._name, self._run, *shown], **quick)
-        used = self._use.click(explained(self.use), self._run, controls.of_student(), **MODEL, **PRIVATE)
-        used.success(lambda: gr.update(selected="generate"), None, tabs, **PRIVATE)
+        gr.on([self._timer.tick, self._run.change], self.watch, self._run, shown, **quick)
+        tabs.select(self.tab_selected, [self._name, self._run], [self._timer, self._name, self._run, *shown], **quick)
+        self._use.click(generate.give_way, generate.comparison, queue=False, **PRIVATE)
+        used = self._use.click(explained(self.use), self._run, generate.controls.of_student(), **MODEL, **PRIVATE)
+        turned = used.success(lambda: gr.update(selected="generate"), None, tabs, **PRIVATE)
+        turned.success(None, js=DRAW, **PRIVATE)
 
     def start(self, name: Any, config: Any, updates: Any, seed: Any, more: Any) -> list[Any]:
         """Begin a run, and show it."""
-        own = [line.strip() for line in str(more or "").splitlines() if line.strip()]
-        settings = [f"updates={whole('updates', updates, 1, 10**7)}", f"seed={whole('the seed', seed, 0, 2**31)}", *own]
+        extra = [line.strip() for line in str(more or "").splitlines() if line.strip()]
+        settings = [
+            f"updates={whole('updates', updates, 1, 10**7)}",
+            f"seed={whole('the seed', seed, 0, 2**31)}",
+            *extra,
+        ]
         self.runs.start(str(name).strip(), config, settings)
         chosen = gr.update(choices=self.runs.names(), value=str(name).strip())
-        return [self.runs.free_name(), chosen, *self.look(str(name).strip())]
+        return [self.runs.free_name(), chosen, *self.watch(str(name).strip())]
 
     def stop(self, name: Any) -> list[Any]:
         """Ask a run to end with a checkpoint."""
         self.runs.stop(name)
-        return self.look(name)
+        return self.watch(name)
 
     def resume(self, name: Any) -> list[Any]:
-        """Go on with it."""
+        """Resume a run from its last checkpoint."""
         self.runs.resume(name)
-        return self.look(name)
+        return self.watch(name)
 
-    def look(self, name: Any) -> list[Any]:
-        """A run as it is now, and which of stop, resume and draw it can be asked for."""
+    def watch(self, name: Any) -> list[Any]:
+        """Show a run as it is now, and switch on those of its buttons (stop, resume, draw) that it can follow."""
         try:
             state = self.runs.state(name) if name else None
         except TDMError as error:
-            state, shown = None, f'<p class="said" role="status">{escape(str(error))}</p>'
+            state, shown = None, status(str(error))
         else:
             shown = html(str(name), state) if state else EXPLAINED
         running = state is not None and state.running
         can = [running, state is not None and not running and not state.finished, state is not None and state.resumable]
         return [shown, *(gr.update(interactive=bool(each)) for each in can)]
 
-    def turned(self, name: Any, run: Any, event: gr.SelectData) -> list[Any]:
-        """Look at the run only while its tab is open."""
+    def tab_selected(self, name: Any, run: Any, event: gr.SelectData) -> list[Any]:
+        """Watch the run while the tab is open, and only then."""
         if event.value != "Distil":
             return [gr.Timer(active=False), *[gr.skip()] * 6]
         names = self.runs.names()
         run = run or (names[0] if names else None)
         free = self.runs.free_name() if name in names else gr.skip()
-        return [gr.Timer(active=True), free, gr.update(choices=names, value=run), *self.look(run)]
+        return [gr.Timer(active=True), free, gr.update(choices=names, value=run), *self.watch(run)]
 
     def use(self, name: Any) -> list[Any]:
         """Put the run's student into the first tab."""
@@ -117,33 +128,37 @@ class DistilTab:
 
 
 def _left(state: State) -> str:
-    """The time to go, at its last pace; the line of an alarm has none."""
+    """The time to go at the latest pace; the line of an alarm has none."""
     pace = next((line["seconds_per_update"] for line in reversed(state.lines) if "seconds_per_update" in line), 0.0)
     seconds = pace * (state.updates - state.step)
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
+def _headline(name: str, state: State) -> str:
+    if state.running and state.step:
+        return f"{name}: update {state.step} of {state.updates}, {_left(state)} left"
+    if state.running:
+        return f"{name} begins: it loads its teacher and encodes its prompts"
+    if state.finished:
+        return f"{name} is done: {plural(state.updates, 'update')}"
+    how = "was stopped" if state.stopped else "ended with an error"
+    return f"{name} {how} at update {state.step} of {state.updates}"
+
+
 def html(name: str, state: State) -> str:
     """A run: how far, how well, its curves and its newest preview."""
-    if state.running and state.step:
-        said = f"{name}: update {state.step} of {state.updates}, {_left(state)} left"
-    elif state.running:
-        said = f"{name} begins: it loads its teacher and encodes its prompts"
-    elif state.finished:
-        said = f"{name} is done: {plural(state.updates, 'update')}"
-    else:
-        said = f"{name} stopped at update {state.step} of {state.updates}"
-    parts = [f'<p class="said" role="status">{escape(said)}</p>']
-    parts.append(f'<progress max="{state.updates}" value="{state.step}" aria-label="Updates done"></progress>')
-    if not state.running:  # while it runs, it is the curves' figures, or remarks of libraries
-        parts.append(f'<p class="line">{escape(state.said[:300])}</p>')
+    sections = [status(_headline(name, state))]
+    sections.append(f'<progress max="{state.updates}" value="{state.step}" aria-label="Updates done"></progress>')
+    if not state.running:  # while it runs, the last line repeats the curves' figures, or is a remark of a library
+        sections.append(f'<p class="line">{escape(state.last_line[:300])}</p>')
     if state.lines:
         health = "".join(f"<li>{escape(alarm)}</li>" for alarm in state.alarms)
-        parts.append(f"<h3>Health</h3><ul>{health}</ul>" if health else "<h3>Health</h3><p>No alarms.</p>")
-        parts.append(f"<h3>Curves</h3>{curves(state.lines)}")
+        sections.append(f"<h3>Health</h3><ul>{health}</ul>" if health else "<h3>Health</h3><p>No alarms.</p>")
+        sections.append(f"<h3>Curves</h3>{curves(state.lines)}")
     if state.preview is not None:
         with Image.open(state.preview, formats=["PNG"]) as sheet:
             sheet.load()
         label = f"previews of {name} after update {int(state.preview.stem)}: teacher, student and critic"
-        parts.append(f"<h3>Previews, update {int(state.preview.stem)}</h3>{picture(sheet, label)}")
-    return f'<div class="run">{"".join(parts)}</div>'
+        sections.append(f"<h3>Previews, update {int(state.preview.stem)}: a click enlarges</h3>")
+        sections.append(enlargeable(sheet, label))
+    return f'<div class="run">{"".join(sections)}</div>'

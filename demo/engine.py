@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Frame:
         total: calls at the end.
         seconds: spent on drawing so far.
         final: whether this is the picture itself.
+        warm: whether the same model had drawn at this size before, so that `seconds` is what it takes.
     """
 
     picture: Image.Image
@@ -44,6 +45,7 @@ class Frame:
     total: int
     seconds: float
     final: bool
+    warm: bool
 
 
 class Engine:
@@ -65,14 +67,18 @@ class Engine:
         self._turn = threading.Lock()  # no RLock: Gradio resumes a generator from whatever thread is free
         self._loaded = self._version(catalogue.first)
         self._recipes: dict[tuple[str, int], StudentRecipe] = {self._loaded: pipe.recipe}
+        self._warm: set[tuple[str | None, int, int]] = set()  # student (None: the teacher) and size of earlier runs
         self._calls = 0
         denoiser = getattr(pipe, pipe.family.denoiser)
         denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def warm_up(self) -> None:
-        """A call that nobody waits for or sees the time of: a process's first is slow."""
-        for _ in self.student(self.settings({"prompt": "a"})):
+        """Run the student once, and one step of its teacher, so that no visitor waits for a process's first calls."""
+        settings = self.settings({"prompt": "a"})
+        for _ in self.student(settings):
             pass
+        with suppress(TDMError), closing(self.teacher(settings)) as steps:  # a merged student has no teacher
+            next(steps)
 
     @property
     def base(self) -> str:
@@ -132,20 +138,24 @@ class Engine:
             run = pipe.stream(settings.prompt, generator=generator, **size, **call)  # which begins when it is asked
             first = pipe.base_first() if settings.base_first and not teacher else nullcontext()
             with _explained(), pipe.teacher() if teacher else first, closing(run):
-                yield from self._timed(run, BETWEEN_FRAMES if teacher else 0)
+                model = (None if teacher else settings.student, settings.width, settings.height)
+                yield from self._timed(run, BETWEEN_FRAMES if teacher else 0, model)
 
-    def _timed(self, run: Iterator[Any], pause: float) -> Generator[Frame, None, None]:
-        seconds, shown = 0.0, -pause
+    def _timed(
+        self, run: Iterator[Any], pause: float, model: tuple[str | None, int, int]
+    ) -> Generator[Frame, None, None]:
+        seconds, shown, warm = 0.0, -pause, model in self._warm
         while True:
             begun = time.perf_counter()
             step = next(run)
             seconds += time.perf_counter() - begun
+            self._warm.add(model)
             final = step.output is not None
             if final or time.perf_counter() - shown >= pause:
                 shown = time.perf_counter()
                 picture = step.output.images[0] if final else step.preview[0]
                 total = round(self._calls / step.index) * step.total
-                yield Frame(picture, step.index, step.total, step.timestep, self._calls, total, seconds, final)
+                yield Frame(picture, step.index, step.total, step.timestep, self._calls, total, seconds, final, warm)
             if final:
                 return
 

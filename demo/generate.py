@@ -1,9 +1,9 @@
-"""The first tab: a prompt, one button, and the student's picture beside its teacher's."""
+"""The first tab: a prompt, one button, and the student's picture next to its teacher's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .controls import (
     MODEL,
     OTHER_PROMPTS,
     PRIVATE,
+    error_line,
     explained,
     parse_size,
     size_choices,
@@ -29,13 +30,19 @@ from .pictures import Pictures, read_settings
 from .settings import MOST_PICTURES, Settings, whole
 
 REMEMBERED = 24  # pictures in a visitor's gallery
-DICE = "() => Math.floor(Math.random() * 2 ** 31)"
+NEW_SEED = "(randomize, seed) => tdm.seed(randomize, seed)"
 SHARE = "(...settings) => { tdm.share(settings); return []; }"
+DRAW = "() => { tdm.draw(); return []; }"  # presses the hidden button: draws with the settings as they are now
+PRESS = "() => { tdm.go(); return []; }"  # presses the tab's own button
 
 
-@dataclass
+@dataclass(frozen=True)
 class Controls:
-    """The components that other tabs and links set, in the order of `values`."""
+    """The components that other tabs, links and pictures set.
+
+    Attributes:
+        randomize: whether Generate takes a new seed; off after a link or a picture has set the seed.
+    """
 
     prompt: gr.Textbox
     steps: gr.Radio
@@ -43,16 +50,21 @@ class Controls:
     size: gr.Dropdown
     student: gr.Dropdown
     base_first: gr.Checkbox
+    randomize: gr.Checkbox
 
-    def all(self) -> list[Any]:
-        """In this order everywhere."""
+    def shared(self) -> list[Any]:
+        """The components that a link keeps, in the order of `tdm.names` in page.js."""
         return [self.prompt, self.steps, self.seed, self.size, self.student, self.base_first]
 
+    def all(self) -> list[Any]:
+        """All components, in the order of `updates`."""
+        return [*self.shared(), self.randomize]
+
     def of_student(self) -> list[Any]:
-        """Those that another student changes."""
+        """The components that the choice of a student sets."""
         return [self.steps, self.size, self.student]
 
-    def values(self, engine: Engine, settings: Settings) -> list[Any]:
+    def updates(self, engine: Engine, settings: Settings, *, randomize: bool) -> list[Any]:
         """Updates that put settings into the components."""
         recipe = engine.recipe(settings.student)
         return [
@@ -62,84 +74,94 @@ class Controls:
             gr.update(choices=size_choices(recipe), value=size_text(settings.width, settings.height)),
             gr.update(choices=engine.catalogue.names(), value=settings.student),
             settings.base_first,
+            randomize,
         ]
 
 
-class GenerateTab:
-    """Build it inside a `gr.Blocks`.
+@dataclass(frozen=True)
+class DrawRequest:
+    """What a visitor asks for when the page draws.
 
     Attributes:
-        controls: what is asked for.
+        pictures: the settings of each picture; the seeds count up.
+        compare: whether the teacher draws the first picture, too.
+        history: files of the visitor's gallery, the newest first.
+    """
+
+    pictures: list[Settings]
+    compare: bool
+    history: list[str]
+
+
+class GenerateTab:
+    """The tab that draws. Build it inside a `gr.Blocks`.
+
+    Attributes:
+        controls: the components with the settings.
+        comparison: a `gr.State` with the `Comparison` that the visitor saw last.
     """
 
     def __init__(self, engine: Engine, pictures: Pictures) -> None:
         self.engine, self.pictures = engine, pictures
-        self._opening: Comparison | None = None  # what every visitor sees first is drawn once
-        self._newest: dict[str | None, object] = {}  # of each visitor, the wish that is being drawn
+        self._opening: Comparison | None = None  # every visitor sees the same first pictures, which are drawn once
         prompts = BUNDLED_PROMPTS if engine.base == "bundled" else OTHER_PROMPTS
         self.first = engine.settings({"prompt": prompts[0]})
         with gr.Row(elem_classes="first"):
             with gr.Column(elem_classes="ask"):
-                prompt, go, stop = self._ask(prompts)
+                prompt, go, self._stop = self._prompt(prompts)
             with gr.Column(elem_classes="shown"):
-                blank = Comparison(engine, [self.first], race=True).html()
-                self._stage = gr.HTML(blank, elem_id="stage", label="Pictures", min_height=320)
-                self._slider = gr.ImageSlider(
-                    label="Student | teacher: drag to compare",
-                    interactive=False,
-                    format="png",
-                    buttons=["fullscreen"],
-                    elem_id="slider",
-                    height=422,  # with its border; with or without pictures: nothing below it moves when they come
-                    max_height=420,
-                )
-                self._download = gr.DownloadButton("Download PNG, settings inside", visible=False, size="sm")
-                self._gallery = gr.Gallery(
-                    label="Your pictures: each gives its settings back",
-                    columns=6,
-                    fit_columns=False,
-                    height="auto",
-                    object_fit="contain",
-                    allow_preview=False,
-                    visible=False,
-                    elem_id="gallery",
-                    interactive=False,
-                    buttons=[],
-                )
+                self._results()
             with gr.Column(elem_classes="more"):
-                self.controls, batch, race, dropped = self._settings(prompt)
+                self.controls, self._batch, self._compare, dropped = self._settings(prompt)
         self._history = gr.State([], time_to_live=24 * 3600)
-        self.outputs = [self._stage, self._slider, self._download, self._gallery, self._history]
-        asked = [*self.controls.all(), batch, race, self._history]
-        go.click(None, self.controls.all(), js=SHARE, **PRIVATE)
-        go.click(self.give_way, None, None, queue=False, **PRIVATE)
-        shown: dict[str, Any] = {"show_progress_on": self._stage, **MODEL, **PRIVATE}
-        drawing = go.click(explained(self.draw), asked, self.outputs, trigger_mode="always_last", **shown)
-        self._gallery.select(explained(self.back), self._history, self.controls.all(), **PRIVATE)
-        dropped.upload(explained(self.from_file), dropped, self.controls.all(), **PRIVATE)
-        self.controls.student.input(
-            explained(self.chosen), self.controls.student, self.controls.of_student(), **PRIVATE
-        )
-        self._asked, self._drawing, self._stop, self._shown = asked, drawing, stop, shown
+        self.comparison = gr.State(None, time_to_live=24 * 3600)
+        self._events(go, dropped)
 
-    def _ask(self, prompts: tuple[str, ...]) -> tuple[gr.Textbox, gr.Button, gr.Button]:
+    def _prompt(self, prompts: tuple[str, ...]) -> tuple[gr.Textbox, gr.Button, gr.Button]:
         prompt = gr.Textbox(
-            self.first.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt", info="Ctrl+Enter draws"
+            self.first.prompt, label="Prompt", lines=2, max_lines=6, elem_id="prompt", info="Enter draws"
         )
         with gr.Row(elem_classes="chips"):
             for text in prompts:
                 chip = gr.Button(text, size="sm", variant="secondary", min_width=0)
-                told = chip.click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE)
-                told.then(None, js="() => { tdm.go(); return []; }", **PRIVATE)
+                chip.click(None, None, prompt, js=f"() => {json.dumps(text)}", **PRIVATE).then(
+                    None, js=PRESS, **PRIVATE
+                )
         with gr.Row():
             go = gr.Button("Generate", variant="primary", elem_id="go", elem_classes="go", scale=3)
             stop = gr.Button("Stop", variant="secondary", elem_id="stop", scale=1, min_width=80)
         return prompt, go, stop
 
+    def _results(self) -> None:
+        blank = Comparison(self.engine, [self.first], race=True).html()
+        self._stage = gr.HTML(blank, elem_id="stage", label="Pictures", min_height=320)
+        self._slider = gr.ImageSlider(
+            label="Student | teacher: drag to compare",
+            interactive=False,
+            format="png",
+            buttons=["fullscreen"],
+            elem_id="slider",
+            height=422,  # with its border; with or without pictures: nothing below it moves when they come
+            max_height=420,
+        )
+        self._download = gr.DownloadButton("Download PNG, settings inside", visible=False, size="sm")
+        self._gallery = gr.Gallery(
+            label="Your pictures: a click shows one again",
+            columns=6,
+            fit_columns=False,
+            height="auto",
+            object_fit="contain",
+            allow_preview=False,
+            visible=False,
+            elem_id="gallery",
+            interactive=False,
+            buttons=[],
+        )
+
     def _settings(self, prompt: gr.Textbox) -> tuple[Controls, gr.Slider, gr.Checkbox, gr.File]:
         first, recipe = self.first, self.engine.recipe()
-        race = gr.Checkbox(
-            True, label="Beside its teacher", info="50 guided steps, 100 network calls, from the same noise"
+        compare = gr.Checkbox(
+            True, label="Compare with teacher", info="50 guided steps, 100 network calls, from the same noise"
         )
         grid = ", ".join(str(k) for k in recipe.trained_timesteps)
         steps = gr.Radio(
@@ -151,8 +173,7 @@ class GenerateTab:
         )
         with gr.Row(elem_classes="seed"):
             seed = gr.Number(first.seed, label="Seed", minimum=0, step=1, elem_id="seed", scale=3)
-            dice = gr.Button("Roll the dice", size="sm", elem_id="dice", scale=1, min_width=120)
-        dice.click(None, None, seed, js=DICE, **PRIVATE)
+            randomize = gr.Checkbox(True, label="Randomize seed", elem_id="randomize", scale=2, min_width=140)
         with gr.Row():
             size = gr.Dropdown(
                 size_choices(recipe),
@@ -162,168 +183,182 @@ class GenerateTab:
                 elem_id="size",
                 min_width=160,
             )
-            batch = gr.Slider(1, MOST_PICTURES, value=1, step=1, label="Pictures", elem_id="batch", min_width=160)
+            batch = gr.Slider(
+                1, MOST_PICTURES, value=1, step=1, label="Number of images", elem_id="batch", min_width=160
+            )
         base_first = gr.Checkbox(
             first.base_first,
             label="More variety",
             info="The base makes the first step: pictures differ more from seed to seed, and are less exact",
         )
-        with gr.Accordion("Student, and settings from a picture", open=False):
+        with gr.Accordion("Advanced", open=False):
             student = gr.Dropdown(
                 self.engine.catalogue.names(), value=first.student, label="Student", allow_custom_value=True
             )
             dropped = gr.File(
-                label="Drop a PNG made here to get its settings back", file_types=[".png"], type="filepath", height=160
+                label="Drop a PNG made here to draw it again", file_types=[".png"], type="filepath", height=160
             )
-        return Controls(prompt, steps, seed, size, student, base_first), batch, race, dropped
+        return Controls(prompt, steps, seed, size, student, base_first, randomize), batch, compare, dropped
 
-    def wanted(
-        self, prompt: Any, steps: Any, seed: Any, size: Any, student: Any, base_first: Any, batch: Any = 1
-    ) -> list[Settings]:
-        """Checked settings of each picture; seeds count up.
+    def _events(self, go: gr.Button, dropped: gr.File) -> None:
+        controls, seed = self.controls, self.controls.seed
+        # Everything that draws sets the settings first and then presses this button.
+        draw = gr.Button("Draw", visible="hidden", elem_id="draw")
+        self._inputs = {*controls.shared(), self._batch, self._compare, self._history, self.comparison}
+        outputs = [self._stage, self._slider, self._download, self._gallery, self._history, self.comparison, seed]
+        self._drawing: dict[str, Any] = {
+            "inputs": self._inputs,
+            "outputs": outputs,
+            "show_progress_on": self._stage,
+            **MODEL,
+            **PRIVATE,
+        }
+        new_seed = go.click(None, [controls.randomize, seed], seed, js=NEW_SEED, **PRIVATE)
+        new_seed.then(None, js=DRAW, **PRIVATE)
+        seed.input(None, None, controls.randomize, js="() => false", **PRIVATE)  # a seed that is typed is kept
+        draw.click(None, controls.shared(), js=SHARE, **PRIVATE)
+        draw.click(self.give_way, self.comparison, queue=False, **PRIVATE)
+        self._drawn = draw.click(explained(self.draw), trigger_mode="always_last", **self._drawing)
+        restored = self._gallery.select(explained(self.from_gallery), self._history, controls.all(), **PRIVATE)
+        restored.success(None, js=DRAW, **PRIVATE)
+        dropped.upload(explained(self.from_file), dropped, controls.all(), **PRIVATE).success(None, js=DRAW, **PRIVATE)
+        controls.student.input(explained(self.chosen), controls.student, controls.of_student(), **PRIVATE)
+
+    def opened(self, page: gr.Blocks) -> None:
+        """Let the page read its link and draw when it opens."""
+        link = page.load(explained(self.from_link), None, self.controls.all(), show_progress="hidden", **PRIVATE)
+        opening = link.then(explained(self.open), **self._drawing)
+        self._stop.click(self.stop, self.comparison, self._stage, queue=False, show_progress="hidden", **PRIVATE)
+        self._stop.click(None, cancels=[self._drawn, opening], queue=False, **PRIVATE)
+
+    def _read(self, values: dict[Any, Any]) -> DrawRequest:
+        """The request in the values of the components.
 
         Raises:
             TDMError: a value is wrong.
         """
-        width, height = parse_size(size)
-        given = {"prompt": prompt, "steps": steps, "seed": seed, "width": width, "height": height}
-        given |= {"student": student, "base_first": base_first}
-        first = self.engine.settings(given)
-        count = whole("the number of pictures", batch, 1, MOST_PICTURES)
-        return [self.engine.settings(given | {"seed": first.seed + i}) for i in range(count)]
+        controls = self.controls
+        width, height = parse_size(values[controls.size])
+        fields = {
+            name: values[getattr(controls, name)] for name in ("prompt", "steps", "seed", "student", "base_first")
+        }
+        first = self.engine.settings({**fields, "width": width, "height": height})
+        count = whole("the number of images", values[self._batch], 1, MOST_PICTURES)
+        pictures = [self.engine.settings({**first.to_dict(), "seed": first.seed + i}) for i in range(count)]
+        return DrawRequest(pictures, bool(values[self._compare]), values[self._history])
 
-    def draw(
-        self,
-        prompt: Any,
-        steps: Any,
-        seed: Any,
-        size: Any,
-        student: Any,
-        base_first: Any,
-        batch: Any,
-        race: Any,
-        history: list[str],
-        request: gr.Request,
-    ) -> Iterator[dict[Any, Any]]:
-        """Draw, streaming the stage; then the slider, the download and the gallery. A newer wish ends it."""
-        wanted = self.wanted(prompt, steps, seed, size, student, base_first, batch)
-        if words := unknown_words(self.engine, wanted[0].prompt):
-            gr.Info(f"this model does not know {', '.join(words[:5])} and leaves that out")
-        comparison = Comparison(self.engine, wanted, bool(race))
-        visitor, wish = request.session_hash, object()
-        self._newest[visitor] = wish
+    def draw(self, values: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+        """Draw and stream: the stage at every step, and at the end the slider, the download and the gallery."""
+        comparison: Comparison | None = values[self.comparison]
         try:
-            yield {self._stage: comparison.html(), self._slider: gr.update(value=None, visible=comparison.race)}
-            yield from self._stream(comparison, history, lambda: self._newest.get(visitor) is wish)
-        finally:
-            if self._newest.get(visitor) is wish:
-                del self._newest[visitor]
+            request = self._read(values)
+            if words := unknown_words(self.engine, request.pictures[0].prompt):
+                gr.Info(f"this model does not know {', '.join(words[:5])} and leaves that out")
+            comparison = Comparison(self.engine, request.pictures, request.compare)
+            yield {
+                self._stage: comparison.html(),
+                self._slider: gr.update(value=None, visible=comparison.race),
+                self.comparison: comparison,
+                self.controls.seed: request.pictures[0].seed,
+            }
+            yield from self._stream(comparison, request)
+        except Exception as error:
+            if comparison is not None:
+                yield {self._stage: comparison.html(f"Not drawn: {error_line(error)}")}
+            raise
 
-    def give_way(self, request: gr.Request) -> None:
-        """End what is being drawn for this visitor, who has a newer wish."""
-        self._newest.pop(request.session_hash, None)
+    def give_way(self, comparison: Comparison | None) -> None:
+        """End the drawing of a visitor who asks for another picture."""
+        if comparison is not None:
+            comparison.ended = "Another picture was asked for."
 
-    def _stream(
-        self, comparison: Comparison, history: list[str], wanted: Callable[[], bool]
-    ) -> Iterator[dict[Any, Any]]:
-        saved: list[str] = []
+    def stop(self, comparison: Comparison | None) -> Any:
+        """End the drawing of a visitor who presses Stop, and say on the stage how far it came."""
+        if comparison is None or comparison.finished or comparison.ended:
+            gr.Info("nothing is being drawn")
+            return gr.skip()
+        comparison.ended = f"Stopped. {comparison.progress}"
+        return comparison.html()
+
+    def _stream(self, comparison: Comparison, request: DrawRequest) -> Iterator[dict[Any, Any]]:
+        files: list[str] = []
         for _ in comparison.run():
-            if not wanted():
-                return
             yield {self._stage: comparison.html()}
             done = sum(frame.final for frame in comparison.students)
-            if len(saved) < done:
-                file = self.pictures.save(comparison.students[done - 1].picture, comparison.wanted[done - 1])
-                saved.append(str(file))
-                yield self._shelf(saved, history)
-        if comparison.teacher is not None:
-            yield self._beside(comparison)
+            if len(files) < done:
+                files.append(str(self.pictures.save(comparison.students[done - 1].picture, request.pictures[done - 1])))
+                yield self._shelf(files, request.history)
+        if comparison.finished and comparison.race:
+            yield self._slide(comparison)
 
-    def open(
-        self,
-        prompt: Any,
-        steps: Any,
-        seed: Any,
-        size: Any,
-        student: Any,
-        base_first: Any,
-        batch: Any,
-        race: Any,
-        history: list[str],
-        request: gr.Request,
-    ) -> Iterator[dict[Any, Any]]:
-        """What a visitor sees first. Without a link's settings it is the same for all, and drawn once."""
-        own = self.wanted(prompt, steps, seed, size, student, base_first) != [self.first]
-        if own or self._opening is None:
-            yield from self.draw(prompt, steps, seed, size, student, base_first, batch, race, history, request)
+    def open(self, values: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
+        """Draw what a visitor sees first. Without a link's settings it is the same for all, and drawn once."""
+        opening = self._opening
+        if opening is None or self._read(values).pictures != [self.first]:
+            yield from self.draw(values)
             return
-        shown = self._opening
-        yield {self._stage: shown.html()}
-        yield self._shelf([str(self.pictures.save(shown.students[0].picture, self.first))], history)
-        yield self._beside(shown)
+        yield {self._stage: opening.html(), self.comparison: opening}
+        file = self.pictures.save(opening.students[0].picture, self.first)
+        yield self._shelf([str(file)], values[self._history])
+        yield self._slide(opening)
 
-    def _shelf(self, saved: list[str], history: list[str]) -> dict[Any, Any]:
-        """The download of the newest picture, and the gallery with the new ones in front."""
+    def _shelf(self, files: list[str], history: list[str]) -> dict[Any, Any]:
+        """The download of the newest picture, and the gallery: new pictures come first, known ones keep their place."""
         kept = [path for path in history if Path(path).is_file()]
-        shelf = list(dict.fromkeys([*reversed(saved), *kept]))[:REMEMBERED]
+        shelf = [*(path for path in reversed(files) if path not in kept), *kept][:REMEMBERED]
         captions = [(path, _caption(path)) for path in shelf]
         return {
-            self._download: gr.update(value=saved[-1], visible=True),
-            self._gallery: gr.update(value=captions, visible=True),
+            self._download: gr.update(value=files[-1], visible=True),
+            self._gallery: gr.update(value=captions, visible=True, selected_index=None),
             self._history: shelf,
         }
 
-    def _beside(self, comparison: Comparison) -> dict[Any, Any]:
+    def _slide(self, comparison: Comparison) -> dict[Any, Any]:
         if comparison.wanted == [self.first] and self._opening is None:
             self._opening = comparison
         assert comparison.teacher is not None
         pair = comparison.students[0].picture, comparison.teacher.picture
         return {self._slider: gr.update(value=pair, visible=True)}
 
-    def back(self, history: list[str], event: gr.SelectData) -> list[Any]:
-        """The settings of a picture of the gallery, into the page."""
+    def from_gallery(self, history: list[str], event: gr.SelectData) -> list[Any]:
+        """Put the settings of a picture of the gallery into the page."""
         index = event.index if isinstance(event.index, int) else -1
         if not 0 <= index < len(history):
-            raise TDMError("that picture is not here any more")
+            raise TDMError("that picture was removed; draw it again from its settings")
         return self.from_file(history[index])
 
     def from_file(self, path: str | None) -> list[Any]:
-        """The settings of a dropped picture, into the page."""
+        """Put the settings of a dropped picture into the page."""
         if path is None:
             raise TDMError("no file came; drop a PNG")
-        given = read_settings(path)
-        if given["student"] and given["student"] not in self.engine.catalogue.names():
-            gr.Warning(f"its student, {str(given['student'])[:60]}, is not here; {self.engine.catalogue.first} draws")
-            given["student"] = None
-        if more := ", ".join(sorted(given.keys() - Settings.__dataclass_fields__.keys()))[:60]:
+        fields = read_settings(path)
+        if fields["student"] and fields["student"] not in self.engine.catalogue.names():
+            gr.Warning(f"its student, {str(fields['student'])[:60]}, is not here; {self.engine.catalogue.first} draws")
+            fields["student"] = None
+        if more := ", ".join(sorted(fields.keys() - Settings.__dataclass_fields__.keys()))[:60]:
             gr.Warning(f"it was made with {more}, which this page does not have; it draws without")
-        return self.controls.values(self.engine, self.engine.settings(given))
+        return self.controls.updates(self.engine, self.engine.settings(fields), randomize=False)
 
     def chosen(self, student: Any) -> list[Any]:
-        """Another student and its steps and sizes, into the page; prompt and seed stay, to compare."""
+        """Put another student and its steps and sizes into the page; prompt and seed stay, to compare."""
         settings = self.engine.settings({"prompt": self.first.prompt, "student": student})
-        values = dict(zip(self.controls.all(), self.controls.values(self.engine, settings), strict=True))
-        return [values[control] for control in self.controls.of_student()]
-
-    def opened(self, page: gr.Blocks) -> None:
-        """Read the link, then draw."""
-        link = page.load(explained(self.from_link), None, self.controls.all(), show_progress="hidden", **PRIVATE)
-        opening = link.then(explained(self.open), self._asked, self.outputs, **self._shown)
-        self._stop.click(None, cancels=[self._drawing, opening], queue=False, **PRIVATE)
+        updates = self.controls.updates(self.engine, settings, randomize=False)
+        by_control = dict(zip(self.controls.all(), updates, strict=True))
+        return [by_control[control] for control in self.controls.of_student()]
 
     def from_link(self, request: gr.Request) -> list[Any]:
-        """The settings in the page's address, into the page; those of a broken link are left out, with a warning."""
-        query = dict(request.query_params)
-        given: dict[str, Any] = {name: query[name] for name in ("prompt", "student") if name in query}
-        given |= {name: _number(query[name]) for name in ("steps", "seed", "width", "height") if name in query}
-        given |= {"base_first": query["base_first"] == "true"} if "base_first" in query else {}
+        """Put the settings of the page's address into the page; those of a broken link are left out, with a warning."""
+        query = {name: text for name, text in dict(request.query_params).items() if text}
+        fields: dict[str, Any] = {name: query[name] for name in ("prompt", "student") if name in query}
+        fields |= {name: _number(query[name]) for name in ("steps", "seed", "width", "height") if name in query}
+        fields |= {"base_first": query["base_first"] == "true"} if "base_first" in query else {}
         try:
-            settings = self.engine.settings({"prompt": self.first.prompt} | given)
+            settings = self.engine.settings({"prompt": self.first.prompt} | fields)
         except TDMError as error:
             # Until it is closed: the page may draw for longer than a notice stays by itself.
             gr.Warning(f"the link's settings are left out: {error}", duration=None)
-            settings = self.first
-        return self.controls.values(self.engine, settings)
+            settings, fields = self.first, {}
+        return self.controls.updates(self.engine, settings, randomize="seed" not in fields)
 
 
 def _number(text: str) -> Any:

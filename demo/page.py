@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
 import gradio as gr
 
 from ..training.evaluate import TEACHER_STEPS
+from ..training.worlds.stickers.scene import BACKGROUNDS, KINDS, MAX_STICKERS
 from .api import endpoints
 from .distil import DistilTab
 from .engine import Engine
@@ -19,8 +21,10 @@ from .runs import Runs
 HERE = Path(__file__).parent
 WELCOME = """
 <h1>A picture in {calls} network calls, not {teacher}</h1>
-<p>A few-step <b>student</b>, distilled by Trajectory Distribution Matching, beside the <b>teacher</b> that it learned
-from. Both begin with the same noise.</p>
+<p>{model}</p>
+<p>A few-step <b>student</b>, distilled by Trajectory Distribution Matching, next to its <b>teacher</b>.
+<a href="https://arxiv.org/abs/2503.06674" target="_blank" rel="noopener">Paper</a>
+<a href="https://github.com/Luo-Yihong/TDM" target="_blank" rel="noopener">Authors' code</a></p>
 """
 
 
@@ -29,7 +33,7 @@ FOOTER = "@media (max-width: 640px) { footer .divider { display: none !important
 
 
 def theme() -> gr.themes.Base:
-    """Calm, and with the system's own fonts: nothing is loaded from elsewhere."""
+    """The colours and fonts of the page. The fonts are the system's, so that nothing is loaded from elsewhere."""
     return gr.themes.Default(
         primary_hue=gr.themes.colors.indigo,
         secondary_hue=gr.themes.colors.indigo,
@@ -54,12 +58,27 @@ def theme() -> gr.themes.Base:
     )
 
 
+def about_model(engine: Engine) -> str:
+    """Say in one sentence which model this is and what it can draw."""
+    recipe = engine.recipe()
+    size = f"{recipe.width} x {recipe.height}"
+    if engine.base == "bundled":
+        kinds, places = (f"{', '.join(names[:-1])} and {names[-1]}" for names in (KINDS, BACKGROUNDS))
+        return (
+            f"The small bundled model draws {size} pictures of up to {MAX_STICKERS} coloured stickers ({kinds}) "
+            f"in front of {places}."
+        )
+    base = Path(engine.base).name if Path(engine.base).exists() else engine.base
+    return f"The model {base} ({recipe.family}) draws what you describe, best at {size} pixels."
+
+
 def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
-    """The page over an engine; without `runs` it has no tab to distil."""
+    """Build the page over an engine; without `runs` it has no tab to distil."""
     with gr.Blocks(title="TDM: 4 network calls", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         recipe = engine.recipe()
         calls = recipe.default_steps * (1 if recipe.guidance_scale == 1 else 2)
-        gr.HTML(WELCOME.format(calls=calls, teacher=2 * TEACHER_STEPS), elem_id="welcome")
+        welcome = WELCOME.format(calls=calls, teacher=2 * TEACHER_STEPS, model=escape(about_model(engine)))
+        gr.HTML(welcome, elem_id="welcome")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = GenerateTab(engine, pictures)
@@ -76,10 +95,10 @@ def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
 
 
 def head() -> str:
-    """What goes into the page's head: its script, and the style of what lies outside the blocks."""
+    """HTML for the page's head: its script, and the style of what lies outside the blocks."""
     return f"<script>{(HERE / 'page.js').read_text()}</script><style>{FOOTER}</style>"
 
 
 def css() -> str:
-    """The page's own style."""
+    """The style of the page."""
     return (HERE / "page.css").read_text()

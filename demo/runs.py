@@ -31,16 +31,18 @@ OPEN = ("updates", "seed", "batch_size", "trajectory", "objective", "student", "
 
 @dataclass(frozen=True)
 class State:
-    """A run as its folder tells it.
+    """A run as its folder has it.
 
     Attributes:
         running: whether its process lives.
-        step, updates: done, and to do.
-        lines: of metrics.jsonl.
-        alarms: what the monitor says of them.
-        preview: the newest sheet.
-        said: the last line that it printed.
-        resumable: whether there is a checkpoint to go on from.
+        step: updates that are done.
+        updates: updates that it was started for.
+        lines: the lines of metrics.jsonl.
+        alarms: messages of the alarms that these lines raise.
+        preview: the newest sheet of previews.
+        last_line: the last line that it printed.
+        stopped: whether the page asked it to stop.
+        resumable: whether there is a checkpoint to resume from.
     """
 
     running: bool
@@ -49,7 +51,8 @@ class State:
     lines: list[dict[str, float]]
     alarms: list[str]
     preview: Path | None
-    said: str
+    last_line: str
+    stopped: bool
     resumable: bool
 
     @property
@@ -62,7 +65,7 @@ class Runs:
     """The runs below one folder.
 
     Args:
-        folder: each run gets a folder in it.
+        folder: holds a folder for each run.
         configs: configurations to choose from, by name; the bundled teacher's is always there.
     """
 
@@ -73,12 +76,12 @@ class Runs:
         self._children: list[subprocess.Popen[bytes]] = []  # held, so that one that ends is no zombie
 
     def names(self) -> list[str]:
-        """The newest first."""
+        """Names of the runs, the newest first."""
         notes = sorted(self.folder.glob(f"*/{NOTE}"), key=lambda note: note.parent.stat().st_ctime, reverse=True)
         return [note.parent.name for note in notes if _is_name(note.parent.name)]
 
     def free_name(self) -> str:
-        """A name for the next run."""
+        """Propose a name for the next run."""
         return next(name for i in itertools.count(1) if not (self.folder / (name := f"run-{i}")).exists())
 
     def start(self, name: str, config: str, settings: Sequence[str]) -> None:
@@ -111,10 +114,10 @@ class Runs:
             self._launch(folder, {"settings": arguments, "updates": updates}, resume=False)
 
     def resume(self, name: str) -> None:
-        """Go on with a run from its last checkpoint, or from the beginning if it never came to one.
+        """Resume a run from its last checkpoint, or start it again if it has none.
 
         Raises:
-            TDMError: there is none, or one runs.
+            TDMError: there is no such run, or another one runs.
         """
         folder = self._folder(name)
         note = self._note(folder)
@@ -126,15 +129,18 @@ class Runs:
         """Ask a run to write a checkpoint and end, as Ctrl-C does.
 
         Raises:
-            TDMError: it does not run.
+            TDMError: the run is not running.
         """
-        process = self._process(self._note(self._folder(name)))
+        folder = self._folder(name)
+        note = self._note(folder)
+        process = self._process(note)
         if process is None:
             raise TDMError(f"{name} does not run")
+        _write_note(folder, {**note, "stopped": True})
         process.terminate()
 
     def state(self, name: str) -> State:
-        """How it goes.
+        """Read the state of a run.
 
         Raises:
             TDMError: there is no such run.
@@ -146,7 +152,7 @@ class Runs:
         alarms = [alarm.message for line in lines for alarm in monitor.watch(line)]
         previews = sorted((folder / "previews").glob("*.png"))
         text = (folder / OUTPUT).read_text(errors="replace") if (folder / OUTPUT).is_file() else ""
-        printed = text.replace(str(folder), name).split("\n")  # where it lies is nobody's business
+        printed = text.replace(str(folder), name).split("\n")  # the page does not show paths of this machine
         return State(
             running=running,
             step=int(lines[-1]["step"]) if lines else 0,
@@ -154,12 +160,13 @@ class Runs:
             lines=lines,
             alarms=alarms,
             preview=previews[-1] if previews else None,
-            said=next((line for line in reversed(printed) if line.strip()), ""),
+            last_line=next((line for line in reversed(printed) if line.strip()), ""),
+            stopped=note.get("stopped", False),
             resumable=(folder / "checkpoint.pt").is_file(),
         )
 
     def student(self, name: str) -> str:
-        """Write the run's student as it stands at its last checkpoint; its file below `folder`.
+        """Write the student of the run's last checkpoint to a file, and return that file relative to `folder`.
 
         Raises:
             TDMError: there is no checkpoint yet.
@@ -206,12 +213,11 @@ class Runs:
                 start_new_session=True,  # Ctrl-C in the demo's terminal is not for it
             )
         self._children = [child for child in self._children if child.poll() is None] + [process]
-        note = {**note, "process": [process.pid, psutil.Process(process.pid).create_time()]}
-        with replacing(folder / NOTE) as file:
-            file.write(json.dumps(note).encode())
+        started = psutil.Process(process.pid).create_time()
+        _write_note(folder, {**note, "process": [process.pid, started], "stopped": False})
 
     def _process(self, note: dict[str, Any]) -> psutil.Process | None:
-        """The process of a run, if it lives: a number alone may be another's by now."""
+        """Return the process of a run if it is alive. The start time tells it from a later one of the same number."""
         for child in self._children:
             child.poll()
         try:
@@ -227,8 +233,13 @@ def _is_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name) is not None
 
 
+def _write_note(folder: Path, note: dict[str, Any]) -> None:
+    with replacing(folder / NOTE) as file:
+        file.write(json.dumps(note).encode())
+
+
 def _lines(path: Path) -> list[dict[str, float]]:
-    """Whole lines only: the last may be half written."""
+    """Read the lines of metrics.jsonl that are whole: the last may be half written."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -114,7 +114,7 @@ def open_page(app: App, browser: Browser) -> Iterator[Callable[..., Page]]:
         inside = (app.url, "data:", "blob:")
         page.on("request", lambda r: None if r.url.startswith(inside) else seen.outside.append(r.url))
         page.goto(app.url + query)
-        page.wait_for_selector("#stage .said:not(:empty)")
+        page.wait_for_selector("#stage .status:not(:empty)")
         return page
 
     yield open_one

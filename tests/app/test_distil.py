@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,8 +62,9 @@ def test_a_run_is_stopped_resumed_and_outlives_what_started_it(tmp_path: Path) -
         later.stop("long")
         wait(lambda: not runs.state("long").running)
         state = runs.state("long")
+        assert state.stopped
         assert state.resumable
-        assert "--resume goes on" in state.said
+        assert "--resume goes on" in state.last_line
         later.resume("long")
         wait(lambda: runs.state("long").step >= state.step + 2)
         assert runs.student("long") == "long/student.safetensors"  # of a run that goes on: its last checkpoint
@@ -73,12 +75,17 @@ def test_a_run_is_stopped_resumed_and_outlives_what_started_it(tmp_path: Path) -
 
 def test_a_run_says_how_long_it_will_take() -> None:
     lines = [{"step": 10, "critic_loss": 1.0, "seconds_per_update": 3.0}, {"step": 10, "alarm/lazy": 1.0}]
-    state = State(True, 10, 210, lines, ["x0 does not change"], None, "a remark of a library", resumable=False)
+    state = State(
+        True, 10, 210, lines, ["x0 does not change"], None, "a remark of a library", stopped=False, resumable=False
+    )
     shown = html("mine", state)
     assert "mine: update 10 of 210, 10 min left" in shown  # the line of an alarm, which has no pace, does not hide it
     assert "x0 does not change" in shown
     assert "a remark of a library" not in shown
-    assert "a remark" in html("mine", dataclasses.replace(state, running=False))  # why it ended may stand there
+    ended = dataclasses.replace(state, running=False)
+    assert "a remark" in html("mine", ended)  # why it ended may stand there
+    assert "mine ended with an error at update 10 of 210" in html("mine", ended)
+    assert "mine was stopped at update 10 of 210" in html("mine", dataclasses.replace(ended, stopped=True))
 
 
 def test_the_next_run_has_a_free_name(tmp_path: Path) -> None:
@@ -100,22 +107,35 @@ def test_the_page_starts_watches_and_draws_with_a_run(app: App, open_page: Calla
     expect(page.get_by_text("cannot be set here")).to_be_visible()
     page.fill("#more textarea", "\n".join(TINY))
     page.click("#start")
-    page.wait_for_selector("#live .said:has-text('tiny')")
+    page.wait_for_selector("#live .status:has-text('tiny')")
     expect(page.locator("#stop-run")).to_be_enabled()
     expect(page.locator("#run-name input, #run-name textarea")).to_have_value("run-1")  # of the next
     page.close()  # which does not end the run
     page = open_page()
     page.get_by_role("tab", name="Distil").click()
-    page.wait_for_selector("#live .said:has-text('tiny is done: 2 updates')", timeout=400_000)
+    page.wait_for_selector("#live .status:has-text('tiny is done: 2 updates')", timeout=400_000)
     expect(page.locator("#live .curves svg")).not_to_have_count(0)
     expect(page.locator("#live")).to_contain_text("No alarms")
     expect(page.locator("#live img")).to_have_count(1)
     assert violations(page) == []
     expect(page.locator("#stop-run")).to_be_disabled()
     expect(page.locator("#resume-run")).to_be_disabled()
+    panel = page.locator(".curves figure", has_text="critic_loss")
+    expect(panel).to_contain_text("should stay level")
+    expect(panel.locator(".x")).to_have_text(re.compile("update 1 *2"))
+    expect(panel.locator(".y span")).to_have_count(2)
+    page.locator("#live .enlarge").press("Enter")
+    enlarged = page.locator("dialog.enlarged img").bounding_box()
+    assert enlarged is not None
+    assert enlarged["width"] > 1200  # of a window of 1280
+    assert violations(page) == []
+    page.keyboard.press("Escape")
+    expect(page.locator("dialog.enlarged")).to_have_count(0)
+    before = page.locator("#stage img").nth(0).get_attribute("src")
     page.click("#use-run")
     expect(page.locator("#go")).to_be_visible()
-    page.click("#go")
     page.wait_for_url("**student=runs%2Ftiny%2Fstudent.safetensors**")
     expect(page.locator("#gallery img")).to_have_count(2)
+    expect(page.locator("#stage figcaption").nth(0)).to_contain_text("runs/tiny/student.safetensors, 4 steps")
+    assert page.locator("#stage img").nth(0).get_attribute("src") != before
     assert {file.name for file in (app.out / "runs" / "tiny").iterdir()} >= {"student.safetensors", "curves.png"}

@@ -22,7 +22,7 @@ from tdm.tests.app.conftest import App
 
 Open = Callable[..., Page]
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-DONE = "#stage .said:not(:empty)"
+DONE = "#stage .status:not(:empty)"
 # Notes what the cards say whenever they change.
 WATCH = """() => {
   window.seen = [];
@@ -57,11 +57,15 @@ def test_the_first_screen_sells_it(open_page: Open) -> None:
     expect(page.locator("h1")).to_contain_text("4 network calls")
     expect(page.locator("#stage figcaption").nth(0)).to_contain_text("4 calls")
     expect(page.locator("#stage figcaption").nth(1)).to_contain_text("100 calls")
-    expect(page.locator("#stage .said")).to_contain_text("4 network calls instead of 100")
+    expect(page.locator("#stage .status")).to_contain_text("4 network calls instead of 100")
     for card in page.locator("#stage figure").all():  # all of it without scrolling
         box = card.bounding_box()
         assert box is not None
         assert box["y"] + box["height"] < 900
+    welcome = page.locator("#welcome")
+    expect(welcome).to_contain_text("draws 64 x 64 pictures of up to 4 coloured stickers (ball, square,")
+    hrefs = [link.get_attribute("href") for link in welcome.get_by_role("link").all()]
+    assert hrefs == ["https://arxiv.org/abs/2503.06674", "https://github.com/Luo-Yihong/TDM"]
     go = page.locator("#go").bounding_box()
     assert go is not None
     assert go["y"] < 600
@@ -79,7 +83,7 @@ def test_a_phone_has_everything_in_one_column(open_page: Open, scheme: str) -> N
         page.get_by_role("tab", name=name).click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     expect(page.locator("#start")).to_be_visible()
-    expect(page.get_by_text("Ctrl+Enter")).to_be_hidden()
+    expect(page.get_by_text("Enter draws")).to_be_hidden()
     expect(page.locator("footer .divider").first).to_be_hidden()  # of a link that is hidden, too
 
 
@@ -88,7 +92,7 @@ def test_no_tab_has_a_barrier(open_page: Open, scheme: str) -> None:
     page = open_page(color_scheme=scheme)
     page.wait_for_selector("#gallery img")
     page.wait_for_selector("#slider img")
-    page.get_by_text("Student, and settings from a picture").click()
+    page.get_by_text("Advanced").click()
     found = violations(page)
     for name in ("Explore", "Models", "Distil"):
         page.get_by_role("tab", name=name).click()
@@ -96,12 +100,13 @@ def test_no_tab_has_a_barrier(open_page: Open, scheme: str) -> None:
     assert found == []
 
 
-def test_ctrl_enter_streams_the_picture_and_the_teacher_comes_after(open_page: Open) -> None:
+@pytest.mark.parametrize("keys", ["Enter", "Control+Enter"])
+def test_enter_streams_the_picture_and_the_teacher_comes_after(open_page: Open, keys: str) -> None:
     page = open_page()
     page.evaluate(WATCH)
     ask(page, "three yellow rings at sea", 11)
     page.locator("#prompt textarea").focus()
-    page.keyboard.press("Control+Enter")
+    page.keyboard.press(keys)
     page.wait_for_selector('#stage img[alt="three yellow rings at sea"]')
     page.wait_for_selector(DONE)
     seen = [[" ".join(text.split()) for text in cards] for cards in page.evaluate("window.seen")]
@@ -189,15 +194,15 @@ def test_a_link_brings_its_settings_and_a_broken_one_says_so(open_page: Open) ->
     expect(broken.locator("#seed input")).to_have_value("0")
 
 
-def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tmp_path: Path) -> None:
+def test_the_gallery_and_a_dropped_picture_are_drawn_again(open_page: Open, tmp_path: Path) -> None:
     page = open_page()
-    page.get_by_label("Beside its teacher").uncheck()
+    page.get_by_label("Compare with teacher").uncheck()
     page.locator("#steps label", has_text="2").click()
     page.locator("#batch input[type=number]").fill("3")
     page.locator("#batch input[type=number]").press("Tab")
     ask(page, "an orange moon over the waves", 20)
     page.click("#go")
-    page.wait_for_selector("#stage .said:has-text('3 pictures in 6 network calls')")
+    page.wait_for_selector("#stage .status:has-text('3 pictures in 6 network calls')")
     expect(page.locator("#stage figcaption")).to_have_count(3)
     expect(page.locator("#slider")).to_be_hidden()
     expect(page.locator("#stage figcaption").nth(2)).to_contain_text("Seed 22")
@@ -210,13 +215,26 @@ def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tm
     settings = json.loads(Image.open(file).info["tdm"])
     assert (settings["prompt"], settings["seed"], settings["steps"]) == ("an orange moon over the waves", 22, 2)
 
+    page.locator("#batch input[type=number]").fill("1")
+    page.locator("#batch input[type=number]").press("Tab")
+    page.locator("#gallery button").nth(3).click()  # the first screen's: its picture is shown again
+    wait_for_the_picture(page, "two red stars above a blue ball at night")
+    expect(page.locator("#stage figcaption")).to_have_count(1)
+    expect(page.locator("#stage figcaption")).to_contain_text("4 calls")
     page.locator("#gallery button").nth(1).click()
+    wait_for_the_picture(page, "an orange moon over the waves")
     expect(page.locator("#seed input")).to_have_value("21")
     expect(page.locator("#prompt textarea")).to_have_value("an orange moon over the waves")
+    expect(page.get_by_label("Randomize seed")).not_to_be_checked()
+    assert query(page)["seed"] == "21"
+    expect(page.locator("#gallery img")).to_have_count(4)  # it is no new picture
 
     page.fill("#prompt textarea", "something else")
-    page.get_by_text("Student, and settings from a picture").click()
+    page.press("#prompt textarea", "Enter")
+    wait_for_the_picture(page, "something else")
+    page.get_by_text("Advanced").click()
     page.set_input_files("input[type=file]", file)
+    wait_for_the_picture(page, "an orange moon over the waves")
     expect(page.locator("#seed input")).to_have_value("22")
     expect(page.locator("#prompt textarea")).to_have_value("an orange moon over the waves")
 
@@ -224,20 +242,51 @@ def test_the_gallery_and_a_dropped_picture_put_settings_back(open_page: Open, tm
     info.add_text("tdm", json.dumps({**settings, "seed": 5, "base_first": True, "solver_order": 2}))
     Image.open(file).save(file, pnginfo=info)
     page = open_page()
-    page.get_by_text("Student, and settings from a picture").click()
+    page.get_by_text("Advanced").click()
     page.set_input_files("input[type=file]", file)
     expect(page.get_by_text("made with solver_order, which this page does not have")).to_be_visible()
     expect(page.locator("#seed input")).to_have_value("5")
     expect(page.get_by_label("More variety")).to_be_checked()
 
 
-def test_dice_stop_and_a_wrong_wish(open_page: Open) -> None:
+def test_generate_takes_a_new_seed_unless_it_is_locked(open_page: Open) -> None:
     page = open_page()
-    page.click("#dice")
-    expect(page.locator("#seed input")).not_to_have_value("0")
+    page.get_by_label("Compare with teacher").uncheck()
+    seeds = ["0"]
+    for _ in range(2):
+        page.click("#go")
+        page.wait_for_function("old => document.querySelector('#seed input').value !== old", arg=seeds[-1])
+        page.wait_for_selector(f"#gallery img >> nth={len(seeds)}")
+        seeds.append(page.locator("#seed input").input_value())
+        assert query(page)["seed"] == seeds[-1]  # the link and the file have the seed that is shown
+    assert len(set(seeds)) == 3
+    page.fill("#seed input", "7")  # a seed that is typed is kept
+    expect(page.get_by_label("Randomize seed")).not_to_be_checked()
+    for _ in range(2):
+        page.press("#seed input", "Enter")
+        page.wait_for_url("**seed=7&**")
+        page.wait_for_selector(DONE)
+    expect(page.locator("#seed input")).to_have_value("7")
+    page.fill("#seed input", "")
+    page.click("#go")
+    page.wait_for_function("() => !['', '7'].includes(document.querySelector('#seed input').value)")
+    assert query(page)["seed"] == page.locator("#seed input").input_value()
+
+
+def test_a_link_with_an_empty_seed_keeps_the_rest(open_page: Open) -> None:
+    page = open_page("/?prompt=a+green+heart+on+the+beach&seed=&steps=2")
+    expect(page.locator("#prompt textarea")).to_have_value("a green heart on the beach")
+    expect(page.locator("#stage figcaption").nth(0)).to_contain_text("2 calls")
+    expect(page.get_by_text("left out")).to_have_count(0)
+    expect(page.get_by_label("Randomize seed")).to_be_checked()
+
+
+def test_stop_and_errors_say_so_below_the_pictures(open_page: Open) -> None:
+    page = open_page()
     page.click("#go")
     page.wait_for_selector("#stage figcaption:has-text('of 100')")
     page.click("#stop")
+    expect(page.locator("#stage .status")).to_contain_text(re.compile(r"Stopped. The teacher had made \d+ calls?."))
     page.wait_for_timeout(1500)
     assert "of 100" in page.locator("#stage figcaption").nth(1).inner_text()  # it was stopped, and stays so
     page.fill("#prompt textarea", "a purple dragon at sea")
@@ -246,7 +295,22 @@ def test_dice_stop_and_a_wrong_wish(open_page: Open) -> None:
     wait_for_the_picture(page, "a purple dragon at sea")  # and the turn was given back
     page.fill("#prompt textarea", " ")
     page.click("#go")
-    expect(page.get_by_text("the prompt is empty; say what to draw")).to_be_visible()
+    expect(page.get_by_role("alert").get_by_text("the prompt is empty; say what to draw")).to_be_visible()
+    expect(page.locator("#stage .status")).to_have_text("Not drawn: the prompt is empty; say what to draw")
+    expect(page.locator("#stage img")).to_have_count(2)  # the pictures stay
+
+
+def test_stop_and_errors_of_a_table_say_so(open_page: Open) -> None:
+    page = open_page()
+    page.get_by_role("tab", name="Explore").click()
+    page.click("#table")
+    page.wait_for_selector("#explored .status:has-text('of 16 pictures,')")
+    page.click("#stop-table")
+    expect(page.locator("#explored .status")).to_contain_text(re.compile(r"Stopped at \d+ of 16 pictures."))
+    page.fill("#prompts textarea", "")
+    page.click("#table")
+    expect(page.locator("#explored .status")).to_have_text("Not drawn: the prompt is empty; say what to draw")
+    expect(page.locator("#explored td img")).not_to_have_count(0)
 
 
 def test_explore_draws_a_table_and_a_way(open_page: Open) -> None:
@@ -254,21 +318,21 @@ def test_explore_draws_a_table_and_a_way(open_page: Open) -> None:
     page.get_by_role("tab", name="Explore").click()
     page.fill("#prompts textarea", "a green heart on the beach\nthree yellow rings at sea")
     page.locator("#rows label", has_text="Prompts").click()
-    page.evaluate("""() => { window.said = []; new MutationObserver(() => window.said.push(
-        document.querySelector("#explored .said")?.innerText)).observe(document.querySelector("#explored"),
+    page.evaluate("""() => { window.lines = []; new MutationObserver(() => window.lines.push(
+        document.querySelector("#explored .status")?.innerText)).observe(document.querySelector("#explored"),
         {childList: true, subtree: true, characterData: true}); }""")
     page.click("#table")
-    page.wait_for_selector("#explored .said:has-text('8 pictures in')")
-    assert any(re.match(r"\d of 8 pictures, \d+ s left", said or "") for said in page.evaluate("window.said"))
+    page.wait_for_selector("#explored .status:has-text('8 pictures in')")
+    assert any(re.match(r"\d of 8 pictures, \d+ s left", line or "") for line in page.evaluate("window.lines"))
     expect(page.locator("#explored td img")).to_have_count(8)
     expect(page.locator("#explored tbody th")).to_have_text(["a green heart on the beach", "three yellow rings at sea"])
     assert violations(page) == []
     page.locator("#rows label", has_text="Steps").click()
     page.click("#table")
-    page.wait_for_selector("#explored .said:has-text('16 pictures in')")
+    page.wait_for_selector("#explored .status:has-text('16 pictures in')")
     trained = [f"{k} step{'s' * (k > 1)}, trained" for k in (1, 2, 4, 8)]
     expect(page.locator("#explored tbody th")).to_have_text(trained)
-    page.click("#way")
+    page.click("#trajectory")
     page.wait_for_selector("#explored figcaption:has-text('step 8')")  # the most that are ticked
     expect(page.locator("#explored figure img")).to_have_count(9)
     expect(page.locator("#explored figcaption").last).to_be_in_viewport(ratio=1)
@@ -287,7 +351,7 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     page = open_page()
     page.locator("#seed input").fill("23")
     page.get_by_role("tab", name="Models").click()
-    page.get_by_role("button", name="Look again").click()
+    page.get_by_role("button", name="Refresh").click()
     page.click("#model input")
     options = page.get_by_role("option")
     expect(options.filter(has_text="mine")).to_be_visible()
@@ -302,8 +366,8 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     expect(page.locator("#info")).to_contain_text("4 steps")
     page.click("#use")
     expect(page.locator("#go")).to_be_visible()
-    page.click("#go")
     page.wait_for_url("**student=students%2Fmine.safetensors**")
+    expect(page.locator("#stage figcaption").nth(0)).to_contain_text("students/mine.safetensors, 4 steps")
     expect(page.locator("#gallery img")).to_have_count(2)
     newest = max((app.out / "pictures").glob("two-red-stars*"), key=lambda file: file.stat().st_mtime)
     made = json.loads(Image.open(newest).info["tdm"])
