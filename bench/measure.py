@@ -1,8 +1,8 @@
-"""What a call of `TDMPipeline` costs beside the network calls it makes: exact counts, seconds, memory.
+"""What a call of `TDMPipeline` costs besides its network calls: exact counts, seconds, memory.
 
 Three runs of one model on the same weights: the call of `TDMPipeline`; the call of the stock pipeline with its own
 scheduler and the same settings; and the bare networks, which is every call of text encoder, denoiser and decoder that
-the first run made, made again with the same inputs and nothing between them.
+the first run made, repeated with the same inputs and nothing between them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Cost:
 
     Attributes:
         operators: on tensors, of any kind, views included.
-        allocations: outputs with memory of their own.
+        allocations: outputs that do not share memory.
         copies: operators that only move or cast values.
         reads: operators whose result the host waits for; a host sync, where the value is on an accelerator.
     """
@@ -48,7 +48,7 @@ class Cost:
 class Counts:
     """What one call did: calls by component, cost by part ("networks", "steps", "rest"), and the peak of its memory.
 
-    `peak` is in bytes, of tensors that operators made; the weights are not in it.
+    `peak` is in bytes, of tensors that operators created, without the weights.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -74,8 +74,8 @@ class _Meter(LiveMemory):
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
     """The networks that a call runs, by name: text encoders, the denoiser and the decoder."""
-    found = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
-    return found | ({"decoder": pipe.vae.decoder} if getattr(pipe, "vae", None) is not None else {})
+    networks = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module) and name != "vae"}
+    return networks | ({"decoder": pipe.vae.decoder} if getattr(pipe, "vae", None) is not None else {})
 
 
 @contextmanager
@@ -120,17 +120,17 @@ def count(pipe: Any, run: Run) -> Counts:
 
 
 def bare(pipe: Any, run: Run) -> Run:
-    """The network calls of a run, to be made again with the same inputs and nothing between them."""
+    """Return a function that repeats the network calls of a run, with the same inputs and nothing between them."""
     calls: list[tuple[nn.Module, Any, Any]] = []
     with _hooked(pipe, lambda _, *call: calls.append(call), lambda: None):
         run()
 
     @torch.no_grad()
-    def again() -> None:
+    def replay() -> None:
         for network, args, kwargs in calls:
             network(*args, **kwargs)
 
-    return again
+    return replay
 
 
 def runs_of(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:

@@ -27,20 +27,20 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = function(*args, **kwargs)
-        given, made = list(_tensors((args, *kwargs.values()))), list(_tensors((out,)))
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        new = {t.untyped_storage()._cdata: t for t in made if self.device in (None, t.device.type)}
+        inputs, outputs = list(_tensors((args, *kwargs.values()))), list(_tensors((out,)))
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        new = {t.untyped_storage()._cdata: t for t in outputs if self.device in (None, t.device.type)}
         for address in new.keys() - known:
             storage = new[address].untyped_storage()
             self.live += storage.nbytes()
             weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.live)
-        if given or made:  # others are such as promote_types
+        if inputs or outputs:  # others are such as promote_types
             self.seen(function, args, kwargs, out, len(new.keys() - known))
         return out
 
     def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:
-        """Called after each operator on tensors, with the number of memories that it made."""
+        """Take in an operator on tensors; called after each, with the number of memories that it allocated."""
 
     def _free(self, size: int) -> None:
         self.live -= size

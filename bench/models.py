@@ -38,8 +38,8 @@ class BenchModel:
         network, options: class and config of the denoiser.
         vae, vae_options: the same for the autoencoder.
         scheduler, schedule: the same for the stock scheduler.
-        embeds: shapes of the prompt embeddings that a call is given, by argument.
-        tokens: of the prompt, if the pipeline wants a mask for it.
+        embeds: shapes of the prompt embeddings that a call takes, by argument.
+        tokens: tokens of the prompt, if the pipeline takes a mask for it.
         size: width and height in pixels, and frames of a video.
     """
 
@@ -221,16 +221,16 @@ def build(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         with device:
-            parts = {family.denoiser: model.denoiser(tiny=tiny), "vae": model.autoencoder(tiny=tiny)}
+            components = {family.denoiser: model.denoiser(tiny=tiny), "vae": model.autoencoder(tiny=tiny)}
         shapes = model.tiny_embeds if tiny else model.embeds
         call = {argument: torch.randn(shape).to(device, dtype) for argument, shape in shapes.items()}
-    for part in parts.values():
+    for part in components.values():
         part.to(dtype).eval().requires_grad_(False)
     if "prompt_attention_mask" in call:
         call["prompt_attention_mask"] = torch.ones_like(call["prompt_attention_mask"])
     scheduler = getattr(diffusers, model.scheduler)(**model.schedule)
     nothing: dict[str, Any] = dict.fromkeys(model.components)
-    stock: Any = getattr(diffusers, family.pipeline)(**parts, scheduler=scheduler, **nothing)
+    stock: Any = getattr(diffusers, family.pipeline)(**components, scheduler=scheduler, **nothing)
     width, height, frames = model.tiny_size if tiny else model.size
     recipe = StudentRecipe(
         base_model="random weights",
@@ -242,7 +242,7 @@ def build(
         width=width,
         num_frames=frames,
     )
-    student = Student(recipe, {family.denoiser: _lora(parts[family.denoiser])})
+    student = Student(recipe, {family.denoiser: _lora(components[family.denoiser])})
     return TDMPipeline.from_pipe(stock, student=student), call
 
 

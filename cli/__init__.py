@@ -18,21 +18,21 @@ DESCRIPTION = """\
 TDM: pictures in 4 network calls from a student distilled by Trajectory Distribution Matching.
 
   tdm generate "two red stars above a blue moon at night"     a picture from the bundled student
-  tdm generate --compare "a green heart on the beach"         beside its 50-step teacher
+  tdm generate --compare "a green heart on the beach"         with its 50-step teacher
   tdm app                                                     the demo, in the browser
-  tdm distill                                                 distil your own student of the bundled teacher
+  tdm distill                                                 distil a student of the bundled teacher
   tdm estimate sdxl 24gb                                      what a distillation will take, before it starts
   tdm export RUN                                              a run's student as a file, kohya-named or merged
   tdm eval                                                    measure teacher and student
   tdm study                                                   questions about the method, answered by training
-  tdm bench                                                   what a call costs beside its network calls
+  tdm bench                                                   what a call costs besides its network calls
   tdm info FILE                                               what a LoRA file or a released student is
   tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
   tdm timesteps                                               the best timesteps for 2, 4 and 8 steps
   tdm average FILE FILE --out student.safetensors             the mean of several students
 """
 
-# They remark, on being imported, on kernels for other machines and on each other, and bury what is said.
+# On import they print remarks about kernels for other machines and about each other, which would bury our output.
 CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
@@ -43,12 +43,12 @@ class Parser(argparse.ArgumentParser):
         raise TDMError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args=None, namespace=None):
-        found, extra = super().parse_known_args(args, namespace)
+        namespace, extra = super().parse_known_args(args, namespace)
         for option in (text.split("=")[0] for text in extra if text.startswith("-")):
             near = difflib.get_close_matches(option, list(self._option_string_actions), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unknown option {option}{hint}")
-        return found, extra
+        return namespace, extra
 
 
 def build_parser() -> argparse.ArgumentParser:

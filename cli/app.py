@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import gradio
 
 HELP = """\
-Open a page that draws with a student and shows it beside its teacher. Without options it is the bundled model, and
+Open a page that draws with a student and compares it with its teacher. Without options it is the bundled model, and
 nothing is downloaded. The page is for this machine alone unless --listen says otherwise.
 
   tdm app
@@ -35,7 +35,7 @@ one from 7860 on.
 """
 LARGEST_UPLOAD = "32mb"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-WAITING = 200  # requests in the queue; the next is told that it is full
+WAITING = 200  # requests in the queue; the next is refused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         raise TDMError("the demo needs Gradio: pip install 'gradio[mcp]>=6'")
     from ..demo.waiting import Waiting
 
-    # Uploads and copies of pictures are this process's own, and go with it.
+    # Uploads and copies of pictures belong to this process and are removed with it.
     with tempfile.TemporaryDirectory(prefix="tdm-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         with Waiting(args.listen, port) as waiting:
@@ -80,11 +80,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def build(args: argparse.Namespace, say: Callable[[str], None] = lambda _: None) -> gradio.Blocks:
-    """The page that the arguments describe, not served yet.
+    """Build the page that the arguments describe, without serving it.
 
     Args:
         args: of ``tdm app``.
-        say: is told what is being loaded.
+        say: called with what is being loaded.
     """
     say("PyTorch and diffusers")
     quiet()
@@ -121,16 +121,16 @@ def launch(
     """Serve the page until somebody stops it.
 
     Raises:
-        TDMError: the port or the address cannot be had.
+        TDMError: the port or the address cannot be used.
     """
-    from ..demo.fix_mcp import mend_mcp
+    from ..demo.fix_mcp import split_tool_outputs
     from ..demo.page import css, head, theme
 
     if mcp:
-        mend_mcp()
+        split_tool_outputs()
     page.queue(max_size=WAITING)
     options: dict[str, Any] = {"theme": theme(), "css": css(), "head": head(), "footer_links": ["api", "settings"]}
-    # Whatever Gradio's own environment variables say, nothing is opened but what was asked for.
+    # Gradio's environment variables could open more than the arguments ask for.
     options |= {
         "share": False,
         "ssr_mode": False,
@@ -157,15 +157,15 @@ def launch(
     page.block_thread()
 
 
-def _port(given: int | None) -> int | None:
+def _port(port: int | None) -> int | None:
     text = os.environ.get("GRADIO_SERVER_PORT")
-    if given is None and text is not None:
+    if port is None and text is not None:
         if not text.isdecimal():
             raise TDMError(f"GRADIO_SERVER_PORT is {text!r}, not the number of a port")
-        given = int(text)
-    if given is not None and not 0 < given < 2**16:
-        raise TDMError(f"--port must be 1 to 65535, not {given}")
-    return given
+        port = int(text)
+    if port is not None and not 0 < port < 2**16:
+        raise TDMError(f"--port must be 1 to 65535, not {port}")
+    return port
 
 
 def _auth(text: str | None) -> tuple[str, str] | None:

@@ -23,7 +23,7 @@ Write the mean of students of one base and one recipe: of runs with other seeds,
 
 The mean is that of what the LoRAs add to the weights, B @ A of each layer, which is what a network of averaged weights
 would compute. It is exact at the sum of the ranks; a smaller --rank keeps the nearest, and the share of the norm that
-is kept is printed. Whether a mean is better than its parts is to be measured: tdm eval --student mean.safetensors.
+is kept is printed. Measure whether a mean is better than its students: tdm eval --student mean.safetensors.
 """
 
 

@@ -1,4 +1,4 @@
-"""tdm bench: what a call of TDMPipeline costs beside its network calls."""
+"""tdm bench: what a call of TDMPipeline costs besides its network calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ scheduler and the same settings, and the bare network calls with nothing between
 
   s, over bare     median seconds of a call (of processor time on a CPU, which other work adds little to), and the
                    median ratio to the bare networks in the same round
-  peak MB          memory beyond the weights: of the device, or on a CPU of the tensors that operators made
+  peak MB          memory beyond the weights: of the device, or on a CPU of the tensors that operators created
   in steps         exact counts for scheduler.step over one call: operators; those that only copy or cast; those whose
                    value the host waits for; those that allocate
   other operators  in neither a network nor a step

@@ -27,7 +27,7 @@ def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, A
     """The pipeline of a base and a student, with the bundled model as the default.
 
     Args:
-        recipe: fields that replace the student's own.
+        recipe: fields that replace those of the student's recipe.
     """
     from ..pipelines.tdm_pipeline import TDMPipeline
 
@@ -38,7 +38,7 @@ def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, A
 
 
 def quiet() -> None:
-    """No progress bars of loading: they bury what is said."""
+    """Switch off the progress bars of loading, which would bury the output of a command."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -18,7 +18,7 @@ from .output import check_writable
 HELP = """\
 Write a LoRA of any layout (diffusers, PEFT, kohya, native names, an EMA list of a released student; .safetensors,
 .pt, .bin or .ckpt) as a student file: one .safetensors with every scale baked in, so that it loads at strength 1.0,
-and with its recipe in the header, so that it runs right without being told how.
+and with its recipe in the header, so that it runs right without further settings.
 
 examples:
   tdm convert Luo-Yihong/TDM_sd3_lora --out sd3-student.safetensors            a released student: all is known

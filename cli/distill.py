@@ -43,7 +43,7 @@ writes the student in other forms.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("settings", nargs="*", metavar="CONFIG | key=value", help="YAML files or presets, and settings of your own")
+    add("settings", nargs="*", metavar="CONFIG | key=value", help="YAML files or presets, and settings")
     add("--dry-run", action="store_true", help="check everything, print settings and estimate, train and write nothing")
     add("--list", action="store_true", help="show the presets and do nothing else")
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
@@ -63,7 +63,9 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt("stopped at once; the same command with --resume goes on from the last checkpoint")
         asked = True
-        os.write(2, b"stopping after this update; again: at once\n")  # print is not safe in a signal handler
+        os.write(
+            2, b"stopping after this update; press Ctrl-C once more to stop at once\n"
+        )  # print is not safe in a signal handler
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -24,10 +24,10 @@ def dry_run(config: DistillConfig, out: Path, *, resume: bool) -> str:
     from ..training.export import unexportable
 
     _check_files(config, out, resume)
-    said = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    settings = yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
     reason = unexportable(config) if config.task.get("name") == "pipeline" else None
     note = "" if reason is None else f"\n\nnote: there will be nothing to export at the end: {reason}"
-    return f"{said}\n{_check_task(config)}{note}"
+    return f"{settings}\n{_check_task(config)}{note}"
 
 
 def _check_files(config: DistillConfig, out: Path, resume: bool) -> None:

@@ -77,7 +77,7 @@ def table(estimate: Estimate, gpus: list[Gpu] | None = None) -> str:
     c, p, f = estimate.config, estimate.passes, estimate.flops
     trained = estimate.trained
     kind = "full weights" if c.full_weights else f"LoRA of rank {c.student.rank} and {c.critic.rank}"
-    told = {
+    details = {
         "base": f"{'spread or offloaded, ' * (c.memory.shard or c.memory.offload)}"
         f"{'bf16' if c.memory.base == 'auto' else c.memory.base}",
         "adapters": "student, critic and the student's mean, float32",
@@ -94,7 +94,7 @@ def table(estimate: Estimate, gpus: list[Gpu] | None = None) -> str:
         f"FLOPs        student forward {_flops(f['student'])}, backward {_flops(f['student_backward'])}; "
         f"an update of {c.batch_size} samples {_flops(estimate.flops_per_update)}",
         "memory, GiB" + (" on each device" if estimate.processes > 1 else ""),
-        *(f"  {part:10} {size / GIB:7.2f}  {told[part]}" for part, size in estimate.memory.items()),
+        *(f"  {part:10} {size / GIB:7.2f}  {details[part]}" for part, size in estimate.memory.items()),
         f"  {'total':10} {estimate.total / GIB:7.2f}  and up to {estimate.prompt / 1e6:.2f} MB of main memory a prompt",
         f"{'GPU':12} {'GiB':>4}  fits  s per update    hours for {c.updates} updates",
     ]
@@ -124,8 +124,8 @@ def _advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
 
     lower = what_to_lower(estimator, estimate.config, gpu, estimate.processes)
     fitting = presets_that_fit(estimator, estimate.config, gpu, estimate.processes)
-    said = f"it would with {' '.join(lower)}" if lower else "nothing that can be lowered is enough"
-    return f"does not fit {gpu.name}; {said}; presets that fit: {', '.join(fitting) or 'none'}"
+    advice = f"it would with {' '.join(lower)}" if lower else "nothing that can be lowered is enough"
+    return f"does not fit {gpu.name}; {advice}; presets that fit: {', '.join(fitting) or 'none'}"
 
 
 def _batch(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
@@ -136,6 +136,6 @@ def _batch(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
 
 
 def _plain(estimate: Estimate) -> dict[str, object]:
-    found = {f.name: getattr(estimate, f.name) for f in dataclasses.fields(estimate) if f.name != "config"}
-    found["passes"] = dataclasses.asdict(estimate.passes)
-    return found | {"total": estimate.total, "flops_per_update": estimate.flops_per_update}
+    fields = {f.name: getattr(estimate, f.name) for f in dataclasses.fields(estimate) if f.name != "config"}
+    fields["passes"] = dataclasses.asdict(estimate.passes)
+    return fields | {"total": estimate.total, "flops_per_update": estimate.flops_per_update}

@@ -1,4 +1,4 @@
-"""tdm eval: measure a teacher and its students on held-out prompts of the bundled world, or on prompts of your own."""
+"""tdm eval: measure a teacher and its students on held-out prompts of the bundled world, or on your prompts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--base-first", action="store_true", help="a row more for each of the students': the first step by the base")
     add("--prompts", type=int, help="how many (default 256 held-out prompts, or the whole file)")
-    add("--prompts-file", type=Path, metavar="FILE", help="prompts of your own, one a line; without accuracy")
+    add("--prompts-file", type=Path, metavar="FILE", help="your prompts, one a line; without accuracy")
     add("--seed", type=int, default=20_000, help="of held-out prompts and noises (default 20000)")
     add("--teacher-steps", type=int, default=50, help="of the guided teacher (default 50)")
     add("--teacher-guidance", type=float, default=3.0, help="guidance scale of the guided teacher (default 3.0)")

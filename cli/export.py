@@ -11,7 +11,7 @@ from .output import check_writable
 
 HELP = """\
 Write the student of a run of `tdm distill`, finished or not: from the checkpoint in the run's folder, and with a model
-card (README.md) beside it.
+card (README.md) next to it.
 
   tdm export runs/distill                                  runs/distill/student.safetensors, as at the end of a run
   tdm export runs/distill --format kohya                   the same LoRA under kohya's names: student-kohya.safetensors
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         if out.is_file() or (out.is_dir() and any(out.iterdir()) and not args.force):
             raise TDMError(f"{out} exists; choose another --out, or replace a folder with --force")
     else:
-        if out.is_dir() or not out.suffix:  # a folder, there or to be made
+        if out.is_dir() or not out.suffix:  # a folder that exists or will be created
             out = out / NAMES[args.format]
         check_writable(out, args.force)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]

@@ -16,7 +16,7 @@ def check_writable(path: Path, force: bool) -> None:
     """Fail before the work, not after it.
 
     Raises:
-        TDMError: ``path`` exists and ``force`` is False, is a folder, or its folder cannot be made or written.
+        TDMError: ``path`` exists and ``force`` is False, is a folder, or its folder cannot be created or written.
     """
     if path.is_dir():
         raise TDMError(f"{path} is a folder; give a file name")
@@ -29,7 +29,7 @@ def check_folder(folder: Path) -> None:
     """Make ``folder``.
 
     Raises:
-        TDMError: it cannot be made or written.
+        TDMError: the folder cannot be created or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,10 @@ Without a name it shows the questions that ship, and how far each is answered.
   tdm study baselines-mixture --only TDM SiD      these variants alone; another process may take the others
   tdm study baselines-mixture --seeds 1 2         these seeds alone
   tdm study baselines-mixture --report            no training: table and plot of what is there
-  tdm study my-question.yaml                      one of your own: training/studies/questions has examples
+  tdm study my-question.yaml                      your question: training/studies/questions has examples
 
 Each run is a line of results (--results), kept as soon as it ends, so that a stopped study goes on where it was. Ctrl-C
-ends it after the update that is being made; the run that it was in waits in the cache, and goes on next time.
+ends it after the current update; the unfinished run stays in the cache and is resumed next time.
 """
 
 
@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> None:
             stop = stack.enter_context(stop_signals())
             answer(question, path, only=args.only, seeds=args.seeds, stop=stop)
             stopped = stop()
-    found = valid_runs(question, read_runs(path))
-    if not found:
+    runs = valid_runs(question, read_runs(path))
+    if not runs:
         raise TDMError(f"no run of {question.name} is in {path}; train some: tdm study {args.name}")
     if args.steps is not None:
-        question, found = at_steps(question, found, args.steps)
-    asked = [(question, found)]
+        question, runs = at_steps(question, runs, args.steps)
+    questions = [(question, runs)]
     if args.steps is None:
-        asked += [of_further(question, found, name) for name in question.further]
-    for question_of, measured in asked:
+        questions += [of_further(question, runs, name) for name in question.further]
+    for question_of, measured in questions:
         if not measured:  # runs that are older than the measure
             print(f"no run has {question_of.measure}; tdm study {args.name} --results NEW.jsonl trains them again")
             continue

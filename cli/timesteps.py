@@ -1,4 +1,4 @@
-"""tdm timesteps: the best timesteps for few steps of a given student or teacher."""
+"""tdm timesteps: the best timesteps for few steps of a student or a teacher."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add("--steps", default="2,4,8", help="step counts to search for (default 2,4,8)")
     add("--levels", type=int, default=32, help="steps of the run of many, about (default 32)")
-    add("--prompts", metavar="FILE", help="text file with one prompt a line (default: the bundled model's own world)")
-    add("--count", type=int, default=64, help="how many prompts, each with a noise of its own (default 64)")
-    add("--guidance", type=float, help="guidance scale (default: the student's own; of a teacher 3)")
-    add("--out", type=Path, help="student file to write, with the grids that were found")
+    add("--prompts", metavar="FILE", help="text file with one prompt a line (default: the bundled world)")
+    add("--count", type=int, default=64, help="how many prompts, each from another noise (default 64)")
+    add("--guidance", type=float, help="guidance scale (default: the student's; of a teacher 3)")
+    add("--out", type=Path, help="student file to write, with the best grids")
     add("--force", action="store_true", help="replace it if it exists")
 
 

@@ -1,6 +1,6 @@
 """The ComfyUI nodes: thin over `pipelines`, on ComfyUI's own MODEL, SAMPLER and SIGMAS.
 
-This file needs no ComfyUI; the modules beside it do.
+This file needs no ComfyUI; the other modules of the folder do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pipeline of diffusers as core's own MODEL, CLIP and VAE.
+"""A pipeline of diffusers as ComfyUI's MODEL, CLIP and VAE.
 
 The networks stay diffusers': what calls them is `pipelines/families`, as in training. ComfyUI loads and offloads them,
 patches their weights, and samples.
@@ -53,7 +53,7 @@ class WholePatcher(ModelPatcher):
 
 
 class Denoiser(nn.Module):
-    """A denoiser of diffusers, called as ComfyUI calls its own."""
+    """A denoiser of diffusers, called as ComfyUI calls its networks."""
 
     def __init__(self, family: Family, network: Any) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Denoiser(nn.Module):
         """The prediction at x, [B, C, h, w] or [B, C, F, h, w], in its shape.
 
         Raises:
-            TDMError: something is to be put into the network that fits ComfyUI's own networks alone.
+            TDMError: a patch is to be applied that only ComfyUI's networks take.
         """
         options = transformer_options or {}
         if control is not None or options.get("patches") or options.get("patches_replace"):
@@ -198,7 +198,7 @@ def model_of(family: Family, pipe: Any, scheduler: Any, vae: Any) -> Any:
         family: of the pipeline.
         pipe: with the denoiser and the VAE.
         scheduler: the base's, as a `TDMScheduler`.
-        vae: its VAE here, for what previews are made of.
+        vae: the VAE of the pipeline, which previews need.
     """
     model = DiffusersModel(family, pipe, scheduler, rgb_factors(vae, family.latent_channels(pipe)))
     device = comfy.model_management.get_torch_device()
@@ -209,7 +209,7 @@ def model_of(family: Family, pipe: Any, scheduler: Any, vae: Any) -> Any:
 
 
 class TextEncoders(nn.Module):
-    """The text encoders of a pipeline, by their names in it, called as ComfyUI calls its own."""
+    """The text encoders of a pipeline, by their names in it, called as ComfyUI calls its networks."""
 
     def __init__(self, family: Family, pipe: Any) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class TextEncoders(nn.Module):
 
 
 class Prompt:
-    """In the place of a tokenizer: the pipeline has its own, with what its family does to a prompt."""
+    """A stand-in for a tokenizer. The pipeline has a tokenizer and does to a prompt what its family does."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> Any:  # noqa: ARG002
         """The text itself. A weight, such as (this:1.2), stays a part of it."""
@@ -270,7 +270,7 @@ def clip_of(family: Family, pipe: Any, denoiser_config: Any) -> Any:
 
 
 class Autoencoder(nn.Module):
-    """The VAE of a pipeline, its latents as the denoiser knows them, called as ComfyUI calls its own."""
+    """The VAE of a pipeline, its latents as the denoiser knows them, called as ComfyUI calls its networks."""
 
     def __init__(self, family: Family, pipe: Any) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from ..errors import TDMError
 
 
 class TDMCompare(io.ComfyNode):
-    """A guided teacher beside its student."""
+    """A node that samples a guided teacher next to its student."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -145,7 +145,7 @@ class TDMCompare(io.ComfyNode):
 
 
 class _Meter:
-    """What one sampling takes, by core's own hooks around its sampler and its network."""
+    """A counter of what one sampling takes, by ComfyUI's hooks around its sampler and its network."""
 
     def __init__(self) -> None:
         self.pictures = self.samples = 0

@@ -14,7 +14,7 @@ from .levels import sampling_on
 
 
 class CogVideoXSampling(io.ComfyNode):
-    """CogVideoX on its own noise schedule, with any sampler."""
+    """A node that puts CogVideoX on its noise schedule, for any sampler."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -42,7 +42,7 @@ class CogVideoXSampling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, snr_shift_scale: float) -> io.NodeOutput:
-        """A MODEL with CogVideoX's own `model_sampling`.
+        """Return a MODEL with the `model_sampling` of CogVideoX.
 
         Raises:
             TDMError: the model is no CogVideoX.

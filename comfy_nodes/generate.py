@@ -1,4 +1,4 @@
-"""From a checkpoint, a student and a prompt to pictures: one node, made of the same parts as a workflow of many."""
+"""A node that draws from a checkpoint, a student and a prompt. It runs the same nodes as a longer workflow."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule
 
 PURE_NOISE = 2e4  # our s of pure noise: above all others, and stock samplers lose only s * 6e-8 to float32
-_COMFY_PURE_NOISE = 4518.0  # where ComfyUI's own tables end, if they end in pure noise
+_COMFY_PURE_NOISE = 4518.0  # where ComfyUI's tables end, if they end in pure noise
 
 _NOT_DDPM = (core.ModelSamplingDiscreteEDM, core.StableCascadeSampling, core.EDM, core.IMG_TO_IMG)
 _PREDICTIONS = {core.V_PREDICTION: "v_prediction", core.X0: "sample", core.EPS: "epsilon"}  # subclasses first
@@ -141,5 +141,5 @@ def cut(model_sampling: Any, first: float) -> Any:
 
 
 def uncut(model_sampling: Any) -> Any:
-    """What `cut` was given, or the same if it is no product of it."""
+    """Return what `cut` took, or the argument itself if it is no product of `cut`."""
     return model_sampling.uncut[0] if isinstance(model_sampling, _FromPureNoise) else model_sampling

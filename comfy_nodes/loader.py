@@ -81,7 +81,7 @@ class TDMLoadStudent(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        """When the file was written: a student that was trained further is loaded again."""
+        """Return when the file was written, so that a student that was trained further is loaded anew."""
         return lora_path(file).stat().st_mtime
 
     @classmethod

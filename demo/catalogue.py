@@ -1,4 +1,4 @@
-"""The students at hand: the one that the demo was started with, and the files below its folders.
+"""The students of the demo: the one that it was started with, and the files below its folders.
 
 A visitor names one by what this list calls it, never by a path.
 """
@@ -19,8 +19,8 @@ class Catalogue:
     """Students by name.
 
     Args:
-        first: what `--student` or `--model` says, or "bundled".
-        folders: by the first part of the names of their files. One that is not there yet is empty.
+        first: the value of `--student` or `--model`, or "bundled".
+        folders: the folders, by the first part of their students' names. A missing folder is empty.
     """
 
     def __init__(self, first: str, folders: Mapping[str, Path]) -> None:
@@ -29,11 +29,11 @@ class Catalogue:
         self.folders = dict(folders)
 
     def names(self) -> list[str]:
-        """All of them, the first first."""
+        """Names of all students; the one that the demo was started with comes first."""
         return [self.first, *self._files()]
 
     def source(self, name: str | None) -> str:
-        """What `load_student` takes for a name; None and "" are the first's.
+        """Return what `load_student` takes for a name; None and "" name the first student.
 
         Raises:
             TDMError: there is no such student.
@@ -46,8 +46,8 @@ class Catalogue:
         return str(path)
 
     def _files(self) -> dict[str, Path]:
-        found = {f"{kind}/{path.relative_to(folder).as_posix()}": path for kind, folder, path in self._paths()}
-        return dict(sorted(found.items())[:MOST])
+        paths = {f"{kind}/{path.relative_to(folder).as_posix()}": path for kind, folder, path in self._paths()}
+        return dict(sorted(paths.items())[:MOST])
 
     def _paths(self) -> Iterator[tuple[str, Path, Path]]:
         for kind, folder in self.folders.items():

@@ -21,7 +21,7 @@ EVERY = 2.0  # seconds between two updates of the page, while the tab is open
 OFTEN = "output.log_every=5\noutput.preview_every=20\noutput.checkpoint_every=20"
 EXPLAINED = """
 <div class="hint"><p class="status" role="status">No run yet.</p>
-<p>A run is <code>tdm distill</code> in a process of its own: this page may be closed, and the demo ended. Its curves,
+<p>A run is <code>tdm distill</code> in a separate process: this page may be closed, and the demo ended. Its curves,
 its health and what teacher and student draw appear here. The bundled teacher takes minutes on a CPU; as soon as there
 is a checkpoint the student draws in the first tab.</p></div>
 """

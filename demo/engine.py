@@ -53,7 +53,7 @@ class Engine:
 
     Args:
         pipe: a loaded pipeline, whose student is the catalogue's first.
-        catalogue: the students that it may be given.
+        catalogue: the students to choose from.
 
     Raises:
         TDMError: the pipeline makes videos.

@@ -1,4 +1,4 @@
-"""A mend of Gradio's MCP server: every output of a tool reaches the caller as what it is."""
+"""A fix of Gradio's MCP server: each output of a tool reaches the caller as its own content item."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 from ..errors import TDMError
 
 
-def mend_mcp() -> None:
-    """Give a tool's outputs one by one, so that a picture is one, whether or not the client asks for progress.
+def split_tool_outputs() -> None:
+    """Return a tool's outputs one by one, so that a picture stays a picture, whether or not the client asks for progress.
 
     Gradio 6.31 does so only for a client that asks; for others it writes several outputs as one text.
 

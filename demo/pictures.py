@@ -1,4 +1,4 @@
-"""Pictures as files: written with their settings in them, and read back from files of which nothing is trusted."""
+"""Pictures as PNG files with their settings inside. A file that is read back is not trusted."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ KEY = "tdm"  # of the settings, as in what `tdm generate` writes
 
 
 class Pictures:
-    """The folder of pictures.
+    """The folder in which the demo keeps its pictures.
 
     Args:
-        folder: it is made.
+        folder: created if it is missing.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs of `tdm distill`, each in a process of its own: it goes on when the page, or the demo itself, is closed."""
+"""Runs of `tdm distill`, each in a separate process, which goes on when the page, or the demo itself, is closed."""
 
 from __future__ import annotations
 

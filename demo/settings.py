@@ -1,4 +1,4 @@
-"""What a visitor asks for: checked in one place, whether it comes from the page, a link, a picture or the API."""
+"""The settings of a picture, checked in one place for the page, links, pictures and the API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_AREA = 4  # times the student's own
 
 @dataclass(frozen=True)
 class Settings:
-    """All that one picture depends on.
+    """The settings that one picture depends on.
 
     Attributes:
         prompt: what to draw.
@@ -38,31 +38,31 @@ class Settings:
     base_first: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """As they stand in a picture and in what the API returns."""
+        """The settings as a picture's metadata and the API's results have them."""
         return asdict(self)
 
 
-def check(given: Mapping[str, Any], recipe: StudentRecipe, student: str) -> Settings:
-    """Settings from values of any kind; those that are absent or None are the student's own, the seed 0.
+def check(fields: Mapping[str, Any], recipe: StudentRecipe, student: str) -> Settings:
+    """Make settings from values of any kind. Those that are absent or None are the student's defaults, and seed 0.
 
     Args:
-        given: by the names of `Settings`.
-        recipe: of the student.
-        student: its name.
+        fields: values by the names of `Settings`.
+        recipe: the recipe of the student.
+        student: the student's name.
 
     Raises:
         TDMError: a value is of the wrong kind or out of range.
     """
-    prompt = given.get("prompt")
+    prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise TDMError("the prompt is empty; say what to draw")
     if len(prompt) > LONGEST_PROMPT:
         raise TDMError(f"the prompt has {len(prompt):,} characters; at most {LONGEST_PROMPT:,} are taken")
     if not prompt.isprintable() and any(ord(c) < 32 and c not in "\n\t\r" for c in prompt):
-        raise TDMError("the prompt has control characters; type it again")
+        raise TDMError("the prompt has control characters; type it without them")
 
     def count(name: str, default: int, least: int, most: int) -> int:
-        value = given.get(name)
+        value = fields.get(name)
         return whole(name, default if value is None else value, least, most)
 
     area = MOST_AREA * recipe.width * recipe.height
@@ -76,11 +76,11 @@ def check(given: Mapping[str, Any], recipe: StudentRecipe, student: str) -> Sett
             f"{recipe.height}, which the student was trained for"
         )
     steps = count("steps", recipe.default_steps, 1, MOST_STEPS)
-    base_first = given.get("base_first") or False
+    base_first = fields.get("base_first") or False
     if not isinstance(base_first, bool):
         raise TDMError(f"base_first must be true or false, not {str(base_first)[:40]!r}")
     if base_first and steps < 2:
-        raise TDMError("the base's first step wants 2 steps or more: of one nothing is left for the student")
+        raise TDMError("the base's first step needs 2 steps or more, so that one is left for the student")
     return Settings(
         prompt=" ".join(prompt.split()),
         seed=count("seed", 0, 0, 2**53 - 1),
@@ -93,10 +93,10 @@ def check(given: Mapping[str, Any], recipe: StudentRecipe, student: str) -> Sett
 
 
 def whole(name: str, value: Any, least: int, most: int) -> int:
-    """`value` as a whole number from `least` to `most`.
+    """Return `value` as a whole number from `least` to `most`.
 
     Raises:
-        TDMError: it is none.
+        TDMError: it is not a whole number, or out of range.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value != int(value):

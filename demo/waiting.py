@@ -1,4 +1,4 @@
-"""What stands at the demo's address from its first moment: a page that says what is being loaded, then gives way.
+"""A page at the demo's address that says what is being loaded, until the demo itself is there.
 
 Libraries and the model take seconds, a large model minutes. Until then a browser would find nothing there.
 """
@@ -32,7 +32,7 @@ class Waiting:
         url: for a browser of this machine.
 
     Raises:
-        TDMError: the address or the port cannot be had.
+        TDMError: the address or the port cannot be used.
     """
 
     def __init__(self, address: str, port: int | None) -> None:
@@ -52,7 +52,7 @@ class Waiting:
         self._server.server_close()
 
     def say(self, doing: str) -> None:
-        """Tell whoever looks what is being loaded."""
+        """Set what the page says is being loaded."""
         self._doing = doing
 
     def _bound(self, address: str, ports: range | list[int]) -> _Server:
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/html; charset=utf-8", PAGE.read_bytes())
 
     def do_POST(self) -> None:
-        """Clients are told to come back."""
+        """Answer 503, so that clients try again later."""
         self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", b"the demo is starting\n")
 
     do_HEAD = do_GET  # noqa: N815 (the name that the library calls)
