@@ -8,7 +8,7 @@ from ..errors import TDMError
 
 
 def split_tool_outputs() -> None:
-    """Return a tool's outputs one by one, so that a picture stays a picture, whether or not the client asks for progress.
+    """Make the MCP server return a tool's outputs one by one, whether or not the client asks for progress.
 
     Gradio 6.31 does so only for a client that asks; for others it writes several outputs as one text.
 
