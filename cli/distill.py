@@ -63,9 +63,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt("stopped at once; the same command with --resume goes on from the last checkpoint")
         asked = True
-        os.write(
-            2, b"stopping after this update; press Ctrl-C once more to stop at once\n"
-        )  # print is not safe in a signal handler
+        # print is not safe in a signal handler
+        os.write(2, b"stopping after this update; press Ctrl-C once more to stop at once\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
