@@ -1,4 +1,4 @@
-"""What a call of `TDMPipeline` costs besides its network calls: exact counts, seconds, memory.
+"""Measure what a call of `TDMPipeline` costs besides its network calls: exact counts, seconds, memory.
 
 Three runs of one model on the same weights: the call of `TDMPipeline`; the call of the stock pipeline with its own
 scheduler and the same settings; and the bare networks, which is every call of text encoder, denoiser and decoder that
@@ -46,7 +46,7 @@ class Cost:
 
 @dataclass
 class Counts:
-    """What one call did: calls by component, cost by part ("networks", "steps", "rest"), and the peak of its memory.
+    """The counts of one call: calls by component, cost by part ("networks", "steps", "rest"), and the peak of its memory.
 
     `peak` is in bytes, of tensors that operators created, without the weights.
     """

@@ -1,4 +1,4 @@
-"""How much memory the tensors of a piece of work hold at a time."""
+"""Measure how much memory the tensors of a piece of work hold at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands share: which model, how it is loaded, and no progress bars of loading."""
+"""Helpers that several commands share: which model is meant, how it is loaded, and no progress bars of loading."""
 
 from __future__ import annotations
 

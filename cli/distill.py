@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether somebody asked the run to stop, by Ctrl-C or SIGTERM (a scheduler's notice). The second time ends it at
-    once, between any two instructions, so without a checkpoint.
+    """Yield a function that says whether Ctrl-C or SIGTERM (a scheduler's notice) asked the run to stop.
+
+    The second signal ends it at once, between any two instructions, so without a checkpoint.
     """
     asked = False
 

@@ -46,7 +46,7 @@ def _check_files(config: DistillConfig, out: Path, resume: bool) -> None:
 
 
 def _check_task(config: DistillConfig) -> str:
-    """What the run will take; building task and trajectory in outline is what checks them."""
+    """Describe what the run will take. Building task and trajectory in outline checks them."""
     from ..training.trajectory import build_trajectories
 
     if config.task.get("name") != "pipeline":

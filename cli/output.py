@@ -1,4 +1,4 @@
-"""Where results go: refuse to overwrite, never leave half a file."""
+"""Places for results: nothing is overwritten, and no half file is left."""
 
 from __future__ import annotations
 

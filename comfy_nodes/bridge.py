@@ -61,7 +61,7 @@ class Denoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in."""
+        """The dtype that the network computes in."""
         return self.network.dtype
 
     def forward(
@@ -139,7 +139,7 @@ class DiffusersModel(comfy.model_base.BaseModel):
         return {name: comfy.conds.CONDRegular(value) for name, value in cond.items()}
 
     def _size(self, x: Tensor) -> Size:
-        """Of latents x, in pixels."""
+        """Return the size of latents x in pixels."""
         channels = self.latent_format.latent_channels
         if x.shape[1] != channels:
             raise TDMError(f"latents of {x.shape[1]} channels; this model's have {channels}: encode with its own VAE")
@@ -184,7 +184,7 @@ def _latent_format(family: Family, pipe: Any, rgb: tuple[list[list[float]], list
 
 
 def _shift(scheduler: Any) -> float:
-    """Of a flow model; one that shifts by the picture's size has that of its largest, as in core."""
+    """Return the shift of a flow model; one that shifts by the picture's size has that of its largest, as in core."""
     config = scheduler.config
     if not config["use_dynamic_shifting"]:
         return config["flow_shift"]
@@ -322,7 +322,7 @@ class DiffusersVAE(comfy.sd.VAE):
 
 
 def rgb_factors(vae: DiffusersVAE, channels: int) -> tuple[list[list[float]], list[float]]:
-    """What core makes quick previews with: (factors [C, 3], bias [3]) from latents to RGB in [-1, 1].
+    """Return what ComfyUI makes quick previews with: (factors [C, 3], bias [3]) from latents to RGB in [-1, 1].
 
     Least squares on what the VAE makes of random latents without detail.
     """

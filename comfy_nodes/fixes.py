@@ -1,4 +1,4 @@
-"""Where ComfyUI samples a model wrongly: patches that make it right. Tried on ComfyUI 0.30."""
+"""Patches for models that ComfyUI samples wrongly. Tried on ComfyUI 0.30."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _PREDICTIONS = {core.V_PREDICTION: "v_prediction", core.X0: "sample", core.EPS: 
 
 
 def prediction_type_of(model_sampling: Any) -> str:
-    """What the network of a MODEL predicts, in our words, from its `model_sampling`.
+    """Return what the network of a MODEL predicts, as a recipe names it, from its `model_sampling`.
 
     Raises:
         TDMError: this kind of model is none that a TDM student can have.

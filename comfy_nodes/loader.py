@@ -198,7 +198,7 @@ def _patched(patcher: Any, keys: dict[str, Any], tensors: dict[str, Tensor], str
 
 
 def _report(layers: int, encoder_layers: int, recipe: StudentRecipe | None) -> str:
-    """What was loaded, for the node's face."""
+    """Describe what was loaded, for the text on the node."""
     text = f"{layers} layers matched, 0 unmatched" + (f" ({encoder_layers} more in CLIP)" if encoder_layers else "")
     if recipe is None:
         return f"{text}\nno recipe in the file: choose released_as, or type the timesteps into TDM Sigmas"

@@ -65,7 +65,7 @@ def sample_tdm(
     disable: bool | None = None,
     order: int = 1,
 ) -> Tensor:
-    """From the sample `x` at `sigmas[0]` to the one at `sigmas[-1]`, in the form of k-diffusion's samplers.
+    """Sample from `x` at `sigmas[0]` to the one at `sigmas[-1]`, in the form of k-diffusion's samplers.
 
     Args:
         model: ``model(x, sigma, **extra_args)`` is the clean sample, with guidance and masks applied.
@@ -117,7 +117,7 @@ def sample_tdm(
 
 
 def _steps_before(level: float, run: list[float]) -> int:
-    """How many steps of a whole run come before a level; none if it is not one of its levels."""
+    """Count the steps of a whole run before a level; 0 if it is not one of its levels."""
     return run.index(level) if level in run else 0
 
 

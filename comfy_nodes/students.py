@@ -1,4 +1,4 @@
-"""Which students a user of ComfyUI has: the released ones, and the files in `models/loras`; and how each is run."""
+"""The students of a ComfyUI user: the released ones and the files in `models/loras`, and how each is run."""
 
 from __future__ import annotations
 

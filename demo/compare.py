@@ -55,7 +55,7 @@ class Comparison:
 
     @property
     def progress(self) -> str:
-        """How far the drawing has come, in one sentence."""
+        """A sentence that says how far the drawing has come."""
         done = sum(frame.final for frame in self.students)
         if done == len(self.wanted) and self.race:
             return f"The teacher had made {plural(self.teacher.calls if self.teacher else 0, 'call')}."

@@ -87,11 +87,11 @@ class Engine:
 
     @property
     def tokenizer(self) -> Any:
-        """Of the base."""
+        """The tokenizer of the base."""
         return self._pipe.tokenizer
 
     def recipe(self, student: str | None = None) -> StudentRecipe:
-        """How a student is run.
+        """Return the recipe of a student.
 
         Raises:
             TDMError: there is none of this name, or it does not fit the base.
@@ -184,7 +184,7 @@ class Engine:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What the pipeline refuses, such as a size that its network cannot be given, in one line."""
+    """Raise what the pipeline refuses, such as a size that does not fit its network, as one line."""
     try:
         yield
     except TDMError:

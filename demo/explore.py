@@ -100,7 +100,7 @@ def _label(frame: Frame) -> str:
 
 @dataclass(frozen=True)
 class View:
-    """What the tab shows of a drawing.
+    """A drawing as the tab shows it.
 
     Attributes:
         html: the pictures so far.

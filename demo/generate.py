@@ -80,7 +80,7 @@ class Controls:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """What a visitor asks for when the page draws.
+    """A visitor's request to draw.
 
     Attributes:
         pictures: the settings of each picture; the seeds count up.
