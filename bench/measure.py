@@ -46,7 +46,7 @@ class Cost:
 
 @dataclass
 class Counts:
-    """The counts of one call: calls by component, cost by part ("networks", "steps", "rest"), and the peak of its memory.
+    """The counts of one call: calls by component, cost by part ("networks", "steps", "rest"), and its peak memory.
 
     `peak` is in bytes, of tensors that operators created, without the weights.
     """

@@ -273,6 +273,13 @@ def test_generate_takes_a_new_seed_unless_it_is_locked(open_page: Open) -> None:
     assert query(page)["seed"] == page.locator("#seed input").input_value()
 
 
+def test_a_speed_up_is_stated_of_warm_runs_alone(open_page: Open) -> None:
+    page = open_page("/?seed=5&steps=2&width=80&height=64")  # no other test draws at this size
+    expect(page.locator("#stage .status")).to_have_text("2 network calls instead of 100.")
+    page.click("#go")
+    expect(page.locator("#stage .status")).to_contain_text(re.compile(r"100: \d+ times as fast on this machine."))
+
+
 def test_a_link_with_an_empty_seed_keeps_the_rest(open_page: Open) -> None:
     page = open_page("/?prompt=a+green+heart+on+the+beach&seed=&steps=2")
     expect(page.locator("#prompt textarea")).to_have_value("a green heart on the beach")
