@@ -302,7 +302,7 @@ def test_stop_and_errors_say_so_below_the_pictures(open_page: Open) -> None:
     wait_for_the_picture(page, "a purple dragon at sea")  # and the turn was given back
     page.fill("#prompt textarea", " ")
     page.click("#go")
-    expect(page.get_by_role("alert").get_by_text("the prompt is empty; say what to draw")).to_be_visible()
+    expect(page.get_by_text("the prompt is empty; say what to draw", exact=True)).to_be_visible()
     expect(page.locator("#stage .status")).to_have_text("Not drawn: the prompt is empty; say what to draw")
     expect(page.locator("#stage img")).to_have_count(2)  # the pictures stay
 
