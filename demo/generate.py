@@ -269,7 +269,7 @@ class GenerateTab:
 
     def give_way(self, comparison: Comparison | None) -> None:
         """End the drawing of a visitor who asks for another picture."""
-        if comparison is not None:
+        if comparison is not None and not comparison.finished:  # a finished one may be every visitor's first screen
             comparison.ended = "Another picture was asked for."
 
     def stop(self, comparison: Comparison | None) -> Any:
