@@ -87,7 +87,7 @@ def test_more_variety_is_the_picture_of_tdm_generate_base_first(client: Client, 
     assert Image.open(path).tobytes() == Image.open(ours).tobytes()
     assert Image.open(plain).tobytes() == Image.open(theirs).tobytes() != Image.open(ours).tobytes()
     assert (made["calls"], made["base_first"]) == (4, True)
-    with pytest.raises(AppError, match="of one nothing is left for the student"):
+    with pytest.raises(AppError, match="so that one is left for the student"):
         client.predict(PROMPT, 7, 1, base_first=True, api_name="/generate")
 
 
