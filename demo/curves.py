@@ -47,7 +47,7 @@ def _panel(name: str, lines: Sequence[dict[str, float]]) -> str:
     low, high = min(values), max(values)
     path = " ".join(
         f"{(step - first) / max(last - first, 1) * WIDTH:.1f},"
-        f"{HEIGHT - 4 - (value - low) / ((high - low) or 1) * (HEIGHT - 8):.1f}"
+        f"{HEIGHT - 4 - ((value - low) / (high - low) if high > low else 0.5) * (HEIGHT - 8):.1f}"
         for step, value in points
     )
     path = path if len(points) > 1 else f"{path} {path}"  # its round ends are a dot

@@ -173,7 +173,7 @@ class GenerateTab:
         )
         with gr.Row(elem_classes="seed"):
             seed = gr.Number(first.seed, label="Seed", minimum=0, step=1, elem_id="seed", scale=3)
-            randomize = gr.Checkbox(True, label="Randomize seed", elem_id="randomize", scale=2, min_width=140)
+            randomize = gr.Checkbox(True, label="Randomize seed", elem_id="randomize", scale=3, min_width=160)
         with gr.Row():
             size = gr.Dropdown(
                 size_choices(recipe),
