@@ -2,7 +2,8 @@
 
 import pytest
 from tdm.errors import TDMError
-from tdm.training.config import DistillConfig, load_config
+from tdm.training.config import DistillConfig
+from tdm.training.settings import load_config
 
 
 def test_file_then_overrides(tmp_path):

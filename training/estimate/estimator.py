@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import DistillConfig, MemoryConfig, Storage, load_config
-from ..cost import Passes, micro_batch_size, micro_batches, passes
+from ..config import DistillConfig, MemoryConfig, Storage
+from ..cost import micro_batch_size, micro_batches, passes
+from ..objectives import objective_of
+from ..objectives.passes import Passes
 from ..presets import MEMORY
+from ..settings import load_config
 from .rehearsal import Course, Outline, Rehearsal
 
 GIB = 2**30
@@ -125,10 +128,11 @@ class Estimator:
         key, rehearsal = self._rehearsal(config)
         course = self._course(key, rehearsal, micro, parts)
         trained = sum(rehearsal.trained.values())
+        stepped = sum(rehearsal.trained[role] for role in objective_of(config.objective).trains)
         memory = {
             "base": _base_bytes(rehearsal, config.memory, processes),
             "adapters": 4.0 * (trained + rehearsal.trained["student"]),
-            "optimisers": _MOMENTS[config.memory.optimizer] * trained,
+            "optimisers": _MOMENTS[config.memory.optimizer] * stepped,  # AdamW makes its moments at the first step
             "update": course.peak + _unpacked(rehearsal, config.memory),
             "context": CONTEXT,
         }

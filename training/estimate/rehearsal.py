@@ -26,10 +26,12 @@ from ...pipelines.bases import outline
 from ...pipelines.families import Condition
 from ...pipelines.scheduler import TDMScheduler
 from ..batch import Batch, draw_batch
-from ..config import DistillConfig, from_dict
+from ..config import DistillConfig
 from ..loop import build_roles
+from ..objectives import objective_of
 from ..processes import Processes
 from ..roles import ROLES, Role, Roles
+from ..settings import from_dict
 from ..tasks.base_storage import can_offload
 from ..tasks.pipeline import PipelineTaskConfig, sizes_of
 from ..trajectory import Trajectory
@@ -182,13 +184,13 @@ class Rehearsal:
         shape = (samples * parts, *self.task.latent_shape)
 
         def draw(student: bool) -> list[Batch]:
-            band = self.config.objective.own_guidance_band
+            band = objective_of(self.config.objective).guidance_band(self.config.objective)
             batch = draw_batch(self.trajectory, {}, {}, shape, torch.Generator(), student=student, guidance_band=band)
             stages = torch.zeros_like(batch.stages)
             tau = self.trajectory.draw_tau(stages, torch.Generator())
-            critic, again = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
+            critic, student_renoise = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
             guidance = batch.guidance and batch.guidance._replace(tau=tau)
-            batch = batch._replace(stages=stages, critic=critic, student=again, guidance=guidance)
+            batch = batch._replace(stages=stages, critic=critic, student=student_renoise, guidance=guidance)
             cond, null = self.task.conditions(samples), self.task.conditions(samples)
             return [batch.part(i, parts).to(self.task.device)._replace(cond=cond, null=null) for i in range(parts)]
 

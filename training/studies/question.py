@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from ...errors import TDMError
-from ..config import DistillConfig, from_dict, load_config
+from ..config import DistillConfig
 from ..cost import passes
+from ..settings import from_dict, load_config
 
 FOLDER = Path(__file__).parent / "questions"
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ...errors import TDMError
-from ..config import MemoryConfig, from_dict
+from ..config import MemoryConfig
 from ..progress import Report, print_line
+from ..settings import from_dict
 from ..task import Task
 
 
