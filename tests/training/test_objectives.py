@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,11 @@ from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule, expand
 from tdm.training.batch import Batch, draw_batch
-from tdm.training.config import DistillConfig
+from tdm.training.config import DistillConfig, ObjectiveConfig
 from tdm.training.export import export, read_run
 from tdm.training.loop import distill
 from tdm.training.losses import generator_loss, guidance_loss
-from tdm.training.objectives import objective_of
+from tdm.training.objectives import OBJECTIVES, Objective, objective_of
 from tdm.training.objectives.matching import (
     critic_forward,
     critic_objective,
@@ -232,6 +233,68 @@ def test_two_terms_at_one_tau_pull_as_the_coupled_one() -> None:
         gradients.append([p.grad for p in roles.parameters("student")])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_the_weight_of_the_guidance_term_is_a_guidance_scale() -> None:
+    """``k (w - 1)(c - u)``: as before, the coupled form with the scale ``1 + k (w - 1)``."""
+    plain = ["objective.rho=mse", "objective.normalise=false"]
+    gradients = []
+    for settings in (
+        ["objective.guidance_scale=7"],
+        ["objective.guidance_scale=4", "objective.guidance_term=decoupled", "objective.guidance_weight=2"],
+    ):
+        config = config_of(*plain, *settings)
+        roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
+        loss_of(roles, config, batch._replace(guidance=batch.student)).backward()
+        gradients.append([p.grad for p in roles.parameters("student")])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_sid_alpha_weighs_the_square_of_the_scores_difference() -> None:
+    losses = {}
+    for alpha in (1.0, 1.2):
+        config = config_of("objective.gradient=sid", f"objective.sid_alpha={alpha}", "objective.norm_min=100")
+        roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
+        losses[alpha] = float(loss_of(roles, config, batch).detach())
+    assert batch.student is not None
+    step = student_step(roles, batch, grad=False)
+    forward = critic_forward(roles, batch, step.x_m, batch.student, grad=False)
+    teacher, _ = roles.teacher(forward.noised.x_tau, forward.tau, batch.cond)
+    square = float((teacher - forward.x0_critic).square().mean())
+    assert losses[1.0] - losses[1.2] == pytest.approx(0.2 * square / 100, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [2.0, 5.0, 1e9])
+def test_no_error_of_the_critic_weighs_more_than_its_limit(limit: float) -> None:
+    """``min(1 / sigma^2, limit)`` of each sample."""
+    config = config_of("critic.target=clean", f"critic.weight_limit={limit}")
+    roles, batch = linear_roles(), conditioned(batch_of(config, FLOW))
+    step = student_step(roles, batch, grad=False)
+    forward = critic_forward(roles, batch, step.x_m, batch.critic, grad=False)
+    errors = (forward.x0_critic - step.x0).square().mean(1)
+    weights = torch.tensor([min(1 / float(t / 1000) ** 2, limit) for t in batch.critic.tau])
+    loss = float(critic_objective(config.critic, step, forward))
+    assert loss == pytest.approx(float((weights * errors).mean()), rel=1e-5)
+    assert (float(weights.max()) == limit) == (limit < 1e9)
+
+
+def test_each_objective_is_chosen_by_its_settings_and_by_no_others() -> None:
+    def settings(objective: Objective) -> tuple[str, str, str]:
+        return objective.name, objective.gradient, objective.guidance_term
+
+    names = list(dict.fromkeys(objective.name for objective in OBJECTIVES))
+    chosen = {settings(objective): objective for objective in OBJECTIVES}
+    assert len(chosen) == len(OBJECTIVES)
+    for name, gradient, term in itertools.product(names, ("kl", "sid"), ("coupled", "decoupled")):
+        config = ObjectiveConfig(name=name, gradient=gradient, guidance_term=term)  # type: ignore[arg-type]
+        if (name, gradient, term) in chosen:
+            assert objective_of(config) is chosen[name, gradient, term]
+        else:
+            with pytest.raises(TDMError, match=r"is for objective.name=matching"):
+                objective_of(config)
+    with pytest.raises(TDMError, match=r"objective\.name must be one of matching, consistency, regression, not 'gan'"):
+        load_config(None, ["objective.name=gan"])
 
 
 def test_the_guidance_term_moves_along_guidance_alone() -> None:

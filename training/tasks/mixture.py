@@ -1,9 +1,8 @@
 """A teacher that is known in closed form: a Gaussian mixture in two dimensions, the proof that the method works.
 
 At any noise level the posterior mean ``E[x0 | x_t]`` of a mixture is a formula, so this "pretrained network" makes no
-error, its true samples are at hand, and a student's distance to the true distribution can be measured. It is
-distilled by the same code as an
-image model: this file only says what ``training.loop.Task`` asks.
+error, its true samples are known, and a student's distance to the true distribution can be measured. It is distilled
+by the same code as an image model: this file only implements `training.task.Task`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -113,8 +113,25 @@ class MixtureDenoiser(nn.Module):
         return output + self.outer(h)
 
 
+@dataclass(frozen=True)
+class MixtureTaskConfig:
+    """The ``task`` section of a configuration that distils the mixture (name=mixture)."""
+
+    name: str = "mixture"
+    """The kind of task."""
+
+    kind: Literal["flow", "vp"] = "flow"
+    """The noise schedule: flow predicts velocity; vp has Stable Diffusion's table and predicts v."""
+
+    width: int = 128
+    """Width of the residual network that gets the adapters."""
+
+    samples: int = 10_000
+    """Samples per evaluation."""
+
+
 class MixtureTask:
-    """``run.Task`` of the mixture, without prompts: ``kind`` "flow" predicts velocity, "vp" (SD's table) predicts v.
+    """``Task`` of the mixture, without prompts: ``kind`` "flow" predicts velocity, "vp" (SD's table) predicts v.
 
     Args:
         samples: how many samples an evaluation takes.

@@ -47,24 +47,45 @@ CHUNK = 32  # pictures at a time in previews and evaluation
 
 @dataclass(frozen=True)
 class PipelineTaskConfig:
-    """The ``task`` section of a configuration that distils a pipeline."""
+    """The ``task`` section of a configuration that distils a pipeline (name=pipeline)."""
 
     name: str = "pipeline"
-    model: str = BUNDLED  # folder or hub id of the base, or the bundled one
-    loras: tuple[str, ...] = ()  # LoRAs to merge into the base first: path, or path@strength; the teacher has them
-    prompts: str = STICKERS  # a text file with one prompt a line, or the grammar of the bundled world
-    prompt_count: int = 4096  # how many of the grammar's prompts; a file is used whole
-    # Folder of what is made once and shared by runs: prompts/, encoded, and pictures/, the teacher's in previews and
-    # evaluations. None: ~/.cache/tdm.
+    """The kind of task."""
+
+    model: str = BUNDLED
+    """Folder or hub id of the base, or the bundled one."""
+
+    loras: tuple[str, ...] = ()
+    """LoRAs to merge into the base first, each a path or path@strength. The teacher has them."""
+
+    prompts: str = STICKERS
+    """A text file with one prompt a line, or the grammar of the bundled world."""
+
+    prompt_count: int = 4096
+    """How many of the grammar's prompts. A file is used whole."""
+
     cache: str | None = None
-    height: int | None = None  # in pixels; None is the size that the model was made for
+    """Folder of what is made once and shared by runs: prompts/, encoded, and pictures/, the teacher's in previews and
+    evaluations. None: ~/.cache/tdm."""
+
+    height: int | None = None
+    """Height in pixels. None: the size that the model was made for."""
+
     width: int | None = None
-    num_frames: int | None = None  # of a video
-    # Several sizes, [height, width] or [height, width, num_frames]: each update draws one. The student's own is the
-    # first.
+    """Width in pixels. None: the size that the model was made for."""
+
+    num_frames: int | None = None
+    """Frames of a video. None: as many as the model was made for."""
+
     sizes: tuple[tuple[int, ...], ...] | None = None
-    embedded_guidance: float | None = None  # what a guidance-distilled network (FLUX.1-dev) is told; None: its default
-    evaluate: int = 64  # held-out prompts per evaluation (the bundled world only)
+    """Several sizes, each [height, width] or [height, width, num_frames]. Each update draws one. The student's own is
+    the first."""
+
+    embedded_guidance: float | None = None
+    """The guidance scale that a guidance-distilled network (FLUX.1-dev) gets as an input. None: its default."""
+
+    evaluate: int = 64
+    """Held-out prompts per evaluation (the bundled world only)."""
 
 
 class PipelineTask:
