@@ -162,10 +162,10 @@ def export_merged(run: FinishedRun, folder: Path, *, dtype: torch.dtype | None =
 
     Args:
         dtype: of the weights; None is float32.
-        force: replace a folder that is there, if it is a merged student.
+        force: replace an existing folder, if it is a merged student.
 
     Raises:
-        TDMError: the base is not at hand any more, the folder exists, `unexportable`, or as ``save_merged``.
+        TDMError: the base cannot be found any more, the folder exists, `unexportable`, or as ``save_merged``.
     """
     from ..pipelines.tdm_pipeline import TDMPipeline
     from .tasks.base_model import BaseModel
@@ -186,6 +186,6 @@ def export_merged(run: FinishedRun, folder: Path, *, dtype: torch.dtype | None =
 
 
 def _replace_weights(network: torch.nn.Module, run: FinishedRun) -> None:
-    found = network.load_state_dict(run.weights, strict=False)  # buffers are not trained, and are the base's
-    if found.unexpected_keys or not set(found.missing_keys).isdisjoint(dict(network.named_parameters())):
+    keys = network.load_state_dict(run.weights, strict=False)  # buffers are not trained, and are the base's
+    if keys.unexpected_keys or not set(keys.missing_keys).isdisjoint(dict(network.named_parameters())):
         raise TDMError(f"the weights of {run.folder} are for another network than that of {run.recipe.base_model}")

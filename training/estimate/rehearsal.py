@@ -102,7 +102,7 @@ def _attention(
 
 
 class Outline:
-    """``run.Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
+    """``Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
 
     Raises:
         TDMError: another task than a pipeline, or what ``PipelineTask`` would refuse about base and size.
@@ -124,11 +124,11 @@ class Outline:
         self._cond = self.family.blank(self.pipe, 1, self.size)
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``run.Task``."""
+        """See ``Task``."""
         return self.family.denoise(base, x.to(self.dtype), timesteps, cond)
 
     def conditions(self, n: int) -> Condition:
-        """Of ``n`` prompts of full length."""
+        """Blank conditions of ``n`` prompts of full length."""
         return {key: value.repeat_interleave(n, 0) for key, value in self._cond.items()}
 
 
@@ -172,16 +172,16 @@ class Rehearsal:
             self.roles = build_roles(self.task, self.config, torch.Generator())  # type: ignore[arg-type]
         self.trained = {role: sum(p.numel() for p in self.roles.parameters(role)) for role in ROLES}
 
-    def update(self, samples: int, parts: int = 1) -> Course:
+    def update(self, samples: int, micro_batches: int = 1) -> Course:
         """One update without data. Its stage is the first, so that nothing rolls: a prefix holds less than the rest.
 
         Args:
             samples: at a time.
-            parts: micro batches; more than two hold what two do.
+            micro_batches: how many; more than two hold what two do.
         """
-        parts = min(parts, 2)
+        n = min(micro_batches, 2)
         optimizers: dict[Role, Optimizer] = {role: SGD(self.roles.parameters(role), lr=0.0) for role in ROLES}
-        shape = (samples * parts, *self.task.latent_shape)
+        shape = (samples * n, *self.task.latent_shape)
 
         def draw(student: bool) -> list[Batch]:
             band = objective_of(self.config.objective).guidance_band(self.config.objective)
@@ -192,14 +192,16 @@ class Rehearsal:
             guidance = batch.guidance and batch.guidance._replace(tau=tau)
             batch = batch._replace(stages=stages, critic=critic, student=student_renoise, guidance=guidance)
             cond, null = self.task.conditions(samples), self.task.conditions(samples)
-            return [batch.part(i, parts).to(self.task.device)._replace(cond=cond, null=null) for i in range(parts)]
+            return [batch.part(i, n).to(self.task.device)._replace(cond=cond, null=null) for i in range(n)]
 
         once = replace(self.config, critic=replace(self.config.critic, per_student=1))
         with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type) as tally:
             update(self.roles, once, draw, optimizers, Processes())
         for role in ROLES:
             tally.samples[f"{role}_backward"] = shape[0]
-        return Course(Counter({part: n / tally.samples[part] for part, n in tally.flops.items() if n}), tally.peak)
+        return Course(
+            Counter({name: flops / tally.samples[name] for name, flops in tally.flops.items() if flops}), tally.peak
+        )
 
 
 class _Tally(LiveMemory):
@@ -209,7 +211,7 @@ class _Tally(LiveMemory):
 
     def __init__(self, roles: Roles, device: str) -> None:
         super().__init__(device)
-        self.roles, self.part = roles, "critic_backward"
+        self.roles, self.current = roles, "critic_backward"
         self.flops: Counter[str] = Counter()
         self.samples: Counter[str] = Counter()
 
@@ -225,11 +227,11 @@ class _Tally(LiveMemory):
 
     def _watched(self, name: str, predict: Callable[..., Any]) -> Callable[..., Any]:
         def watched(x: Tensor, *rest: Any) -> Any:
-            self.part = name
+            self.current = name
             self.samples[name] += len(x)
             out = predict(x, *rest)
             critic = name == "critic" and torch.is_grad_enabled()
-            self.part = "critic_backward" if critic else "student_backward"
+            self.current = "critic_backward" if critic else "student_backward"
             return out
 
         return watched
@@ -237,7 +239,7 @@ class _Tally(LiveMemory):
     def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
-            self.flops[self.part] += formula(*args, **kwargs, out_val=out)
+            self.flops[self.current] += formula(*args, **kwargs, out_val=out)
 
 
 def shapes_of(base: nn.Module) -> list[tuple[str, torch.Size]]:

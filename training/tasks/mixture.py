@@ -21,7 +21,7 @@ from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
 from ..best import Measure
 from ..metrics import energy_distance
 from ..preview import Preview
-from ..task import Sampler, Teacher
+from ..task import Sample, Teacher
 from ..trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared
@@ -157,7 +157,7 @@ class MixtureTask:
         self.base = MixtureDenoiser(self.mixture, self.schedule, self.prediction_type, width, generator)
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:  # noqa: ARG002
-        """See ``run.Task``."""
+        """See ``Task``."""
         return base(x, timesteps)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002
@@ -168,14 +168,14 @@ class MixtureTask:
         """No prompts."""
         return cond
 
-    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:  # noqa: ARG002
+    def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:  # noqa: ARG002
         """No picture, but how far apart the student's samples are, over that of true samples."""
         generator = torch.Generator().manual_seed(2)
         true = self.mixture.sample(PREVIEWS, generator)
         x = student(torch.randn(PREVIEWS, self.dim, generator=generator), {})
         return Preview(None, {"diversity": float(torch.pdist(x).mean() / torch.pdist(true).mean())})
 
-    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:  # noqa: ARG002
+    def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:  # noqa: ARG002
         """Energy distance to true samples, and the smallest and largest share of a mode over its weight."""
         generator = torch.Generator().manual_seed(1)
         true = self.mixture.sample(self.samples, generator)
@@ -183,7 +183,7 @@ class MixtureTask:
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}
 
-    def show(self, sampler: Sampler) -> Image.Image:
+    def show(self, sampler: Sample) -> Image.Image:
         """Samples as points over the true modes, whose size is their weight."""
         import matplotlib
 

@@ -30,7 +30,7 @@ from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
 from ..preview import Preview, picture_ratios
 from ..progress import Progress, Report, print_line
-from ..task import Sampler, Teacher
+from ..task import Sample, Teacher
 from ..trajectory import Trajectory
 from ..worlds.stickers.scene import Scene
 from ..worlds.stickers.verify import verify
@@ -89,7 +89,7 @@ class PipelineTaskConfig:
 
 
 class PipelineTask:
-    """``run.Task`` of a pipeline of any family (see ``pipelines/families``).
+    """``Task`` of a pipeline of any family (see ``pipelines/families``).
 
     All prompts of the run are encoded first (``prompt_cache``); then the denoiser is loaded, without text encoders. The
     VAE comes with the first decoding and leaves the device after each. What the teacher draws for previews and
@@ -145,7 +145,7 @@ class PipelineTask:
         return float(told["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe:
-        """See ``run.Task``."""
+        """See ``Task``."""
         config = next(iter(trajectories.values())).config
         source = (
             "the grammar of the bundled world" if self.config.prompts == STICKERS else Path(self.config.prompts).name
@@ -179,7 +179,7 @@ class PipelineTask:
         return [f"{lora.file.name}@{lora.strength:g}" for lora in self.parts.loras]
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``run.Task``. States and conditions enter in the dtype that the base computes in."""
+        """See ``Task``. States and conditions enter in the dtype that the base computes in."""
         cond = {key: value.to(self._dtype) if value.is_floating_point() else value for key, value in cond.items()}
         return self.family.denoise(base, x.to(self._dtype), timesteps, cond)
 
@@ -193,13 +193,13 @@ class PipelineTask:
         return text | self.family.facts(self.pipe, text, size or self.size, **self._told)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
-        """See ``run.Task``."""
+        """See ``Task``."""
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
         size = rng.choice(self.sizes)
         return self.encode(rng.choices(self.prompts, k=n), size), self.family.latent_shape(self.pipe, size)
 
     def null(self, cond: Condition) -> Condition:
-        """See ``run.Task``."""
+        """See ``Task``."""
         return null_like(self.cache.null, cond)
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class PipelineTask:
             self.pipe.vae = None
         return pixels[:, pixels.shape[1] // 2] if self.family.video else pixels
 
-    def pictures(self, sampler: Sampler, prompts: list[str], seed: int) -> Tensor:
+    def pictures(self, sampler: Sample, prompts: list[str], seed: int) -> Tensor:
         """uint8 pictures of ``prompts`` from fixed noise."""
         noise = torch.randn(len(prompts), *self.latent_shape, generator=torch.Generator().manual_seed(seed))
         made, progress = [], Progress("drawing pictures", len(prompts), self._report)
@@ -250,7 +250,7 @@ class PipelineTask:
             self._teacher_pictures[seed] = draw() if self._memory.shard else cached_pictures(here, identity, draw)
         return self._teacher_pictures[seed]
 
-    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:
+    def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:
         """Teacher above student above the critic's idea, the same prompts and noise, ``SEEDS`` pictures a prompt."""
         labels = [prompt for prompt in self.prompts[:PREVIEWS] for _ in range(SEEDS)]
         reference = self._by_teacher(teacher, labels, 0)
@@ -259,7 +259,7 @@ class PipelineTask:
         sheet = contact_sheet(rows, ["teacher", "student", "critic's\nidea"], labels)
         return Preview(sheet, picture_ratios(*(p.unflatten(0, (-1, SEEDS)) for p in (made, reference))))
 
-    def show(self, sampler: Sampler) -> Image.Image:
+    def show(self, sampler: Sample) -> Image.Image:
         """The first of the run's prompts in a row, held-out ones where there are some."""
         prompts = (self._held_out or self.prompts)[:SHOWN]
         return Image.fromarray(torch.cat(list(self.pictures(sampler, prompts, 3)), 2).permute(1, 2, 0).numpy())
@@ -269,7 +269,7 @@ class PipelineTask:
         """Accuracy, which only the bundled world can tell."""
         return Measure("accuracy", higher_is_better=True) if self._wanted else None
 
-    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
+    def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:
         """Accuracy on held-out combinations, colours over the teacher's and, with more than `DIMENSIONS` prompts, the
         Frechet distance to its pictures (`picture_frechet`); nothing without the bundled world.
         """
