@@ -38,7 +38,7 @@ class Run:
 
     @property
     def trajectory(self) -> Trajectory:
-        """That of ``config.trajectory.steps``, on which previews and evaluation are made."""
+        """The trajectory of ``config.trajectory.steps``, on which previews and evaluation are made."""
         return self.trajectories[self.config.trajectory.steps]
 
     def with_steps(self, cond: Condition, steps: int, n: int) -> Condition:
@@ -99,7 +99,7 @@ class Run:
 
     @torch.no_grad()
     def critic(self, noise: Tensor, cond: Condition) -> Tensor:
-        """What the critic takes the student's samples for: its clean prediction after they were noised again.
+        """The critic's clean prediction of the student's samples after they were noised again.
 
         Up to the student's last timestep, the noisiest state of clean samples that the critic is trained on with
         separate bands, and half of the range at most. The noise is the same each time.

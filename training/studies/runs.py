@@ -96,7 +96,7 @@ def read_runs(path: Path) -> list[Trained]:
 
 
 def valid_runs(question: Question, runs: Sequence[Trained]) -> dict[tuple[str, int], Trained]:
-    """Those that are still what the question asks for, by (variant, seed)."""
+    """The runs that are still what the question asks for, by (variant, seed)."""
     wanted = _wanted(question)
     known = [run for run in runs if (run.variant, run.seed) in wanted]
     return {(run.variant, run.seed): run for run in known if is_of(run.config, wanted[run.variant, run.seed])}
