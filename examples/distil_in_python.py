@@ -1,9 +1,9 @@
 """Distil a few-step student of your own base from Python, with nothing but a list of prompts.
 
-    python examples/distil_in_python.py path/to/base prompts.txt --updates 3000
+    python examples/distil_in_python.py path/to/base prompts.txt --preset sdxl 24gb --set student.lr=1e-4
 
-BASE is a diffusers pipeline in a folder, or its hub id; PROMPTS is a text file with one prompt a line. The preset of
-its family (`tdm distill --list`) has the learning rates; `--preset` names it.
+The base is a diffusers pipeline in a folder, or its hub id. The prompts are a text file with one prompt a line. The
+preset of the base's family (`tdm distill --list`) has rates and grid.
 """
 
 import argparse
@@ -25,11 +25,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/mine"), help="folder of the run")
     parser.add_argument("--preset", nargs="*", default=[], help="presets or YAML files, such as: sdxl 24gb")
     parser.add_argument("--updates", type=int, default=3000)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="more settings: tdm distill --settings")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="see tdm distill --settings")
     args = parser.parse_args()
 
     task_settings = ["task.name=pipeline", f"task.model={args.base}", f"task.prompts={args.prompts}"]
-    config = load_config(args.preset, [*task_settings, f"updates={args.updates}", *args.settings])
+    config = load_config(args.preset, [*task_settings, f"updates={args.updates}", *args.set])
     task = build_task(config.task, config.memory, "cuda" if torch.cuda.is_available() else "cpu")
 
     def report(run: Run, metrics: dict[str, float]) -> None:

@@ -29,7 +29,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples/distil_in_python.py"
 def drawn(pipe: TDMPipeline, family: str) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     call = tiny.call_kwargs(family) | {"generator": torch.Generator().manual_seed(0), "output_type": "np"}
-    return pipe(tiny.PROMPT, **call)[0]
+    return pipe(**call)[0]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3", "pixart"])
@@ -70,7 +70,7 @@ def test_the_example_distils_a_base_in_a_folder(
     size = [f"task.height={call['height']}", f"task.width={call['width']}"]
     short = ["batch_size=2", "student.rank=2", "critic.rank=2", "output.log_every=1", "output.preview_every=0"]
     command = [str(EXAMPLE), str(bases("sd3")), prompts, "--out", str(out), "--updates", "2"]
-    monkeypatch.setattr("sys.argv", [*command, "--preset", "sid", "--", *size, *short])
+    monkeypatch.setattr("sys.argv", [*command, "--preset", "sid", "--set", *size, *short])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     student = read_student(out / "student.safetensors")
     assert student.recipe.notes["method"].startswith("score identity distillation")
