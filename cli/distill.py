@@ -19,9 +19,9 @@ LoRA adapters on the one frozen base; the teacher is the base itself.
 
 CONFIG is a YAML file or the name of a preset (--list shows them); of several, a later one replaces what it sets: a
 model family first, then a memory class or an objective. Without one that says what to distil it is the bundled teacher
-(some minutes on two CPU cores). Any setting can be given as key=value; training/config.py explains each. Out of memory:
-lower micro_batch_size, then memory.gradient_checkpointing=true, then a smaller base (memory.base); `tdm estimate` says
-what a run will take before it starts.
+(some minutes on two CPU cores). Any setting can be given as key=value; --settings explains each. Out of memory: lower
+micro_batch_size, then memory.gradient_checkpointing=true, then a smaller base (memory.base); `tdm estimate` says what a
+run will take before it starts.
 
   tdm distill
   tdm distill seed=1 updates=200 --out runs/short
@@ -46,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("settings", nargs="*", metavar="CONFIG | key=value", help="YAML files or presets, and settings")
     add("--dry-run", action="store_true", help="check everything, print settings and estimate, train and write nothing")
     add("--list", action="store_true", help="show the presets and do nothing else")
+    add(
+        "--settings",
+        dest="reference",
+        nargs="?",
+        const="",
+        metavar="SECTION",
+        help="show every setting, or those of a section, with its default and what it does, and do nothing else",
+    )
     add("--out", type=Path, default=Path("runs/distill"), help="folder of the run (default runs/distill)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one; several processes take one each)")
     add("--resume", action="store_true", help="go on from the run's last checkpoint")
@@ -80,6 +88,11 @@ def run(args: argparse.Namespace) -> None:
         from ..training.presets import presets
 
         print("\n".join(f"{name:10} {line}" for name, line in presets().items()))
+        return
+    if args.reference is not None:
+        from ..training.reference import settings_reference
+
+        print(settings_reference(args.reference or None))
         return
     from ..training.settings import read_settings
 

@@ -54,8 +54,8 @@ def _check_task(config: DistillConfig) -> str:
 
         build_trajectories(config.trajectory, build_task(config.task, config.memory, "cpu").schedule)
         return "no estimate: that is for pipelines"
-    from ..training.config import from_dict
     from ..training.estimate.estimator import Estimator
+    from ..training.settings import from_dict
     from ..training.tasks.pipeline import PipelineTaskConfig
     from ..training.tasks.prompts import training_prompts
     from .estimate import table

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tdm import TDMPipeline
 from tdm.cli import main
 from tdm.tests.commands import refused
-from tdm.training.config import load_config
+from tdm.training.settings import load_config
 
 PROMPT = "two red stars above a blue ball at night"
 

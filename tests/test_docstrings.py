@@ -16,7 +16,7 @@ from tdm import TDMPipeline, TDMScheduler
 
 ROOT = Path(tdm.__file__).parent
 EXAMPLES = {  # what must have an example, by module
-    "tdm_pipeline": [
+    "pipelines.tdm_pipeline": [
         "TDMPipeline",
         *(
             f"TDMPipeline.{name}"
@@ -25,14 +25,15 @@ EXAMPLES = {  # what must have an example, by module
         "TDMPipeline.base_first",
         "TDMPipeline.use_attention",
     ],
-    "scheduler": [
+    "pipelines.scheduler": [
         "TDMScheduler",
         "TDMScheduler.from_config",
         "TDMScheduler.prediction_type_of",
         "TDMScheduler.set_timesteps",
     ],
-    "students.file": ["Student.from_state_dict", "save_student", "read_student"],
-    "students.convert": ["convert_lora"],
+    "pipelines.students.file": ["Student.from_state_dict", "save_student", "read_student"],
+    "pipelines.students.convert": ["convert_lora"],
+    "training": ["tdm.training"],
 }
 
 
@@ -68,7 +69,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in EXAMPLES.items() for name in names])
 def test_an_example_runs_as_written(module: str, name: str) -> None:
-    example = examples_of(importlib.import_module(f"tdm.pipelines.{module}"))[name]
+    example = examples_of(importlib.import_module(f"tdm.{module}"))[name]
     said: list[str] = []
     result = doctest.DocTestRunner().run(example, out=said.append)
     assert not result.failed, "".join(said)
@@ -76,7 +77,7 @@ def test_an_example_runs_as_written(module: str, name: str) -> None:
 
 @pytest.mark.parametrize("module", EXAMPLES)
 def test_no_example_is_left_out_here(module: str) -> None:
-    assert sorted(examples_of(importlib.import_module(f"tdm.pipelines.{module}"))) == sorted(EXAMPLES[module])
+    assert sorted(examples_of(importlib.import_module(f"tdm.{module}"))) == sorted(EXAMPLES[module])
 
 
 PAGES = {  # pages with Python that runs as written, and the variables that hold a picture after it

@@ -17,9 +17,9 @@ import pytest
 import tdm
 from tdm import TDMPipeline, TDMScheduler
 from tdm.tests.test_package import tracked
-from tdm.training.config import load_config
 from tdm.training.export import export_merged, read_run
 from tdm.training.loop import distill
+from tdm.training.settings import load_config
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 
 ROOT = Path(os.path.realpath(Path(tdm.__file__).parent))

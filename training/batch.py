@@ -46,21 +46,21 @@ class Batch(NamedTuple):
 
     def part(self, i: int, n: int) -> Batch:
         """Every n-th sample from the i-th on, so that all parts have about the same stages, latest first."""
-        here = slice(i, None, n)
+        every_nth = slice(i, None, n)
 
         def of(renoise: Renoise) -> Renoise:
-            return Renoise(*(value[here] for value in renoise))
+            return Renoise(*(value[every_nth] for value in renoise))
 
         return Batch(
             trajectory=self.trajectory,
-            cond={key: value[here] for key, value in self.cond.items()},
-            null={key: value[here] for key, value in self.null.items()},
-            noise=self.noise[here],
-            stages=self.stages[here],
+            cond={key: value[every_nth] for key, value in self.cond.items()},
+            null={key: value[every_nth] for key, value in self.null.items()},
+            noise=self.noise[every_nth],
+            stages=self.stages[every_nth],
             critic=of(self.critic),
             student=self.student and of(self.student),
             guidance=self.guidance and of(self.guidance),
-            fresh=None if self.fresh is None else self.fresh[here],
+            fresh=None if self.fresh is None else self.fresh[every_nth],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -90,8 +90,8 @@ def draw_batch(
     student: bool,
     guidance_band: Band | None = None,
 ) -> Batch:
-    """Noise ``shape`` ``= (B, ...)``, stages and re-noisings for ``B`` conditions, from the run's CPU generator: a seed
-    is the same noise on every device.
+    """Draw noise of ``shape`` ``(B, ...)``, stages and re-noisings for ``B`` conditions from the run's CPU generator. A
+    seed is the same noise on every device.
 
     Args:
         student: draw a re-noising for the student as well.
@@ -104,9 +104,9 @@ def draw_batch(
         return Renoise(trajectory.draw_tau(stages, generator, band), torch.randn(shape, generator=generator))
 
     critic = renoise()
-    again = renoise() if student else None
+    student_renoise = renoise() if student else None
     guidance = renoise(guidance_band) if student and guidance_band else None
     fresh = None
     if trajectory.config.sampler == "stochastic":
         fresh = torch.randn(shape[0], len(trajectory), *shape[1:], generator=generator)
-    return Batch(trajectory, cond, null, noise, stages, critic, again, guidance, fresh)
+    return Batch(trajectory, cond, null, noise, stages, critic, student_renoise, guidance, fresh)

@@ -219,8 +219,9 @@ def _last_evaluation(run: FinishedRun) -> dict[str, float]:
     """The run's last line with measures of its task, {} without one."""
     metrics = run.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    found = [line for line in lines if any(key.startswith("eval/") for key in line)]
-    return {key: value for key, value in found[-1].items() if key == "step" or key.startswith("eval/")} if found else {}
+    evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    last = evaluations[-1] if evaluations else {}
+    return {key: value for key, value in last.items() if key == "step" or key.startswith("eval/")}
 
 
 def _explained(measure: str) -> str:

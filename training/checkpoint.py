@@ -1,5 +1,4 @@
-"""Exact resume: everything a run is, in one file that is written beside its place and then renamed; and the best
-student so far.
+"""Exact resume: everything a run is, in one file that is written under another name and then renamed.
 
 Both adapters, the mean weights, both optimisers, the random generator (which is also the position in the data:
 prompts are drawn from it) and the number of updates done. Learning rates are functions of that number, so there is no
@@ -65,8 +64,8 @@ def save_checkpoint(
 
 def older_checkpoints(path: Path) -> list[Path]:
     """The ``checkpoint-<step>.pt`` beside ``checkpoint.pt``, the newest first."""
-    found = {old: old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*{path.suffix}")}
-    return sorted((old for old in found if found[old].isdigit()), key=lambda old: int(found[old]), reverse=True)
+    steps = {old: old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*{path.suffix}")}
+    return sorted((old for old in steps if steps[old].isdigit()), key=lambda old: int(steps[old]), reverse=True)
 
 
 def _keep_another(path: Path) -> None:

@@ -19,8 +19,9 @@ from ..errors import TDMError
 from ..pipelines.students.file import MERGED_FILE, STUDENT_FILE, Layout, Student, save_student
 from ..pipelines.students.recipe import StudentRecipe
 from .checkpoint import read_checkpoint
-from .config import DistillConfig, from_dict
+from .config import DistillConfig
 from .objectives import method_of
+from .settings import from_dict
 
 Which = Literal["mean", "best", "last"]
 """The running mean of the student's weights at the end, the mean at its best evaluation, or the last weights."""
@@ -89,22 +90,31 @@ def read_run(folder: Path, which: Which = "mean") -> FinishedRun | None:
         raise TDMError(f"the checkpoint in {folder} is of an earlier tdm, without a recipe; resume it for some updates")
     if checkpoint["recipe"] is None:
         return None
-    step, weights, notes = checkpoint["step"], checkpoint["ema"]["weights"], {"method": method_of(config)}
+    step, weights, which_weights = checkpoint["step"], checkpoint["ema"]["weights"], None
     if which == "last":
         weights = checkpoint["adapters"]["student"]
-        notes["weights"] = "those of the last update, not their mean"
+        which_weights = "those of the last update, not their mean"
     elif which == "best":
         if not (folder / "best.pt").is_file():
             raise TDMError(f"{folder} has no best.pt: nothing was evaluated in this run; take --which mean")
         best = read_checkpoint(folder / "best.pt")
         step, weights = best["step"], best["weights"]
-        notes["weights"] = f"the best by {best['measure']}, {best['value']:.4g}"
+        which_weights = f"the best by {best['measure']}, {best['value']:.4g}"
     recipe = _recipe(checkpoint["recipe"], config)
+    notes = recipe.notes | training_notes(config, step, which_weights)
+    return FinishedRun(folder, config, step, dataclasses.replace(recipe, notes=notes), weights)
+
+
+def training_notes(config: DistillConfig, step: int, weights: str | None = None) -> dict[str, str]:
+    """What a student's recipe says of its training: method, weights (if they are not the mean ones) and updates."""
+    notes = {"method": method_of(config)}
+    if weights is not None:
+        notes["weights"] = weights
     notes["training"] = (
         f"{step} updates of {config.batch_size} prompts, seed {config.seed}, "
         f"teacher guidance {config.objective.teacher_guidance}"
     )
-    return FinishedRun(folder, config, step, dataclasses.replace(recipe, notes=recipe.notes | notes), weights)
+    return notes
 
 
 def _recipe(fields: dict[str, Any], config: DistillConfig) -> StudentRecipe:
@@ -152,10 +162,10 @@ def export_merged(run: FinishedRun, folder: Path, *, dtype: torch.dtype | None =
 
     Args:
         dtype: of the weights; None is float32.
-        force: replace a folder that is there, if it is a merged student.
+        force: replace an existing folder, if it is a merged student.
 
     Raises:
-        TDMError: the base is not at hand any more, the folder exists, `unexportable`, or as ``save_merged``.
+        TDMError: the base cannot be found any more, the folder exists, `unexportable`, or as ``save_merged``.
     """
     from ..pipelines.tdm_pipeline import TDMPipeline
     from .tasks.base_model import BaseModel
@@ -176,6 +186,6 @@ def export_merged(run: FinishedRun, folder: Path, *, dtype: torch.dtype | None =
 
 
 def _replace_weights(network: torch.nn.Module, run: FinishedRun) -> None:
-    found = network.load_state_dict(run.weights, strict=False)  # buffers are not trained, and are the base's
-    if found.unexpected_keys or not set(found.missing_keys).isdisjoint(dict(network.named_parameters())):
+    keys = network.load_state_dict(run.weights, strict=False)  # buffers are not trained, and are the base's
+    if keys.unexpected_keys or not set(keys.missing_keys).isdisjoint(dict(network.named_parameters())):
         raise TDMError(f"the weights of {run.folder} are for another network than that of {run.recipe.base_model}")

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.optim import Optimizer
 
 from ..errors import TDMError
 from .batch import Batch, draw_batch
 from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
-from .config import DistillConfig, RoleConfig, TrajectoryConfig
+from .config import DistillConfig, Role, RoleConfig, TrajectoryConfig
 from .cost import micro_batches
 from .log import Log
+from .objectives import objective_of
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import best_precision
 from .processes import Processes, shard
 from .progress import Report, print_line
-from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Role, Roles
+from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Roles
 from .run import Callback, Run
 from .task import Task
 from .trajectory import Trajectory, build_trajectories
-from .update import update
+from .update import Draw, update
+from .validation import validate
 
 
 def distill(
@@ -54,6 +57,7 @@ def distill(
         TDMError: the settings do not fit the task, ``out_dir`` already holds a run (or none, to resume), it cannot be
             written, the run diverged, or an alarm stopped it (``output.stop_on_alarm``).
     """
+    validate(config)
     out, processes = Path(out_dir), processes or Processes()
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not resume:
@@ -63,62 +67,24 @@ def distill(
         report(f"note: this {task.device.type} has no bf16 units: precision=bf16 is no faster than fp32 here")
     portions = _portions(config, processes)
     generator = torch.Generator().manual_seed(config.seed)
-    trajectories = build_trajectories(config.trajectory, task.schedule)
-    roles = build_roles(task, config, generator)
-    if config.memory.shard:
-        shard(task.base, [weight for role in ROLES for weight in roles.parameters(role)])
-    settings: dict[Role, RoleConfig] = {"student": config.student, "critic": config.critic}
-    optimizers = {role: build_optimizer(roles.parameters(role), c, config.memory) for role, c in settings.items()}
-    ema = Ema(roles, decay=config.ema.decay, warmup=config.ema.warmup)
-    run = Run(task, config, out, roles, trajectories, ema)
-    parts: dict[str, Any] = {"config": config, "roles": roles, "ema": ema, "optimizers": optimizers}
-    parts["generator"] = generator
+    run = _begin(task, config, out, generator)
+    optimizers = {
+        role: build_optimizer(run.roles.parameters(role), c, config.memory) for role, c in config.roles.items()
+    }
+    state: dict[str, Any] = {"config": config, "roles": run.roles, "ema": run.ema, "optimizers": optimizers}
+    state["generator"] = generator
     if resume:
-        run.step = restore_checkpoint(checkpoint, **parts, report=report)
+        run.step = restore_checkpoint(checkpoint, **state, report=report)
     log = Log(run, callbacks, report) if processes.first else None
-
-    def draw(student: bool) -> list[Batch]:
-        cond, shape = task.conditions(config.batch_size, generator)
-        null = task.null(cond) if config.objective.guidance_scale != 1 else {}
-        k = draw_steps(run.trajectories, generator)
-        cond, null = (run.told(c, k, config.batch_size) for c in (cond, null))
-        batch = draw_batch(
-            run.trajectories[k],
-            cond,
-            null,
-            (config.batch_size, *shape),
-            generator,
-            student=student,
-            guidance_band=config.objective.own_guidance_band,
-        )
-        return [batch.part(i, portions).to(task.device) for i in range(processes.rank, portions, processes.size)]
-
-    output = config.output
+    draw = _draw(run, generator, processes, portions)
     while run.step < config.updates:
-        for role, c in settings.items():
-            set_learning_rate(optimizers[role], learning_rate(c, run.step, config.updates))
-        student_too = run.step >= config.critic.head_start
-        metrics = update(roles, config, draw, optimizers, processes, train_student=student_too)
-        if student_too:
-            ema.update()
-        run.step += 1
-
-        # Every process makes the pictures, for a sharded base needs them all; only the first writes.
-        evaluation = run.evaluate() if run.due(output.evaluate_every) else {}
-        preview = task.preview(run.student, run.teacher, run.critic) if run.due(output.preview_every) else None
-        if log is not None:
-            log.add(metrics)
-            if run.due(output.log_every):
-                log.flush()
-            if evaluation:
-                log.evaluation(evaluation)
-            if preview is not None:
-                log.preview(preview)
-        asked = processes.size == 1 or run.due(output.log_every)  # several answer together, which waits for the device
+        _update(run, optimizers, draw, processes, log)
+        # Several processes answer together, which waits for the device.
+        asked = processes.size == 1 or run.due(config.output.log_every)
         stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
-        if log is not None and (stopping or run.step == config.updates or run.due(output.checkpoint_every)):
+        if log is not None and (stopping or run.step == config.updates or run.due(config.output.checkpoint_every)):
             log.flush()  # a run that diverged must not replace its last good checkpoint
-            save_checkpoint(checkpoint, step=run.step, recipe=task.recipe(run.trajectories), **parts)
+            save_checkpoint(checkpoint, step=run.step, recipe=task.recipe(run.trajectories), **state)
         if stopping:
             break
     processes.wait()  # for what the first one still writes
@@ -130,8 +96,60 @@ def distill(
     return run
 
 
+def _begin(task: Task, config: DistillConfig, out: Path, generator: torch.Generator) -> Run:
+    """The run before its first update."""
+    trajectories = build_trajectories(config.trajectory, task.schedule)
+    roles = build_roles(task, config, generator)
+    if config.memory.shard:
+        shard(task.base, [weight for role in ROLES for weight in roles.parameters(role)])
+    return Run(task, config, out, roles, trajectories, Ema(roles, decay=config.ema.decay, warmup=config.ema.warmup))
+
+
+def _draw(run: Run, generator: torch.Generator, processes: Processes, portions: int) -> Draw:
+    """How a run draws its batches: whole, in every process alike, of which each takes its micro batches."""
+    task, n, objective = run.task, run.config.batch_size, run.config.objective
+    guidance_band = objective_of(objective).guidance_band(objective)
+
+    def draw(student: bool) -> list[Batch]:
+        cond, shape = task.conditions(n, generator)
+        null = task.null(cond) if objective.guidance_scale != 1 else {}
+        k = draw_steps(run.trajectories, generator)
+        cond, null = (run.with_steps(c, k, n) for c in (cond, null))
+        batch = draw_batch(
+            run.trajectories[k], cond, null, (n, *shape), generator, student=student, guidance_band=guidance_band
+        )
+        return [batch.part(i, portions).to(task.device) for i in range(processes.rank, portions, processes.size)]
+
+    return draw
+
+
+def _update(run: Run, optimizers: dict[Role, Optimizer], draw: Draw, processes: Processes, log: Log | None) -> None:
+    """One update, and what a person wants to see after it. ``log`` is None in all processes but the first."""
+    config, task = run.config, run.task
+    for role, c in config.roles.items():
+        set_learning_rate(optimizers[role], learning_rate(c, run.step, config.updates))
+    train_student = run.step >= config.critic.head_start
+    metrics = update(run.roles, config, draw, optimizers, processes, train_student=train_student)
+    if train_student:
+        run.ema.update()
+    run.step += 1
+
+    # Every process draws the pictures, for a sharded base needs them all; only the first writes.
+    evaluation = run.evaluate() if run.due(config.output.evaluate_every) else {}
+    preview = task.preview(run.student, run.teacher, run.critic) if run.due(config.output.preview_every) else None
+    if log is None:
+        return
+    log.add(metrics)
+    if run.due(config.output.log_every):
+        log.flush()
+    if evaluation:
+        log.evaluation(evaluation)
+    if preview is not None:
+        log.preview(preview)
+
+
 def _portions(config: DistillConfig, processes: Processes) -> int:
-    """Into how many parts a batch is split: micro batches of all processes."""
+    """How many micro batches a batch is split into, over all processes."""
     if config.memory.shard and processes.size == 1:
         raise TDMError("memory.shard needs several processes: start them with torchrun, or set it to false")
     if config.memory.shard and config.full_weights:
@@ -166,7 +184,11 @@ def _targets(task: Task, config: RoleConfig) -> Sequence[str] | str:
 
 
 def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> Roles:
-    """The task's base with fresh adapters (or copies), or those of ``config.start_from``."""
+    """The task's base with fresh adapters (or copies), or those of ``config.start_from``.
+
+    Every run has a student and a critic, also where the objective trains no critic: a checkpoint can then start any
+    other run (``start_from``), and the random draws of a seed do not depend on the objective.
+    """
     if config.memory.gradient_checkpointing:
         if config.precision == "bf16" and task.device.type == "cpu":
             raise TDMError(
@@ -189,9 +211,9 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         roles = AdapterRoles(
             task.base,
             task.call,
-            targets={"student": _targets(task, config.student), "critic": _targets(task, config.critic)},
-            rank={"student": config.student.rank, "critic": config.critic.rank},
-            alpha={"student": config.student.alpha, "critic": config.critic.alpha},
+            targets={role: _targets(task, c) for role, c in config.roles.items()},
+            rank={role: c.rank for role, c in config.roles.items()},
+            alpha={role: c.alpha for role, c in config.roles.items()},
             generator=generator,
             device=task.device,
             **kind,
@@ -206,7 +228,7 @@ def _start(roles: Roles, critic: Literal["checkpoint", "student", "teacher"], sa
     """The weights of an earlier run.
 
     Raises:
-        TDMError: they do not fit; for the critic, such as one that was not told step counts, there is another way.
+        TDMError: they do not fit. For a critic, such as one without an embedding of step counts, it names another way.
     """
     roles.load("student", saved["ema"]["weights"])
     if critic == "teacher":
@@ -218,14 +240,14 @@ def _start(roles: Roles, critic: Literal["checkpoint", "student", "teacher"], sa
 
 
 def draw_steps(trajectories: Mapping[int, Trajectory], generator: torch.Generator) -> int:
-    """One of the step counts that a student learns; a student of one needs no randomness."""
+    """Draw one of the step counts that a student learns; a student of one draws nothing."""
     counts = list(trajectories)
     return counts[int(torch.randint(len(counts), (), generator=generator))] if len(counts) > 1 else counts[0]
 
 
 def _tell_steps(roles: Roles, task: Task, config: TrajectoryConfig) -> None:
-    """Embeddings of the step count, for those roles of a unified student's run that are told it so."""
+    """Add embeddings of the step count to those roles of a unified student's run that know it by one."""
     if config.unify is None or config.tell_steps == "none":
         return
-    told: tuple[Role, ...] = ROLES if config.tell_steps == "embedding" else ("critic",)
-    roles.tell_steps(told, len(config.unify), task.time_embedder)
+    with_embedding: tuple[Role, ...] = ROLES if config.tell_steps == "embedding" else ("critic",)
+    roles.tell_steps(with_embedding, len(config.unify), task.time_embedder)

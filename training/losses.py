@@ -87,11 +87,16 @@ def guidance_loss(
     normalise: bool = True,
     norm_min: float = 1e-2,
 ) -> Tensor:
-    """The guidance's part of :func:`generator_loss` as a term of its own (Decoupled DMD, arXiv 2511.22677), whose tau
-    and weight are its own: ``x0`` moves along ``(w - 1)(x0_cond - x0_uncond)``, the teacher's two predictions at that
-    tau.
+    """The guidance of :func:`generator_loss` as a separate term (Decoupled DMD, arXiv 2511.22677): ``x0`` moves along
+    ``(w - 1)(x0_cond - x0_uncond)``. ``norm`` is ``mean |x0 - x0_guided|``, as in the coupled form.
 
-    ``norm`` is ``mean |x0 - x0_guided|``, as in the coupled form.
+    Args:
+        x0: the student's prediction ``[B, ...]``, with gradient.
+        x0_cond, x0_uncond: the teacher's predictions ``[B, ...]`` at the term's own tau.
+        guidance_scale: w; a number, or a tensor that broadcasts to ``[B, ...]``.
+
+    Returns:
+        A scalar.
     """
     direction = guided(x0_cond, x0_uncond, guidance_scale) - x0_cond
     with torch.no_grad():
@@ -108,6 +113,14 @@ def sid_loss(
 
     Unlike :func:`generator_loss` its gradient goes through both networks' predictions, to the ``x_tau`` that they saw
     and on to the student. ``norm`` is that of :func:`generator_loss`.
+
+    Args:
+        x0: the student's prediction ``[B, ...]``, with gradient.
+        x0_teacher, x0_critic: predictions ``[B, ...]`` at ``x_tau``, with a graph to it.
+        alpha: the weight of the squared term.
+
+    Returns:
+        A scalar.
     """
     with torch.no_grad():
         norm = _norm(x0, x0_teacher, norm_min)

@@ -30,9 +30,9 @@ EXPLAINED = {
 }
 
 
-def _finite(found: dict[str, Value]) -> dict[str, Value]:
-    """Without the ratios to nothing, such as the saturation of pictures over that of grey ones: they say nothing."""
-    return {name: v for name, v in found.items() if all(math.isfinite(x) for x in v if x is not None)}
+def _finite(values: dict[str, Value]) -> dict[str, Value]:
+    """The values without ratios to nothing, such as the saturation of pictures over that of grey ones."""
+    return {name: v for name, v in values.items() if all(math.isfinite(x) for x in v if x is not None)}
 
 
 @dataclass
@@ -62,52 +62,54 @@ class Reference:
     """The teacher's pictures, uint8, which all others are measured against.
 
     Args:
-        made: (N, 3, H, W), of N prompts.
-        again: (P, S, 3, H, W), of the first P of these prompts, from S other noises each.
-        reference: as ``again``, from other noises still.
+        pictures: (N, 3, H, W), of N prompts.
+        repeats: (P, S, 3, H, W), of the first P of these prompts, from S other noises each.
+        reference: as ``repeats``, from S noises of their own.
         wanted: what the N pictures should show; None if nobody can tell.
     """
 
-    def __init__(self, made: Tensor, again: Tensor, reference: Tensor, wanted: Sequence[Scene] | None) -> None:
-        self.made, self.reference, self.wanted = made, reference, wanted
-        self._diversity = diversity_by_prompt(again)
-        self._moments = moments(made)
-        self._spectrum = power_spectrum(made)
+    def __init__(self, pictures: Tensor, repeats: Tensor, reference: Tensor, wanted: Sequence[Scene] | None) -> None:
+        self.pictures, self.reference, self.wanted = pictures, reference, wanted
+        self._diversity = diversity_by_prompt(repeats)
+        self._moments = moments(pictures)
+        self._spectrum = power_spectrum(pictures)
 
-    def measures(self, made: Tensor, again: Tensor) -> Measures:
-        """Of a sampler's pictures from the same prompts and noises as the teacher's."""
-        found = Measures()
+    def measures(self, pictures: Tensor, repeats: Tensor) -> Measures:
+        """The measures of a sampler's pictures (N, 3, H, W) and repeats (P, S, 3, H, W), which have the prompts and
+        noises of the teacher's.
+        """
+        measures = Measures()
         if self.wanted is not None:
-            attributes, combinations = accuracies(made, self.wanted)
-            found.values["accuracy"] = measured(attributes.pop(ALL))
-            found.attributes = {name: measured(right) for name, right in attributes.items()}
-            found.combinations = {name: measured(right) for name, right in combinations.items()}
-        found.values["distance"] = measured(distances_by_prompt(again, self.reference))
-        found.values["diversity"] = measured(torch.stack([diversity_by_prompt(again), self._diversity], 1), ratio)
-        found.values |= self._colours(made)
+            attributes, combinations = accuracies(pictures, self.wanted)
+            measures.values["accuracy"] = measured(attributes.pop(ALL))
+            measures.attributes = {name: measured(right) for name, right in attributes.items()}
+            measures.combinations = {name: measured(right) for name, right in combinations.items()}
+        measures.values["distance"] = measured(distances_by_prompt(repeats, self.reference))
+        measures.values["diversity"] = measured(torch.stack([diversity_by_prompt(repeats), self._diversity], 1), ratio)
+        measures.values |= self._colours(pictures)
         prompts = len(self.reference)
-        pairs = agreement(made[:prompts], self.made[:prompts], self.reference)
-        found.values["ode"] = measured(pairs, ratio)
-        found.values |= self._of_laws(again)
-        spectra = torch.stack([power_spectrum(made), self._spectrum], 2)
-        bands = octaves(*made.shape[2:])
-        found.spectrum = _finite({name: measured(spectra[:, i], ratio) for i, name in enumerate(bands)})
-        found.values = _finite(found.values)
-        return found
+        pairs = agreement(pictures[:prompts], self.pictures[:prompts], self.reference)
+        measures.values["ode"] = measured(pairs, ratio)
+        measures.values |= self._of_laws(repeats)
+        spectra = torch.stack([power_spectrum(pictures), self._spectrum], 2)
+        bands = octaves(*pictures.shape[2:])
+        measures.spectrum = _finite({name: measured(spectra[:, i], ratio) for i, name in enumerate(bands)})
+        measures.values = _finite(measures.values)
+        return measures
 
-    def _colours(self, made: Tensor) -> dict[str, Value]:
-        both = torch.stack([moments(made), self._moments], 2)  # (N, 7, 2)
+    def _colours(self, pictures: Tensor) -> dict[str, Value]:
+        both = torch.stack([moments(pictures), self._moments], 2)  # (N, 7, 2)
 
         def over(i: int) -> Value:
             return measured(both, lambda m: colour_statistics(m[..., 0])[i] / colour_statistics(m[..., 1])[i])
 
         return {name: over(i) for i, name in enumerate(COLOURS)}
 
-    def _of_laws(self, again: Tensor) -> dict[str, Value]:
-        """Of all pictures together. Drawing prompts twice makes a law narrower, so that resampling would show another
-        number than the measure's own: there is no interval.
+    def _of_laws(self, repeats: Tensor) -> dict[str, Value]:
+        """Distances of all pictures together. They have no interval: drawing prompts twice makes a law narrower, so
+        that resampling would show another number than the measure's.
         """
-        x, y = again.flatten(0, 1), self.reference.flatten(0, 1)
+        x, y = repeats.flatten(0, 1), self.reference.flatten(0, 1)
         values = {"sliced_wasserstein": Value(picture_sliced_wasserstein(x, y))}
         if len(x) > DIMENSIONS:
             values["frechet"] = Value(picture_frechet(x, y))

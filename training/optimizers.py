@@ -29,7 +29,7 @@ def build_optimizer(weights: list[nn.Parameter], config: RoleConfig, memory: Mem
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Of all groups; torchao keeps its own in a tensor."""
+    """Set the learning rate of all parameter groups. torchao keeps it in a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -38,7 +38,9 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def learning_rate(config: RoleConfig, step: int, updates: int) -> float:
-    """Of update ``step``, from 0: linear warm-up times the decay. A function of the step, so never saved."""
+    """The learning rate of update ``step`` (from 0): linear warm-up times the decay. No checkpoint keeps it, since it
+    is a function of the step.
+    """
     warm = min(1.0, (step + 1) / (config.warmup + 1))
     done = step / updates
     left = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.decay]

@@ -45,8 +45,8 @@ def cached(root: Path, identity: Mapping[str, Any], draw: Callable[[], Drawn]) -
     """
     text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
     path = root / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
-    if (found := _read(path, text)) is not None:
-        return found
+    if (kept := _read(path, text)) is not None:
+        return kept
     drawn = draw()
     pictures = drawn.pictures.contiguous()
     if pictures.dtype != torch.uint8:

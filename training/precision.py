@@ -61,7 +61,7 @@ def _has_float64(*values: Any) -> bool:
 def _in_float32(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rounded: torch.dtype = torch.float32
 ) -> Any:
-    """Without autocast, of float32 tensors that were `rounded` first; the gradients are rounded on their way back."""
+    """Compute without autocast on float32 tensors that were `rounded` first. Gradients are rounded on the way back."""
 
     def up(value: Any) -> Any:
         return value.to(rounded).float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -15,8 +15,6 @@ from ..errors import TDMError
 
 FOLDER = Path(__file__).parent / "configs"
 MEMORY = ("12gb", "16gb", "24gb", "node", "nodes")  # say what a run may cost; smallest first
-OBJECTIVES = ("dmd2", "sid", "lcm", "regression", "decoupled", "unify")  # say how it learns; without one it is TDM
-BEHIND = (*MEMORY, *OBJECTIVES)  # do not say what is distilled
 
 
 def presets() -> dict[str, str]:
@@ -25,7 +23,13 @@ def presets() -> dict[str, str]:
 
 
 def _first_comment(path: Path) -> str:
-    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+    with path.open(encoding="utf-8") as file:
+        return file.readline().rstrip("\n").removeprefix("# ")
+
+
+# Those that say how it learns. Without one it is TDM.
+OBJECTIVES = tuple(name for name, line in presets().items() if line.startswith("Objective: "))
+BEHIND = (*MEMORY, *OBJECTIVES)  # do not say what is distilled
 
 
 def find_config(name: str | Path) -> Path:

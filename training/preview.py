@@ -17,18 +17,20 @@ SIDE = 64  # pixels of the previews that are compared, the least metrics.feature
 class Preview(NamedTuple):
     """What a task shows from fixed seeds."""
 
-    image: Image.Image | None  # rows of teacher, student and the critic's idea
+    image: Image.Image | None  # rows of teacher, student and the critic's prediction
     ratios: dict[str, float]  # the student's over the teacher's: diversity, and of pictures what colour_ratios says
 
 
 def picture_ratios(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """``colour_ratios`` and the ratio of ``diversity``, of uint8 pictures (prompts, seeds, 3, H, W) of any size."""
-    made, reference = (
+    """The student's ``colour_ratios`` and ``diversity`` over the teacher's, for uint8 pictures (prompts, seeds, 3, H,
+    W) of any size.
+    """
+    pictures, reference = (
         F.interpolate(p.flatten(0, 1).float(), (SIDE, SIDE), mode="bilinear", antialias=True).round().byte()
         for p in (student, teacher)
     )
-    ratios = colour_ratios(made, reference)
+    ratios = colour_ratios(pictures, reference)
     shape = (*teacher.shape[:3], SIDE, SIDE)
     spread = diversity(reference.view(shape))
-    ratios["diversity"] = diversity(made.view(shape)) / spread if spread else math.nan
+    ratios["diversity"] = diversity(pictures.view(shape)) / spread if spread else math.nan
     return {name: value for name, value in ratios.items() if math.isfinite(value)}  # a ratio to nothing says nothing

@@ -16,7 +16,7 @@ def print_line(line: str) -> None:
 
 
 def silent(_line: str) -> None:
-    """For a process in whose place another one talks."""
+    """Print nothing: for all processes of a run but the first, and for programs that show progress themselves."""
 
 
 class Progress:

@@ -15,7 +15,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import get_args
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,27 +24,27 @@ from torch import Tensor, nn
 
 from ..errors import TDMError
 from ..pipelines.schedule import NoiseSchedule, PredictionType, expand, predict_x0_eps
+from .config import Role
 from .losses import guided
 from .precision import Precision, autocast
 from .trajectory import Condition
 
-Role = Literal["student", "critic"]
-ROLES: tuple[Role, ...] = ("student", "critic")
+ROLES: tuple[Role, ...] = get_args(Role)
 Denoiser = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 """``(base, x [B, ...], timesteps [B] float32, cond) -> model output [B, ...]``: what differs between model families."""
 
 
 STEPS = "steps_embedding"
-"""In a condition the index ``[B]`` of the step count that a network is told; among weights the vectors of all."""
+"""In a condition: the index ``[B]`` of each sample's step count. Among weights: the vectors ``[N, D]`` of all."""
 
 
 def without_steps(cond: Condition) -> tuple[Condition, Tensor | None]:
-    """A condition as the network takes it, and the step counts that it is told beside."""
+    """A condition as the network takes it, and the step counts ``[B]`` that came with it."""
     return {key: value for key, value in cond.items() if key != STEPS}, cond.get(STEPS)
 
 
 class Roles(ABC):
-    """Three roles on one frozen network.
+    """Student, critic and teacher on one frozen network.
 
     ``student``, ``critic`` and ``teacher`` each map ``(x, timesteps, cond)`` to ``(x0, eps)`` in float32;
     ``timesteps`` is ``[B]`` float64 on the CPU.
@@ -56,7 +56,7 @@ class Roles(ABC):
     """
 
     _weights: dict[Role, dict[str, nn.Parameter]]
-    _told: Tensor | None = None
+    _step_vectors: Tensor | None = None  # [B, D], while a network with an embedding of step counts runs
 
     def __init__(
         self,
@@ -87,51 +87,53 @@ class Roles(ABC):
             self._weights[role][STEPS] = nn.Parameter(torch.zeros(count, width, device=weight.device))
 
     def _add_steps(self, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        return output if self._told is None else output + self._told.to(output.dtype)
+        return output if self._step_vectors is None else output + self._step_vectors.to(output.dtype)
 
     @contextmanager
-    def _telling(self, role: Role | None, told: Tensor | None) -> Iterator[None]:
-        """Inside, the time embedding of a role that is told its step count has that count's vector in it."""
+    def _adding_steps(self, role: Role | None, steps: Tensor | None) -> Iterator[None]:
+        """Inside, the time embedding of a role that has vectors for step counts contains those of ``steps`` ``[B]``."""
         vectors = None if role is None else self._weights[role].get(STEPS)
-        self._told = None if vectors is None or told is None else vectors[told]
+        self._step_vectors = None if vectors is None or steps is None else vectors[steps]
         try:
             yield
         finally:
-            self._told = None
+            self._step_vectors = None
 
     @abstractmethod
     def _network(self, role: Role | None) -> nn.Module:
         """The network, put in order for a role (None is the teacher)."""
 
-    def _again(self, role: Role | None) -> None:
+    def _put_in_place(self, role: Role | None) -> None:
         self._network(role)
 
     def _predict(self, role: Role | None, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         network = self._network(role)
-        cond, told = without_steps(cond)
-        with autocast(self.precision, x.device.type), self._telling(role, told):
+        cond, steps = without_steps(cond)
+        with autocast(self.precision, x.device.type), self._adding_steps(role, steps):
             output = self.call(network, x, timesteps.to(x.device, torch.float32), cond).float()
         if output.requires_grad:  # runs before any recomputation of this forward (the second trap above)
-            output.register_hook(lambda _: self._again(role))
+            output.register_hook(lambda _: self._put_in_place(role))
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
         return predict_x0_eps(self.prediction_type, output, x, expand(alpha, x), expand(sigma, x))
 
     def student(self, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """The student's ``(x0, eps)`` at ``x``."""
+        """The student's ``(x0, eps)``, each ``[B, ...]``, at ``x`` ``[B, ...]`` and ``timesteps`` ``[B]`` (float64)."""
         return self._predict("student", x, timesteps, cond)
 
     def critic(self, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """The critic's ``(x0, eps)`` at ``x``: the fake score."""
+        """The critic's ``(x0, eps)``, each ``[B, ...]``, at ``x`` and ``timesteps`` ``[B]``: the fake score."""
         return self._predict("critic", x, timesteps, cond)
 
     def teacher(self, x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        """The base's ``(x0, eps)``, without guidance. It has a gradient only to ``x``, if ``x`` has one."""
+        """The base's ``(x0, eps)``, each ``[B, ...]``, at ``x`` and ``timesteps`` ``[B]``, without guidance. It has a
+        gradient only to ``x``, if ``x`` has one.
+        """
         return self._predict(None, x, timesteps, cond)
 
     def teacher_pair(
         self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The teacher's ``(x0, eps)`` with the prompt and without it, both in one batch."""
+        """The teacher's ``(x0, eps)``, each ``[B, ...]``, with the prompt and without it, from one batch of 2 B."""
         both = {key: torch.cat([cond[key], null[key]]) for key in cond}
         x0, eps = self.teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both)
         n = len(x)
@@ -140,8 +142,8 @@ class Roles(ABC):
     def guided_teacher(
         self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition, guidance_scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The teacher's ``(x0, eps)`` with classifier-free guidance (a number, or one for each sample, ``[B]`` on the
-        CPU), both halves in one batch; the number 1 makes one pass.
+        """The teacher's ``(x0, eps)``, each ``[B, ...]``, with classifier-free guidance. The scale is a number, or one
+        for each sample, ``[B]`` on the CPU. The number 1 is one pass; any other is two, in one batch of 2 B.
         """
         if isinstance(guidance_scale, Tensor):
             guidance_scale = expand(guidance_scale, x)
@@ -284,10 +286,10 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the role runs on its mean weights; after, on its own again."""
-        own = self.roles.state(self.role)
+        """Inside, the role runs on its mean weights; after, on its current ones."""
+        current = self.roles.state(self.role)
         self.roles.load(self.role, self.weights)
         try:
             yield
         finally:
-            self.roles.load(self.role, own)
+            self.roles.load(self.role, current)

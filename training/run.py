@@ -1,19 +1,22 @@
-"""A run, as the loop and its callbacks see it."""
+"""A run while it is trained: what the loop and its callbacks work with."""
 
 from __future__ import annotations
 
 import functools
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..errors import TDMError
 from ..pipelines.families.base import on_device
 from ..pipelines.schedule import uniform_grid
+from ..pipelines.students.file import Student
 from .config import DistillConfig
+from .export import student_of, training_notes
 from .roles import STEPS, Ema, Roles
 from .task import Task, Teacher
 from .trajectory import Condition, Predict, Trajectory, sample, with_fresh_noise
@@ -23,7 +26,7 @@ CRITIC_SEED = 1_000  # of the noise in Run.critic: not that of any task's previe
 
 @dataclass
 class Run:
-    """A run as callbacks and callers see it. ``step`` counts updates done; ``ema.weights`` is the student to export."""
+    """A run as callbacks and callers see it. ``step`` counts updates done; `as_student` is the student to use."""
 
     task: Task
     config: DistillConfig
@@ -35,14 +38,28 @@ class Run:
 
     @property
     def trajectory(self) -> Trajectory:
-        """That of ``config.trajectory.steps``, on which previews and evaluation are made."""
+        """The trajectory of ``config.trajectory.steps``, on which previews and evaluation are made."""
         return self.trajectories[self.config.trajectory.steps]
 
-    def told(self, cond: Condition, steps: int, n: int) -> Condition:
-        """The condition of ``n`` samples, and for a unified student the step count that networks are told."""
+    def with_steps(self, cond: Condition, steps: int, n: int) -> Condition:
+        """The condition of ``n`` samples, for a unified student with their step count (`STEPS`)."""
         if len(self.trajectories) == 1 or self.config.trajectory.tell_steps == "none":
             return cond
         return {**cond, STEPS: torch.full((n,), list(self.trajectories).index(steps))}
+
+    def as_student(self) -> Student:
+        """The student as it is now (mean weights), for `TDMPipeline.from_pretrained`. It is a copy: later updates leave
+        it alone.
+
+        Raises:
+            TDMError: the task is no pipeline, or the run trains what no student file holds (see `student_of`).
+        """
+        recipe = self.task.recipe(self.trajectories)
+        if recipe is None:
+            raise TDMError("this task is no pipeline, so that its student cannot be loaded in one; use Run.student")
+        weights = {name: weight.to("cpu", copy=True) for name, weight in self.ema.weights.items()}
+        notes = recipe.notes | training_notes(self.config, self.step)
+        return student_of(self.config, replace(recipe, notes=notes), weights)
 
     def student(self, noise: Tensor, cond: Condition, steps: int | None = None) -> Tensor:
         """Samples of the student (mean weights) on its grid of ``steps``; None is ``config.trajectory.steps``."""
@@ -50,7 +67,7 @@ class Run:
         predict: Predict = self.roles.student
         if trajectory.config.sampler == "stochastic":
             predict = with_fresh_noise(predict, _fresh(noise, len(trajectory)))
-        cond = on_device(self.told(cond, len(trajectory), len(noise)), noise.device)
+        cond = on_device(self.with_steps(cond, len(trajectory), len(noise)), noise.device)
         with self.ema.applied():
             return sample(predict, self.task.schedule, trajectory.timesteps.tolist(), noise, cond)
 
@@ -60,8 +77,8 @@ class Run:
         for k in self.trajectories:
             if k != len(self.trajectory):
                 others = self.task.evaluate(functools.partial(self.student, steps=k), self.teacher)
-                own = {name: value for name, value in others.items() if not name.startswith("teacher_")}
-                measures |= {f"{name}/{k}_steps": value for name, value in own.items()}
+                student = {name: value for name, value in others.items() if not name.startswith("teacher_")}
+                measures |= {f"{name}/{k}_steps": value for name, value in student.items()}
         return measures
 
     @property
@@ -82,7 +99,7 @@ class Run:
 
     @torch.no_grad()
     def critic(self, noise: Tensor, cond: Condition) -> Tensor:
-        """What the critic takes the student's samples for: its clean prediction after they were noised again.
+        """The critic's clean prediction of the student's samples after they were noised again.
 
         Up to the student's last timestep, the noisiest state of clean samples that the critic is trained on with
         separate bands, and half of the range at most. The noise is the same each time.
@@ -91,7 +108,7 @@ class Run:
         stages = torch.full((len(x0),), last)
         tau = self.trajectory.timesteps[stages].clamp_max(self.task.schedule.num_train_timesteps // 2)
         xi = torch.randn(x0.shape, generator=torch.Generator().manual_seed(CRITIC_SEED)).to(x0)
-        cond = on_device(self.told(cond, len(self.trajectory), len(x0)), x0.device)
+        cond = on_device(self.with_steps(cond, len(self.trajectory), len(x0)), x0.device)
         return self.roles.critic(self.trajectory.renoise(x0, stages, tau, xi).x_tau, tau, cond)[0]
 
     def due(self, every: int) -> bool:
@@ -100,8 +117,8 @@ class Run:
 
 
 def _fresh(noise: Tensor, steps: int) -> Tensor:
-    """The noise ``[B, K, ...]`` of a stochastic sampler's steps, which follows from the first, so that a seed stays one
-    sample.
+    """The noise ``[B, K, ...]`` of a stochastic sampler's steps. It follows from the start noise ``[B, ...]``, so that
+    a seed stays one sample.
     """
     each = []
     for first in noise.cpu():

@@ -1,16 +1,32 @@
-"""The configurations and settings that `tdm distill`, `tdm estimate` and the demo are given."""
+"""Settings as people give them: configurations by file or preset, and ``key=value``.
+
+An unknown key, a wrong type or settings that cannot work together are one-line :class:`TDMError`s with the nearest
+name.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import types
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .config import DistillConfig, load_config
-from .presets import BEHIND
+import yaml
+
+from ..errors import TDMError
+from .config import DistillConfig
+from .presets import BEHIND, find_config
+from .validation import validate
+
+T = TypeVar("T")
+_ITEMS = {float: "numbers", int: "numbers", str: "texts"}  # in errors
 
 
 def read_settings(settings: Sequence[str]) -> DistillConfig:
-    """Configurations, merged in their order, then the `key=value` settings; without any that says what is distilled,
-    the bundled teacher.
+    """The configuration of a command line: names or files of configurations, merged in their order, then the
+    ``key=value`` settings. Without one that says what is distilled it is the bundled teacher.
 
     Raises:
         TDMError: what `load_config` refuses.
@@ -19,3 +35,115 @@ def read_settings(settings: Sequence[str]) -> DistillConfig:
     if all(config in BEHIND for config in configs):
         configs = ["bundled", *configs]
     return load_config(configs, [text for text in settings if "=" in text])
+
+
+def load_config(
+    configs: str | Path | Sequence[str | Path] | None = None, overrides: Sequence[str] = ()
+) -> DistillConfig:
+    """Read configurations, apply ``section.key=value`` overrides (values are YAML) and check the result.
+
+    Args:
+        configs: YAML files, or names of presets (training/presets.py). A later one replaces the keys that it has, in
+            sections key by key.
+        overrides: applied last, in their order.
+
+    Raises:
+        TDMError: a file is missing or not a mapping, a key is unknown, a type or a value is wrong.
+    """
+    data: dict[str, Any] = {}
+    for config in (configs,) if isinstance(configs, str | Path) else configs or ():
+        _merge(data, _read(find_config(config)))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise TDMError(f"an override is key=value, for example student.lr=1e-4, not {override!r}")
+        *sections, last = key.split(".")
+        node = data
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise TDMError(f"{key}: {section} is a value, not a section")
+        node[last] = yaml.safe_load(value)
+    config = from_dict(DistillConfig, data)
+    validate(config)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TDMError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise TDMError(f"{path} must hold 'key: value' settings")
+    return data
+
+
+def _merge(data: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
+
+
+def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
+    """Build dataclass ``cls`` from plain data, refusing unknown keys, wrong types and values that are missing;
+    ``where`` names it in errors.
+    """
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names, values = list(fields), {}
+    for key, value in data.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            raise TDMError(
+                f"unknown setting {where}{key}; " + (f"did you mean {near[0]}?" if near else f"known: {names}")
+            )
+        values[key] = _coerce(value, hints[key], f"{where}{key}")
+    missing = [f"{where}{name}" for name in names if name not in values and _has_no_default(fields[name])]
+    if missing:
+        raise TDMError(f"{', '.join(missing)} must be set")
+    return cls(**values)
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as the type ``hint``, or a TDMError that names it."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise TDMError(f"{name} is a section with its own keys, not {value!r}")
+        return from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in args:
+            raise TDMError(f"{name} must be one of {', '.join(map(str, args))}, not {value!r}")
+        return value
+    if origin in (Union, types.UnionType):
+        return None if value is None else _coerce(value, next(a for a in args if a is not type(None)), name)
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or (args[-1] is not ... and len(value) != len(args)):
+            items = _ITEMS.get(args[0], "lists") if args[-1] is ... else len(args)
+            raise TDMError(f"{name} must be a list of {items}, not {value!r}")
+        return tuple(_coerce(item, args[0], name) for item in value)
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise TDMError(f"{name} is a section with its own keys, not {value!r}")
+        if args and dataclasses.is_dataclass(args[1]):
+            return {key: _coerce(item, args[1], f"{name}.{key}") for key, item in value.items()}
+        return value
+    if hint is float:
+        value = _number(value)  # YAML 1.1 reads 1e-4 as a string
+    if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
+        raise TDMError(f"{name} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+def _number(value: Any) -> Any:
+    try:
+        return value if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return value

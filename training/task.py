@@ -16,19 +16,19 @@ from .best import Measure
 from .preview import Preview
 from .trajectory import Condition, Trajectory
 
-Sampler = Callable[[Tensor, Condition], Tensor]
+Sample = Callable[[Tensor, Condition], Tensor]
 """``(noise [B, ...], cond) -> x0``: the student on its own grid with its mean weights, the guided teacher on many
-steps, or the critic's idea of the student's sample.
+steps, or the critic's prediction of the student's sample.
 """
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The guided teacher: a `Sampler` that knows, as JSON, what its samples depend on beside base, noise and prompts.
-    By that a task can keep what it drew for the runs to come.
+    """The guided teacher: a `Sample`, and in ``identity``, as JSON, what its samples depend on besides base, noise and
+    prompts. By that a task can keep what it drew for later runs.
     """
 
-    draw: Sampler
+    draw: Sample
     identity: Mapping[str, Any]
 
     def __call__(self, noise: Tensor, cond: Condition) -> Tensor:
@@ -71,16 +71,16 @@ class Task(Protocol):
         """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
         ...
 
-    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:
+    def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:
         """What the three draw from fixed seeds, and how the student's samples compare with the teacher's."""
         ...
 
-    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
+    def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:
         """The task's own measures, from fixed seeds."""
         ...
 
-    def show(self, sampler: Sampler) -> Image.Image:
-        """What a sampler draws from fixed seeds, in a small picture: to look at beside another's."""
+    def show(self, sampler: Sample) -> Image.Image:
+        """A small picture of what a sampler draws from fixed seeds, to compare with that of another."""
         ...
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe | None:

@@ -144,7 +144,9 @@ class Trajectory:
         return timesteps if self.schedule.kind == "flow" else timesteps.round().clamp_max(self.schedule.last_timestep)
 
     def step(self, x0: Tensor, eps: Tensor, stages: Tensor) -> Tensor:
-        """The state a stage ends in: one deterministic step with the model's own noise."""
+        """The states ``[B, ...]`` that the stages ``[B]`` end in: one deterministic step from ``(x0, eps)``, each ``[B,
+        ...]``, with the model's own noise.
+        """
         return ddim_step(x0, eps, expand(self.alphas[stages + 1], x0), expand(self.sigmas[stages + 1], x0))
 
     @torch.no_grad()
@@ -161,11 +163,15 @@ class Trajectory:
         return x
 
     def origin(self, x0: Tensor, eps: Tensor, stages: Tensor) -> Tensor:
-        """What is diffused up to tau: the state that a stage ends in, or with ``renoise="clean"`` the prediction x0."""
+        """What is diffused up to tau, ``[B, ...]``: the state that a stage ends in, or with ``renoise="clean"`` the
+        prediction ``x0`` ``[B, ...]``.
+        """
         return x0 if self.config.renoise == "clean" else self.step(x0, eps, stages)
 
     def renoise(self, x_m: Tensor, stages: Tensor, tau: Tensor, xi: Tensor) -> Noised:
-        """Diffuse an :meth:`origin` up to tau: ``x_tau = r x_m + b xi``."""
+        """Diffuse an :meth:`origin` ``x_m`` up to ``tau``: ``x_tau = r x_m + b xi``. ``x_m`` and ``xi`` are ``[B,
+        ...]``, ``stages`` and ``tau`` ``[B]`` on the CPU.
+        """
         alpha, sigma = self.schedule.alpha_sigma(tau)
         m = torch.full_like(stages, len(self)) if self.config.renoise == "clean" else stages + 1
         r, b = renoise_coefficients(self.alphas[m], self.sigmas[m], alpha, sigma)
@@ -174,8 +180,8 @@ class Trajectory:
 
 def _uniform(config: TrajectoryConfig, schedule: NoiseSchedule, steps: int) -> list[float]:
     """Uniform steps. Of a unified student whose timesteps tell the step count, the one that it is run with by default
-    starts at the last timestep, as stock samplers do, and each other one a little lower: from many steps to one, for
-    neighbours in time are to want the most alike predictions.
+    starts at the last timestep, as stock samplers do, and each other one a little lower: from many steps to one, so
+    that neighbours in time predict what is most alike.
     """
     first = None
     if config.unify is not None and config.tell_steps == "timestep":

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from tdm.tests import tiny
-from tdm.training.config import load_config
 from tdm.training.loop import distill
 from tdm.training.run import Run
+from tdm.training.settings import load_config
 from tdm.training.tasks import build_task
 
 from .base_tasks import PROMPTS

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tdm.errors import TDMError
-from tdm.training.config import MemoryConfig, load_config
+from tdm.training.config import MemoryConfig
 from tdm.training.loop import build_roles, distill
+from tdm.training.settings import load_config
 from tdm.training.tasks.pipeline import PipelineTask
 from torch import Tensor, nn
 

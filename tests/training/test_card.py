@@ -16,9 +16,9 @@ from tdm import TDMPipeline, TDMScheduler
 from tdm.cli import main
 from tdm.tests.pipelines.students import load
 from tdm.training.card import model_card
-from tdm.training.config import load_config
 from tdm.training.export import Trained, export_student
 from tdm.training.run import Run
+from tdm.training.settings import load_config
 
 from .base_tasks import trained
 

@@ -1,8 +1,13 @@
 """Settings: what is accepted, and the one line that says what is wrong."""
 
+import dataclasses
+
 import pytest
+from tdm.cli import main
 from tdm.errors import TDMError
-from tdm.training.config import DistillConfig, load_config
+from tdm.training.config import DistillConfig
+from tdm.training.reference import SECTIONS, descriptions, settings_reference
+from tdm.training.settings import load_config
 
 
 def test_file_then_overrides(tmp_path):
@@ -74,3 +79,44 @@ def test_several_configurations_are_merged_in_order_and_settings_come_last(tmp_p
     assert (config.updates, config.student.lr, config.student.rank, config.student.alpha) == (7, 1e-5, 8, 2.0)
     assert config.task == {"name": "pipeline", "model": "x", "prompts": "p.txt"}
     assert load_config([tmp_path / "b.yaml", tmp_path / "a.yaml"]).student.rank == 4
+
+
+CLASSES = [(section, cls) for section, classes in SECTIONS.items() for cls in classes]
+
+
+@pytest.mark.parametrize(("section", "cls"), CLASSES, ids=[cls.__name__ for _, cls in CLASSES])
+def test_every_setting_is_shown_with_its_default_and_what_it_does(section, cls):
+    block = settings_reference(section).split("\n\n")[SECTIONS[section].index(cls)]
+    printed = block.splitlines()
+    prefix = "" if section == "run" else f"{section}."
+    for field in dataclasses.fields(cls):
+        if field.name in SECTIONS and field.name != "task":
+            continue
+        line = next(i for i, line in enumerate(printed) if line.startswith(f"{prefix}{field.name}="))
+        assert printed[line + 1].startswith("    ")
+        words = descriptions(cls)[field.name].replace("`", "").replace("None:", "null:").split()
+        assert words
+        assert " ".join(printed[line + 1 :]).split()[: len(words)] == words
+
+
+def test_the_shown_defaults_load_as_the_defaults():
+    """What is printed can be given: every line `key=value`, all of them together."""
+    lines = [line for section in SECTIONS if section != "task" for line in settings_reference(section).splitlines()]
+    given = [line.partition("  (")[0] for line in lines if "=" in line and not line.startswith((" ", "#", "task="))]
+    assert len(given) > 60
+    assert load_config(None, given) == DistillConfig()
+
+
+def test_no_section_is_missing_from_the_shown_settings():
+    assert {f.name for f in dataclasses.fields(DistillConfig) if dataclasses.is_dataclass(f.default_factory)} <= {
+        *SECTIONS
+    }
+
+
+def test_the_command_shows_a_section_and_refuses_another(capsys):
+    assert main(["distill", "--settings", "objective"]) == 0
+    assert "objective.name=matching  (matching | consistency | regression)" in capsys.readouterr().out
+    assert main(["distill", "--settings", "nonsense"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nonsense is no section of the settings" in line
+    assert "trajectory, objective, student, critic" in line

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tdm.training.config import load_config
 from tdm.training.cost import micro_batch_size, micro_batches, passes
+from tdm.training.settings import load_config
 
 
 @pytest.mark.parametrize(("processes", "portions", "forwards"), [(1, 4, 7.5), (2, 2, 7.5), (4, 1, 6.5), (8, 1, 6.5)])

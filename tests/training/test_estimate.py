@@ -16,11 +16,13 @@ from tdm.pipelines.families import Size
 from tdm.tests import tiny
 from tdm.tests.training.outlines import outline_folder
 from tdm.training.batch import draw_batch
-from tdm.training.config import DistillConfig, load_config
+from tdm.training.config import DistillConfig
 from tdm.training.estimate.estimator import CONTEXT, GIB, USABLE, Estimator, Gpu, largest_micro_batch, what_to_lower
 from tdm.training.estimate.rehearsal import AsOnGpu, Outline, Rehearsal
+from tdm.training.objectives import objective_of
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES
+from tdm.training.settings import load_config
 from tdm.training.update import update
 from torch import nn
 from torch.optim import SGD
@@ -83,7 +85,7 @@ def test_flops_of_an_update_are_those_of_the_real_one(objective: str | None, bas
     run = Rehearsal(config, WithWeights(config), bf16=False)
     optimizers = {role: SGD(run.roles.parameters(role), lr=0.1) for role in ROLES}
     cond = run.task.conditions(4)
-    band = config.objective.own_guidance_band
+    band = objective_of(config.objective).guidance_band(config.objective)
     batch = draw_batch(
         run.trajectory,
         cond,

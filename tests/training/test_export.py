@@ -21,10 +21,10 @@ from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import error, load, plain, short_call
-from tdm.training.config import load_config
 from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.run import Run
+from tdm.training.settings import load_config
 from tdm.training.tasks import build_task
 from tdm.training.tasks.pipeline import PipelineTask
 

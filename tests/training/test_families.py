@@ -14,10 +14,10 @@ from tdm.pipelines.families import Condition
 from tdm.pipelines.schedule import expand, predict_x0_eps
 from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
-from tdm.training.config import load_config
 from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.roles import ROLES
+from tdm.training.settings import load_config
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 
 from .base_tasks import PROMPTS, task_of

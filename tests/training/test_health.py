@@ -11,11 +11,11 @@ from PIL import Image
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
-from tdm.training.config import load_config
 from tdm.training.health import Monitor
 from tdm.training.loop import distill
 from tdm.training.preview import picture_ratios
 from tdm.training.run import Callback
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from tdm.training.trajectory import Condition

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from tdm.tests.processes import finish
-from tdm.training.config import load_config
 from tdm.training.loop import distill
 from tdm.training.preview import Preview
 from tdm.training.run import Callback, Run
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
 
 SMALL = ["updates=12", "batch_size=8", "student.rank=2", "critic.rank=2", "output.log_every=4", "ema.decay=0.9"]

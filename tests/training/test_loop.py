@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
-from tdm.training.config import RoleConfig, load_config
+from tdm.training.config import RoleConfig
 from tdm.training.loop import distill
 from tdm.training.optimizers import learning_rate
 from tdm.training.precision import best_precision
 from tdm.training.preview import Preview
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
 
 SMALL = [

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from tdm.pipelines.schedule import expand, predict_x0_eps, uniform_grid
-from tdm.training.config import load_config
 from tdm.training.loop import distill
 from tdm.training.metrics import energy_distance
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import Mixture, MixtureTask
 from tdm.training.trajectory import Trajectory, sample
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,22 +14,23 @@ from tdm import TDMPipeline
 from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule, expand
 from tdm.training.batch import Batch, draw_batch
-from tdm.training.config import DistillConfig, load_config
+from tdm.training.config import DistillConfig, ObjectiveConfig
 from tdm.training.export import export, read_run
 from tdm.training.loop import distill
 from tdm.training.losses import generator_loss, guidance_loss
+from tdm.training.objectives import OBJECTIVES, Objective, objective_of
 from tdm.training.objectives.matching import (
+    critic_forward,
     critic_objective,
-    look,
     sid_objective,
     start_states,
-    student_objective,
-    student_stage,
+    student_step,
 )
-from tdm.training.objectives.towards import consistency_objective, later_timesteps, ode_grid, regression_objective
-from tdm.training.presets import OBJECTIVES
+from tdm.training.objectives.towards import later_timesteps, ode_grid
+from tdm.training.presets import OBJECTIVES as PRESETS
 from tdm.training.roles import ROLES, AdapterRoles
 from tdm.training.run import Run
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.tasks.pipeline import PipelineTask
 from tdm.training.trajectory import Trajectory, sample, with_fresh_noise
@@ -94,6 +97,13 @@ def batch_of(config: DistillConfig, schedule: NoiseSchedule, n: int = 64, *, dec
     return batch._replace(**double, **renoise)
 
 
+def loss_of(roles: Any, config: DistillConfig, batch: Batch) -> Tensor:
+    """The student's loss of the run's objective, with a graph."""
+    objective = objective_of(config.objective)
+    step = student_step(roles, batch, grad=objective.through_step)
+    return objective.student_loss(roles, config.objective, batch, step, None)[0]
+
+
 @pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
 @pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
 def test_a_consistency_function_is_at_rest_and_another_student_is_not(schedule: NoiseSchedule, sampler: str) -> None:
@@ -104,13 +114,11 @@ def test_a_consistency_function_is_at_rest_and_another_student_is_not(schedule: 
             "objective.name=consistency", f"objective.ode_steps={ode_steps}", "objective.rho=mse",
             f"trajectory.sampler={sampler}", "trajectory.renoise=clean", "trajectory.bands=full",
         )  # fmt: skip
-        loss, _ = consistency_objective(ExactRoles(Gaussian(schedule)), config.objective, batch_of(config, schedule))  # type: ignore[arg-type]
-        losses.append(float(loss.detach()))
+        losses.append(float(loss_of(ExactRoles(Gaussian(schedule)), config, batch_of(config, schedule)).detach()))
     assert losses[0] > losses[1] > losses[2]
     assert losses[2] < 1e-5
     wrong = ExactRoles(Gaussian(schedule), 0.5)
-    loss, _ = consistency_objective(wrong, config.objective, batch_of(config, schedule))  # type: ignore[arg-type]
-    loss.backward()
+    loss_of(wrong, config, batch_of(config, schedule)).backward()
     assert wrong.wrong.grad is not None
     assert wrong.wrong.grad > 0  # down the gradient is less wrong
 
@@ -134,8 +142,7 @@ def test_regression_aims_at_the_end_of_the_teachers_ode(schedule: NoiseSchedule)
     for ode_steps in (8, 400):
         config = config_of("objective.name=regression", f"objective.ode_steps={ode_steps}", "objective.rho=mse")
         roles = ExactRoles(Gaussian(schedule))
-        loss, _ = regression_objective(roles, config.objective, batch_of(config, schedule))  # type: ignore[arg-type]
-        losses.append(float(loss.detach()))
+        losses.append(float(loss_of(roles, config, batch_of(config, schedule)).detach()))
     assert losses[0] > 30 * losses[1]
     assert losses[1] < 2e-5
 
@@ -181,8 +188,8 @@ def test_sid_equals_the_gradient_of_its_formula_and_spares_critic_and_base() -> 
     config = config_of("objective.gradient=sid", "objective.guidance_scale=3", "objective.norm_min=1e6")
     roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
     assert batch.student is not None
-    stage = student_stage(roles, batch, grad=True)
-    loss, _ = sid_objective(roles, config.objective, batch, stage, batch.student)
+    step = student_step(roles, batch, grad=True)
+    loss, _ = sid_objective(roles, config.objective, batch, step, None)
     loss.backward()
     weight = roles.parameters("student")[1]
     assert weight.grad is not None
@@ -203,14 +210,14 @@ def test_sid_equals_the_gradient_of_its_formula_and_spares_critic_and_base() -> 
             return float(((phi - psi) * (phi - made) - (phi - psi) ** 2).mean() / 1e6)
 
     for i in range(0, weight.numel(), 5):
-        flat, step = weight.data.view(-1), 1e-2
+        flat, h = weight.data.view(-1), 1e-2
         before = flat[i].clone()
-        flat[i] = before + step
-        above = value(stage.x)
-        flat[i] = before - step
-        below = value(stage.x)
+        flat[i] = before + h
+        above = value(step.x)
+        flat[i] = before - h
+        below = value(step.x)
         flat[i] = before
-        assert (above - below) / (2 * step) == pytest.approx(float(weight.grad.view(-1)[i]), rel=2e-2, abs=3e-10)
+        assert (above - below) / (2 * h) == pytest.approx(float(weight.grad.view(-1)[i]), rel=2e-2, abs=3e-10)
 
 
 def test_two_terms_at_one_tau_pull_as_the_coupled_one() -> None:
@@ -222,12 +229,72 @@ def test_two_terms_at_one_tau_pull_as_the_coupled_one() -> None:
         roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
         assert batch.student is not None
         batch = batch._replace(guidance=batch.student if decoupled else None)
-        stage = student_stage(roles, batch, grad=True)
-        seen = look(roles, batch, stage.x_m, batch.student, grad=False)
-        student_objective(roles, config.objective, batch, stage, seen)[0].backward()
+        loss_of(roles, config, batch).backward()
         gradients.append([p.grad for p in roles.parameters("student")])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_the_weight_of_the_guidance_term_is_a_guidance_scale() -> None:
+    """``k (w - 1)(c - u)``: as before, the coupled form with the scale ``1 + k (w - 1)``."""
+    plain = ["objective.rho=mse", "objective.normalise=false"]
+    gradients = []
+    for settings in (
+        ["objective.guidance_scale=7"],
+        ["objective.guidance_scale=4", "objective.guidance_term=decoupled", "objective.guidance_weight=2"],
+    ):
+        config = config_of(*plain, *settings)
+        roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
+        loss_of(roles, config, batch._replace(guidance=batch.student)).backward()
+        gradients.append([p.grad for p in roles.parameters("student")])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_sid_alpha_weighs_the_square_of_the_scores_difference() -> None:
+    losses = {}
+    for alpha in (1.0, 1.2):
+        config = config_of("objective.gradient=sid", f"objective.sid_alpha={alpha}", "objective.norm_min=100")
+        roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
+        losses[alpha] = float(loss_of(roles, config, batch).detach())
+    assert batch.student is not None
+    step = student_step(roles, batch, grad=False)
+    forward = critic_forward(roles, batch, step.x_m, batch.student, grad=False)
+    teacher, _ = roles.teacher(forward.noised.x_tau, forward.tau, batch.cond)
+    square = float((teacher - forward.x0_critic).square().mean())
+    assert losses[1.0] - losses[1.2] == pytest.approx(0.2 * square / 100, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [2.0, 5.0, 1e9])
+def test_no_error_of_the_critic_weighs_more_than_its_limit(limit: float) -> None:
+    """``min(1 / sigma^2, limit)`` of each sample."""
+    config = config_of("critic.target=clean", f"critic.weight_limit={limit}")
+    roles, batch = linear_roles(), conditioned(batch_of(config, FLOW))
+    step = student_step(roles, batch, grad=False)
+    forward = critic_forward(roles, batch, step.x_m, batch.critic, grad=False)
+    errors = (forward.x0_critic - step.x0).square().mean(1)
+    weights = torch.tensor([min(1 / float(t / 1000) ** 2, limit) for t in batch.critic.tau])
+    loss = float(critic_objective(config.critic, step, forward))
+    assert loss == pytest.approx(float((weights * errors).mean()), rel=1e-5)
+    assert (float(weights.max()) == limit) == (limit < 1e9)
+
+
+def test_each_objective_is_chosen_by_its_settings_and_by_no_others() -> None:
+    def settings(objective: Objective) -> tuple[str, str, str]:
+        return objective.name, objective.gradient, objective.guidance_term
+
+    names = list(dict.fromkeys(objective.name for objective in OBJECTIVES))
+    chosen = {settings(objective): objective for objective in OBJECTIVES}
+    assert len(chosen) == len(OBJECTIVES)
+    for name, gradient, term in itertools.product(names, ("kl", "sid"), ("coupled", "decoupled")):
+        config = ObjectiveConfig(name=name, gradient=gradient, guidance_term=term)  # type: ignore[arg-type]
+        if (name, gradient, term) in chosen:
+            assert objective_of(config) is chosen[name, gradient, term]
+        else:
+            with pytest.raises(TDMError, match=r"is for objective.name=matching"):
+                objective_of(config)
+    with pytest.raises(TDMError, match=r"objective\.name must be one of matching, consistency, regression, not 'gan'"):
+        load_config(None, ["objective.name=gan"])
 
 
 def test_the_guidance_term_moves_along_guidance_alone() -> None:
@@ -245,12 +312,12 @@ def test_from_the_clean_prediction_the_state_does_not_matter(schedule: NoiseSche
     """``x_tau = alpha x0 + sigma xi``, and the two critic targets are one."""
     config = config_of("trajectory.renoise=clean", "trajectory.bands=full")
     roles, batch = linear_roles(schedule), conditioned(batch_of(config, schedule))
-    stage = student_stage(roles, batch, grad=False)
-    seen = look(roles, batch, stage.x_m, batch.critic, grad=False)
-    alpha, sigma = (expand(level, stage.x0) for level in schedule.alpha_sigma(batch.critic.tau))
-    torch.testing.assert_close(seen.noised.x_tau, alpha * stage.x0 + sigma * batch.critic.xi)
+    step = student_step(roles, batch, grad=False)
+    forward = critic_forward(roles, batch, step.x_m, batch.critic, grad=False)
+    alpha, sigma = (expand(level, step.x0) for level in schedule.alpha_sigma(batch.critic.tau))
+    torch.testing.assert_close(forward.noised.x_tau, alpha * step.x0 + sigma * batch.critic.xi)
     targets = [config_of("trajectory.renoise=clean", f"critic.target={t}").critic for t in ("clean", "subinterval")]
-    one, two = (float(critic_objective(critic, stage, seen)) for critic in targets)
+    one, two = (float(critic_objective(critic, step, forward)) for critic in targets)
     assert one == pytest.approx(two, rel=1e-6)
     low, high = config.trajectory.tau_min, config.trajectory.tau_max
     time = (batch.critic.tau - schedule.clean_timestep) / schedule.num_train_timesteps
@@ -308,7 +375,7 @@ def test_settings_that_cannot_work_together_are_refused(overrides: list[str], li
         load_config(None, overrides)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_objective_trains_the_mixture_through_the_same_loop(name: str, tmp_path) -> None:
     small = ["updates=4", "batch_size=16", "student.rank=2", "critic.rank=2", "output.evaluate_every=4"]
     config = load_config(["mixture", name], [*small, "objective.guidance_scale=2", "output.teacher_steps=4"])

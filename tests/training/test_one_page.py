@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from tdm.training.batch import Batch, Renoise
-from tdm.training.config import load_config
 from tdm.training.loop import build_roles
 from tdm.training.optimizers import build_optimizer
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import Mixture, MixtureTask
 from tdm.training.trajectory import Trajectory, sample
 from tdm.training.update import update

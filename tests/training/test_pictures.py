@@ -14,11 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tdm.errors import TDMError
-from tdm.training.config import MemoryConfig, load_config
+from tdm.training.config import MemoryConfig
 from tdm.training.loop import build_roles
 from tdm.training.pictures import Drawn, cached, cached_pictures
 from tdm.training.roles import Ema
 from tdm.training.run import Run
+from tdm.training.settings import load_config
 from tdm.training.task import Teacher
 from tdm.training.tasks.base_model import BaseModel
 from tdm.training.tasks.pipeline import PipelineTask

@@ -14,9 +14,9 @@ from tdm.pipelines.families import family_of_name
 from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
-from tdm.training.config import from_dict, load_config
 from tdm.training.export import export, export_student, read_run
 from tdm.training.loop import distill
+from tdm.training.settings import from_dict, load_config
 from tdm.training.studies.runs import untrained
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from torch import Tensor

@@ -13,9 +13,9 @@ import torch
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
-from tdm.training.config import load_config
 from tdm.training.loop import distill
 from tdm.training.processes import Processes, joined
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
 
 CONFIG = """

@@ -16,8 +16,8 @@ from tdm.errors import TDMError
 from tdm.pipelines.families import Condition
 from tdm.tests import tiny
 from tdm.training import progress
-from tdm.training.config import load_config
 from tdm.training.loop import distill
+from tdm.training.settings import load_config
 from tdm.training.tasks import prompt_cache
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from tdm.training.tasks.prompt_cache import PromptCache, TextEncoders, build_cache

@@ -13,11 +13,12 @@ from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule, uniform_grid
 from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
-from tdm.training.config import TrajectoryConfig, load_config
+from tdm.training.config import TrajectoryConfig
 from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.roles import ROLES, STEPS
 from tdm.training.run import Run
+from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.trajectory import build_trajectories
 
@@ -69,7 +70,7 @@ def test_who_is_told_by_an_embedding_learns_one_for_each_step_count(tell: str, t
         assert vectors.shape[0] == len(COUNTS)
         assert bool(vectors.any(1).all())
     noise, t = torch.randn(5, 2), torch.full((5,), 600.0, dtype=torch.float64)
-    conds = [run.told({}, k, 5) for k in COUNTS]
+    conds = [run.with_steps({}, k, 5) for k in COUNTS]
     for role in ROLES:
         made = [getattr(run.roles, role)(noise, t, cond)[0] for cond in conds]
         assert all(torch.equal(made[0], other) for other in made[1:]) == (role not in told)
@@ -79,7 +80,7 @@ def test_who_is_told_by_an_embedding_learns_one_for_each_step_count(tell: str, t
 
 def test_one_step_count_teaches_its_embedding_alone(tmp_path: Path) -> None:
     run = go(tmp_path, "trajectory.tell_steps=embedding", "updates=10")
-    x0, _ = run.roles.student(torch.randn(5, 2), torch.full((5,), 600.0, dtype=torch.float64), run.told({}, 4, 5))
+    x0, _ = run.roles.student(torch.randn(5, 2), torch.full((5,), 600.0, dtype=torch.float64), run.with_steps({}, 4, 5))
     x0.square().sum().backward()
     gradient = run.roles.parameters("student")[-1].grad
     assert gradient is not None
@@ -138,7 +139,7 @@ def test_the_time_embedding_of_every_family_can_be_told(
     assert next(reversed(run.roles.state("student"))) == STEPS
     x, t, cond = torch.randn(2, *task.latent_shape), torch.tensor([400.0, 700.0]).double(), task.encode(PROMPTS[:2])
     for role, told in (("student", True), ("teacher", False)):
-        one, two = (getattr(run.roles, role)(x, t, run.told(cond, k, 2))[0] for k in (1, 8))
+        one, two = (getattr(run.roles, role)(x, t, run.with_steps(cond, k, 2))[0] for k in (1, 8))
         assert torch.equal(one, two) != told
     finished = read_run(tmp_path / "run")
     assert finished is not None

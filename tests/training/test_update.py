@@ -7,11 +7,13 @@ import torch
 from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule
 from tdm.training.batch import Batch, draw_batch
-from tdm.training.config import DistillConfig, load_config
+from tdm.training.config import DistillConfig
 from tdm.training.cost import passes
 from tdm.training.loop import draw_steps
+from tdm.training.objectives import objective_of
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES, AdapterRoles
+from tdm.training.settings import load_config
 from tdm.training.trajectory import build_trajectories
 from tdm.training.update import update
 from torch.optim import SGD
@@ -60,7 +62,7 @@ class Bench:
             (n, 2),
             self.generator,
             student=student,
-            guidance_band=self.config.objective.own_guidance_band,
+            guidance_band=objective_of(self.config.objective).guidance_band(self.config.objective),
         )
         parts = n // (self.config.micro_batch_size or n)
         return [batch.part(i, parts) for i in range(parts)]
@@ -208,5 +210,5 @@ def test_each_stage_has_its_own_guidance():
     other = student("objective.stage_guidance=[3,3,3,1]")
     assert all(torch.allclose(plain[key], same[key], rtol=0, atol=1e-7) for key in plain)
     assert any(not torch.allclose(plain[key], other[key], rtol=0, atol=1e-4) for key in plain)
-    with pytest.raises(TDMError, match="wants 4 numbers of at least 1"):
+    with pytest.raises(TDMError, match="needs 4 numbers of at least 1"):
         load_config(None, ["objective.guidance_scale=3", "objective.stage_guidance=[3,3]"])

@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..config import DistillConfig, MemoryConfig, Storage, load_config
-from ..cost import Passes, micro_batch_size, micro_batches, passes
+from ..config import DistillConfig, MemoryConfig, Storage
+from ..cost import micro_batch_size, micro_batches, passes
+from ..objectives import objective_of
+from ..objectives.passes import Passes
 from ..presets import MEMORY
+from ..settings import load_config
 from .rehearsal import Course, Outline, Rehearsal
 
 GIB = 2**30
@@ -66,7 +69,7 @@ _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of an optimiser
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one configuration on ``processes`` devices.
+    """The estimate of one configuration on ``processes`` devices.
 
     Attributes:
         parameters: of the frozen base.
@@ -121,14 +124,15 @@ class Estimator:
         Raises:
             TDMError: the task is no pipeline, or what it would refuse about base, size or grid.
         """
-        micro, parts = micro_batch_size(config, processes), micro_batches(config, processes)
+        micro, count = micro_batch_size(config, processes), micro_batches(config, processes)
         key, rehearsal = self._rehearsal(config)
-        course = self._course(key, rehearsal, micro, parts)
+        course = self._course(key, rehearsal, micro, count)
         trained = sum(rehearsal.trained.values())
+        stepped = sum(rehearsal.trained[role] for role in objective_of(config.objective).trains)
         memory = {
             "base": _base_bytes(rehearsal, config.memory, processes),
             "adapters": 4.0 * (trained + rehearsal.trained["student"]),
-            "optimisers": _MOMENTS[config.memory.optimizer] * trained,
+            "optimisers": _MOMENTS[config.memory.optimizer] * stepped,  # AdamW makes its moments at the first step
             "update": course.peak + _unpacked(rehearsal, config.memory),
             "context": CONTEXT,
         }
@@ -157,13 +161,15 @@ class Estimator:
             self._rehearsals[key] = Rehearsal(same, task, bf16=config.precision != "fp32")
         return key, self._rehearsals[key]
 
-    def _course(self, key: str, rehearsal: Rehearsal, samples: int, parts: int) -> Course:
-        """Rehearsed with one sample and with two: activations grow by the same amount with each more."""
+    def _course(self, key: str, rehearsal: Rehearsal, samples: int, count: int) -> Course:
+        """The course of an update of ``count`` micro batches. It is rehearsed with one sample and with two, for each
+        more adds the same activations.
+        """
 
         def course(n: int) -> Course:
-            if (key, n, min(parts, 2)) not in self._courses:
-                self._courses[key, n, min(parts, 2)] = rehearsal.update(n, parts)
-            return self._courses[key, n, min(parts, 2)]
+            if (key, n, min(count, 2)) not in self._courses:
+                self._courses[key, n, min(count, 2)] = rehearsal.update(n, count)
+            return self._courses[key, n, min(count, 2)]
 
         one = course(1)
         if samples == 1:
@@ -181,8 +187,8 @@ def _base_bytes(rehearsal: Rehearsal, memory: MemoryConfig, processes: int) -> f
 
 
 def _in_passing(rehearsal: Rehearsal, memory: MemoryConfig, whole: float) -> float:
-    """Of weights that are brought into place for a layer, what is there at a time: the backward pass keeps them all, or
-    with gradient checkpointing those of a block.
+    """Bytes in place at a time, where weights are brought into place for each layer: the backward pass keeps them all,
+    or with gradient checkpointing those of a block.
     """
     return whole * (min(1.0, 2 * rehearsal.largest_block) if memory.gradient_checkpointing else 1.0)
 

@@ -26,10 +26,12 @@ from ...pipelines.bases import outline
 from ...pipelines.families import Condition
 from ...pipelines.scheduler import TDMScheduler
 from ..batch import Batch, draw_batch
-from ..config import DistillConfig, from_dict
+from ..config import DistillConfig
 from ..loop import build_roles
+from ..objectives import objective_of
 from ..processes import Processes
 from ..roles import ROLES, Role, Roles
+from ..settings import from_dict
 from ..tasks.base_storage import can_offload
 from ..tasks.pipeline import PipelineTaskConfig, sizes_of
 from ..trajectory import Trajectory
@@ -100,7 +102,7 @@ def _attention(
 
 
 class Outline:
-    """``run.Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
+    """``Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
 
     Raises:
         TDMError: another task than a pipeline, or what ``PipelineTask`` would refuse about base and size.
@@ -122,11 +124,11 @@ class Outline:
         self._cond = self.family.blank(self.pipe, 1, self.size)
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``run.Task``."""
+        """See ``Task``."""
         return self.family.denoise(base, x.to(self.dtype), timesteps, cond)
 
     def conditions(self, n: int) -> Condition:
-        """Of ``n`` prompts of full length."""
+        """Blank conditions of ``n`` prompts of full length."""
         return {key: value.repeat_interleave(n, 0) for key, value in self._cond.items()}
 
 
@@ -170,34 +172,36 @@ class Rehearsal:
             self.roles = build_roles(self.task, self.config, torch.Generator())  # type: ignore[arg-type]
         self.trained = {role: sum(p.numel() for p in self.roles.parameters(role)) for role in ROLES}
 
-    def update(self, samples: int, parts: int = 1) -> Course:
+    def update(self, samples: int, micro_batches: int = 1) -> Course:
         """One update without data. Its stage is the first, so that nothing rolls: a prefix holds less than the rest.
 
         Args:
             samples: at a time.
-            parts: micro batches; more than two hold what two do.
+            micro_batches: how many; more than two hold what two do.
         """
-        parts = min(parts, 2)
+        n = min(micro_batches, 2)
         optimizers: dict[Role, Optimizer] = {role: SGD(self.roles.parameters(role), lr=0.0) for role in ROLES}
-        shape = (samples * parts, *self.task.latent_shape)
+        shape = (samples * n, *self.task.latent_shape)
 
         def draw(student: bool) -> list[Batch]:
-            band = self.config.objective.own_guidance_band
+            band = objective_of(self.config.objective).guidance_band(self.config.objective)
             batch = draw_batch(self.trajectory, {}, {}, shape, torch.Generator(), student=student, guidance_band=band)
             stages = torch.zeros_like(batch.stages)
             tau = self.trajectory.draw_tau(stages, torch.Generator())
-            critic, again = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
+            critic, student_renoise = batch.critic._replace(tau=tau), batch.student and batch.student._replace(tau=tau)
             guidance = batch.guidance and batch.guidance._replace(tau=tau)
-            batch = batch._replace(stages=stages, critic=critic, student=again, guidance=guidance)
+            batch = batch._replace(stages=stages, critic=critic, student=student_renoise, guidance=guidance)
             cond, null = self.task.conditions(samples), self.task.conditions(samples)
-            return [batch.part(i, parts).to(self.task.device)._replace(cond=cond, null=null) for i in range(parts)]
+            return [batch.part(i, n).to(self.task.device)._replace(cond=cond, null=null) for i in range(n)]
 
         once = replace(self.config, critic=replace(self.config.critic, per_student=1))
         with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type) as tally:
             update(self.roles, once, draw, optimizers, Processes())
         for role in ROLES:
             tally.samples[f"{role}_backward"] = shape[0]
-        return Course(Counter({part: n / tally.samples[part] for part, n in tally.flops.items() if n}), tally.peak)
+        return Course(
+            Counter({name: flops / tally.samples[name] for name, flops in tally.flops.items() if flops}), tally.peak
+        )
 
 
 class _Tally(LiveMemory):
@@ -207,7 +211,7 @@ class _Tally(LiveMemory):
 
     def __init__(self, roles: Roles, device: str) -> None:
         super().__init__(device)
-        self.roles, self.part = roles, "critic_backward"
+        self.roles, self.current = roles, "critic_backward"
         self.flops: Counter[str] = Counter()
         self.samples: Counter[str] = Counter()
 
@@ -223,11 +227,11 @@ class _Tally(LiveMemory):
 
     def _watched(self, name: str, predict: Callable[..., Any]) -> Callable[..., Any]:
         def watched(x: Tensor, *rest: Any) -> Any:
-            self.part = name
+            self.current = name
             self.samples[name] += len(x)
             out = predict(x, *rest)
             critic = name == "critic" and torch.is_grad_enabled()
-            self.part = "critic_backward" if critic else "student_backward"
+            self.current = "critic_backward" if critic else "student_backward"
             return out
 
         return watched
@@ -235,7 +239,7 @@ class _Tally(LiveMemory):
     def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
-            self.flops[self.part] += formula(*args, **kwargs, out_val=out)
+            self.flops[self.current] += formula(*args, **kwargs, out_val=out)
 
 
 def shapes_of(base: nn.Module) -> list[tuple[str, torch.Size]]:

@@ -41,5 +41,5 @@ def accuracies(pictures: Tensor, wanted: Sequence[Scene]) -> tuple[dict[str, Ten
     return _tensors(attributes), _tensors(combinations)
 
 
-def _tensors(found: dict[str, list[bool]]) -> dict[str, Tensor]:
-    return {name: torch.tensor(values) for name, values in found.items() if values}
+def _tensors(verdicts: dict[str, list[bool]]) -> dict[str, Tensor]:
+    return {name: torch.tensor(values) for name, values in verdicts.items() if values}

@@ -50,8 +50,8 @@ def bootstrap_interval(
         raise ValueError("an interval needs values, all of them finite")
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    found = torch.vmap(lambda rows: statistic(values[rows]), chunk_size=CHUNK)(drawn).double()
-    low, high = found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
+    resampled = torch.vmap(lambda rows: statistic(values[rows]), chunk_size=CHUNK)(drawn).double()
+    low, high = resampled.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))
     return float(low), float(high)
 
 

@@ -40,7 +40,7 @@ class Extra(Protocol):
     name: str
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Value:
-        """Of uint8 pictures (N, 3, H, W) and their N prompts."""
+        """The measure of uint8 pictures (N, 3, H, W) and their N prompts."""
         ...
 
 
@@ -70,8 +70,8 @@ class ClipScore:
                 padding=True,
                 truncation=True,
             )
-            found = self.model(**inputs)
-            cosine = torch.cosine_similarity(found.image_embeds, found.text_embeds)
+            output = self.model(**inputs)
+            cosine = torch.cosine_similarity(output.image_embeds, output.text_embeds)
             scores.append(100 * cosine.clamp_min(0))
         return measured(torch.cat(scores))
 
@@ -120,14 +120,14 @@ class Fid:
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Value:  # noqa: ARG002
         cuda = torch.cuda.is_available()
-        found = self.package.calculate_metrics(
+        metrics = self.package.calculate_metrics(
             input1=_Pictures(pictures), input2=self.folder, fid=True, cuda=cuda, verbose=False, cache=False
         )
-        return Value(float(found["frechet_inception_distance"]))
+        return Value(float(metrics["frechet_inception_distance"]))
 
 
 class _Pictures(Dataset):
-    """As torch-fidelity takes them: uint8 (3, H, W) each."""
+    """Pictures as torch-fidelity takes them: uint8 (3, H, W) each."""
 
     def __init__(self, pictures: Tensor) -> None:
         self.pictures = pictures

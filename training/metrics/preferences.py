@@ -177,7 +177,7 @@ def blip_vision_state(state: State) -> dict[str, Tensor]:
 
 
 def blip_configs(vision: State, text: State) -> tuple[transformers.BlipVisionConfig, transformers.BlipTextConfig]:
-    """Of the networks whose weights these are."""
+    """The configurations of the two networks that have these weights."""
     patch = vision["embeddings.patch_embedding.weight"]
     side = round((vision["embeddings.position_embedding"].shape[1] - 1) ** 0.5)
     tokens, width = text["embeddings.word_embeddings.weight"].shape
@@ -244,22 +244,22 @@ def _layers(state: State, prefix: str) -> int:
 
 
 def _tokenizer(kind: Any, weights: Path, hub: str) -> Any:
-    """That which lies beside the weights, else the one of the hub."""
+    """The tokenizer in the folder of the weights, else the one of the hub."""
     here = any((weights.parent / name).exists() for name in ("vocab.txt", "vocab.json", "tokenizer.json"))
     return kind.from_pretrained(weights.parent if here else hub)
 
 
 def _pixels(pictures: Sequence[Image.Image], size: int) -> Tensor:
-    """As both networks were trained to see: the short side resized, the middle cut out, CLIP's mean and deviation.
+    """Pictures as both networks were trained on: the short side resized, the middle cut out, CLIP's mean and deviation.
 
-    By hand, for transformers' processor cuts one pixel beside torchvision's place where the rest is odd.
+    This is done by hand: where the rest is odd, transformers' processor cuts one pixel off torchvision's place.
     """
-    found = []
+    pixels = []
     for picture in pictures:
         short = min(picture.size)
         width, height = (int(size * side / short) for side in picture.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        found.append(np.asarray(resized.crop((left, top, left + size, top + size))))
-    pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) / 255
+        pixels.append(np.asarray(resized.crop((left, top, left + size, top + size))))
+    pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
     return (pixels - CLIP_MEAN) / CLIP_STD

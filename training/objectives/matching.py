@@ -1,22 +1,23 @@
 """Distribution matching: the critic learns the student's scores, the student follows the teacher's minus the critic's.
 
 The student's one step of a stage is diffused up to tau, where both are asked (TDM, arXiv 2503.06674). By settings the
-same code is DMD2 without GAN (clean, full band, stochastic sampler, several critic updates; arXiv 2405.14867), Phased
-DMD's critic (``critic.target=subinterval``), Decoupled DMD (a guidance term of its own; arXiv 2511.22677) and few-step
-SiD (a gradient through both networks; arXiv 2404.04057).
+same code is DMD2 without GAN (clean, full band, stochastic sampler, several critic updates; arXiv 2405.14867) and
+Phased DMD's critic (``critic.target=subinterval``). Two more objectives share its critic: Decoupled DMD (a guidance
+term with its own tau; arXiv 2511.22677) and few-step SiD (a gradient through both networks; arXiv 2404.04057).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..batch import Batch, Renoise
-from ..config import CriticConfig, ObjectiveConfig
+from ..config import CriticConfig, DistillConfig, ObjectiveConfig
 from ..losses import (
     critic_loss,
     critic_weight,
@@ -28,13 +29,16 @@ from ..losses import (
 )
 from ..roles import Role, Roles
 from ..trajectory import Noised, with_fresh_noise
+from .passes import Passes, prefix_passes, teacher_passes
 
 Metrics = dict[str, Tensor]
+"""0-dim tensors on the device, by their names in metrics.jsonl."""
 
 
-class Stage(NamedTuple):
-    """The student's step of each sample: the state ``x`` it starts from, its prediction and noise, and what is diffused
-    further: ``x_m``, the state it ends in, or x0 (``trajectory.renoise``), without gradient.
+class StudentStep(NamedTuple):
+    """The student's step of each sample's stage, all ``[B, ...]``: the state ``x`` where the stage starts, the
+    prediction ``x0`` and noise ``eps`` there, and ``x_m``, what is diffused further, without gradient: the state that
+    the stage ends in, or x0 (``trajectory.renoise``).
     """
 
     x: Tensor
@@ -43,50 +47,55 @@ class Stage(NamedTuple):
     x_m: Tensor
 
 
-class Seen(NamedTuple):
-    """A re-noised state and the critic's prediction there."""
+class CriticForward(NamedTuple):
+    """A re-noised state, its tau ``[B]`` and the critic's prediction there, ``x0_critic`` ``[B, ...]``."""
 
     noised: Noised
     tau: Tensor
     x0_critic: Tensor
 
 
-def student_step(roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The student's ``(x0, eps)`` where the stages start, at ``x``; with a stochastic sampler eps is fresh."""
+def student_prediction(roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's ``(x0, eps)`` where the stages start, at ``x``; all ``[B, ...]``. With a stochastic sampler eps is
+    fresh noise.
+    """
     x0, eps = roles.student(x, batch.trajectory.timesteps[batch.stages], batch.cond)
     return x0, eps if batch.fresh is None else batch.fresh[torch.arange(len(x)), batch.stages]
 
 
 def start_states(roles: Roles, batch: Batch) -> Tensor:
-    """Roll the student to where the stages start, without gradient."""
+    """The states ``[B, ...]`` where the stages start: the student is rolled there, without gradient."""
     predict = roles.student if batch.fresh is None else with_fresh_noise(roles.student, batch.fresh)
     return batch.trajectory.roll(predict, batch.noise, batch.stages, batch.cond)
 
 
-def student_stage(roles: Roles, batch: Batch, *, grad: bool) -> Stage:
-    """Roll the student to where the stages start and make its one step, with gradient if ``grad``."""
+def student_step(roles: Roles, batch: Batch, *, grad: bool) -> StudentStep:
+    """Roll the student to where the stages start and take its one step, with a graph if ``grad``."""
     x = start_states(roles, batch)
     with torch.set_grad_enabled(grad):
-        x0, eps = student_step(roles, batch, x)
-    return Stage(x, x0, eps, batch.trajectory.origin(x0.detach(), eps.detach(), batch.stages))
+        x0, eps = student_prediction(roles, batch, x)
+    return StudentStep(x, x0, eps, batch.trajectory.origin(x0.detach(), eps.detach(), batch.stages))
 
 
-def look(roles: Roles, batch: Batch, x_m: Tensor, renoise: Renoise, *, grad: bool) -> Seen:
-    """Diffuse what a stage ended in up to tau, and ask the critic about it."""
+def critic_forward(roles: Roles, batch: Batch, x_m: Tensor, renoise: Renoise, *, grad: bool) -> CriticForward:
+    """Diffuse what the stages end in, ``x_m`` ``[B, ...]``, up to tau, and call the critic there, with a graph if
+    ``grad``.
+    """
     noised = batch.trajectory.renoise(x_m, batch.stages, renoise.tau, renoise.xi)
     with torch.set_grad_enabled(grad):
         x0_critic, _ = roles.critic(noised.x_tau, renoise.tau, batch.cond)
-    return Seen(noised, renoise.tau, x0_critic)
+    return CriticForward(noised, renoise.tau, x0_critic)
 
 
-def critic_objective(config: CriticConfig, stage: Stage, seen: Seen) -> Tensor:
-    """The critic's loss on the student's states."""
-    weight = critic_weight(seen.noised.alpha, seen.noised.sigma, config.weight, config.weight_limit)
-    target = stage.x0.detach()
+def critic_objective(config: CriticConfig, step: StudentStep, forward: CriticForward) -> Tensor:
+    """The critic's loss, a scalar, on the student's states; ``forward`` carries the critic's graph."""
+    noised = forward.noised
+    weight = critic_weight(noised.alpha, noised.sigma, config.weight, config.weight_limit)
+    target = step.x0.detach()
     if config.target == "subinterval":
-        target, factor = subinterval_target(*seen.noised)
+        target, factor = subinterval_target(*noised)
         weight = weight * factor
-    return critic_loss(seen.x0_critic, target, weight.to(target))
+    return critic_loss(forward.x0_critic, target, weight.to(target))
 
 
 def guidance_of(config: ObjectiveConfig, batch: Batch) -> float | Tensor:
@@ -97,53 +106,82 @@ def guidance_of(config: ObjectiveConfig, batch: Batch) -> float | Tensor:
     return torch.tensor(by_stage)[batch.stages * len(by_stage) // len(batch.trajectory)]
 
 
-def student_objective(
-    roles: Roles, config: ObjectiveConfig, batch: Batch, stage: Stage, seen: Seen
+def matching_objective(
+    roles: Roles, config: ObjectiveConfig, batch: Batch, step: StudentStep, forward: CriticForward | None
 ) -> tuple[Tensor, Metrics]:
-    """The student's loss, whose x0 moves along the teacher's minus the critic's prediction.
+    """The student's loss of TDM and DMD: x0 moves along the guided teacher's minus the critic's prediction.
 
     Args:
-        stage: with the student's graph. seen: without one.
+        step: carries the student's graph.
+        forward: the critic's, if the student shares it; None calls the critic at ``batch.student``.
     """
-    w = guidance_of(config, batch)
-    penalty: dict[str, Any] = {
-        "kind": config.rho, "c": config.huber_c, "normalise": config.normalise, "norm_min": config.norm_min
-    }  # fmt: skip
-    decoupled = batch.guidance is not None
-    with torch.no_grad():
-        scale = 1.0 if decoupled else w
-        x0_teacher, _ = roles.guided_teacher(seen.noised.x_tau, seen.tau, batch.cond, batch.null, scale)
-    loss = generator_loss(stage.x0, x0_teacher, seen.x0_critic.detach(), **penalty)
-    if batch.guidance is not None:
-        loss = loss + config.guidance_weight * _guidance_term(roles, batch, batch.guidance, stage, w, penalty)
-    return loss, told(batch, loss, stage.x0, x0_teacher, seen.x0_critic)
+    forward = forward or _student_forward(roles, batch, step)
+    loss, x0_teacher = _matching_term(roles, config, batch, step, forward, guidance_of(config, batch))
+    return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)
 
 
-def _guidance_term(
-    roles: Roles, batch: Batch, renoise: Renoise, stage: Stage, w: float | Tensor, penalty: dict[str, Any]
-) -> Tensor:
+def decoupled_objective(
+    roles: Roles, config: ObjectiveConfig, batch: Batch, step: StudentStep, forward: CriticForward | None
+) -> tuple[Tensor, Metrics]:
+    """The student's loss of Decoupled DMD (arXiv 2511.22677): matching without guidance, and the guidance as a term of
+    its own, at ``batch.guidance`` and with the weight ``guidance_weight``. Arguments as of `matching_objective`.
+    """
+    assert batch.guidance is not None  # the table asks for it
+    forward = forward or _student_forward(roles, batch, step)
+    loss, x0_teacher = _matching_term(roles, config, batch, step, forward, 1.0)
+    loss = loss + config.guidance_weight * _guidance_term(roles, config, batch, batch.guidance, step)
+    return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)
+
+
+def _student_forward(roles: Roles, batch: Batch, step: StudentStep) -> CriticForward:
+    """The critic's forward at the student's own tau and noise, without a graph."""
+    assert batch.student is not None  # as asked of draw
+    return critic_forward(roles, batch, step.x_m, batch.student, grad=False)
+
+
+def _matching_term(
+    roles: Roles,
+    config: ObjectiveConfig,
+    batch: Batch,
+    step: StudentStep,
+    forward: CriticForward,
+    guidance_scale: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the teacher's prediction ``[B, ...]`` that it used."""
     with torch.no_grad():
-        x_tau = batch.trajectory.renoise(stage.x_m, batch.stages, renoise.tau, renoise.xi).x_tau
+        x0_teacher, _ = roles.guided_teacher(forward.noised.x_tau, forward.tau, batch.cond, batch.null, guidance_scale)
+    return generator_loss(step.x0, x0_teacher, forward.x0_critic.detach(), **_penalty(config)), x0_teacher
+
+
+def _guidance_term(roles: Roles, config: ObjectiveConfig, batch: Batch, renoise: Renoise, step: StudentStep) -> Tensor:
+    with torch.no_grad():
+        x_tau = batch.trajectory.renoise(step.x_m, batch.stages, renoise.tau, renoise.xi).x_tau
         (cond, _), (uncond, _) = roles.teacher_pair(x_tau, renoise.tau, batch.cond, batch.null)
+    w = guidance_of(config, batch)
     scale = w.to(cond).reshape(-1, *[1] * (cond.ndim - 1)) if isinstance(w, Tensor) else w
-    return guidance_loss(stage.x0, cond, uncond, scale, **penalty)
+    return guidance_loss(step.x0, cond, uncond, scale, **_penalty(config))
+
+
+def _penalty(config: ObjectiveConfig) -> dict[str, Any]:
+    return {"kind": config.rho, "c": config.huber_c, "normalise": config.normalise, "norm_min": config.norm_min}
 
 
 def sid_objective(
-    roles: Roles, config: ObjectiveConfig, batch: Batch, stage: Stage, renoise: Renoise
+    roles: Roles, config: ObjectiveConfig, batch: Batch, step: StudentStep, _forward: CriticForward | None
 ) -> tuple[Tensor, Metrics]:
-    """The student's loss of SiD: the same states, but a gradient through teacher and critic, too.
+    """The student's loss of SiD (arXiv 2404.04057): the same states, but a gradient through teacher and critic, too.
 
     Args:
-        stage: with the student's graph.
+        step: carries the student's graph.
     """
-    x_m = batch.trajectory.origin(stage.x0, stage.eps, batch.stages)
+    assert batch.student is not None  # as asked of draw
+    x_m = batch.trajectory.origin(step.x0, step.eps, batch.stages)
     with frozen(roles, "critic"):
-        seen = look(roles, batch, x_m, renoise, grad=True)
+        forward = critic_forward(roles, batch, x_m, batch.student, grad=True)
         w = guidance_of(config, batch)
-        x0_teacher, _ = roles.guided_teacher(seen.noised.x_tau, seen.tau, batch.cond, batch.null, w)
-        loss = sid_loss(stage.x0, x0_teacher, seen.x0_critic, alpha=config.sid_alpha, norm_min=config.norm_min)
-    return loss, told(batch, loss, stage.x0, x0_teacher, seen.x0_critic)
+        x0_teacher, _ = roles.guided_teacher(forward.noised.x_tau, forward.tau, batch.cond, batch.null, w)
+        loss = sid_loss(step.x0, x0_teacher, forward.x0_critic, alpha=config.sid_alpha, norm_min=config.norm_min)
+    return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)
 
 
 @contextmanager
@@ -160,9 +198,9 @@ def frozen(roles: Roles, role: Role) -> Iterator[None]:
 
 
 @torch.no_grad()
-def told(batch: Batch, loss: Tensor, x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor) -> Metrics:
+def matching_metrics(batch: Batch, loss: Tensor, x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor) -> Metrics:
     """The loss, the spread of the student's x0 over the teacher's, and how far teacher and critic are apart in each
-    stage (NaN where the batch has no such stage).
+    stage (NaN where the batch has no such stage). Predictions are ``[B, ...]``.
     """
     metrics = {"student_loss": loss.detach(), "std_ratio": x0.std() / x0_teacher.std()}
     gap = sample_mean((x0_teacher - x0_critic).abs()) / sample_mean((x0 - x0_teacher).abs()).clamp_min(1e-8)
@@ -172,3 +210,37 @@ def told(batch: Batch, loss: Tensor, x0: Tensor, x0_teacher: Tensor, x0_critic: 
         here = (batch.stages == i).nonzero()[:, 0].to(gap.device)
         metrics[f"{prefix}{i}"] = gap[here].mean()
     return metrics
+
+
+def matching_method(config: DistillConfig) -> str:
+    """What matching is called with these settings, with its source."""
+    if config.trajectory.renoise == "clean" and config.trajectory.bands == "full":
+        return "distribution matching without a GAN (DMD2, arXiv 2405.14867)"
+    return "Trajectory Distribution Matching (arXiv 2503.06674)"
+
+
+def matching_passes(config: DistillConfig, split: bool) -> Passes:
+    """6.5 forwards and 2 backwards at K = 4 with guidance. ``critic.share_noise`` saves the critic's second forward
+    (5.5). Without it a ``split`` batch repeats the student's one step (7.5), since its gradient has to wait until the
+    critic has learned from all micro batches.
+    """
+    n, share = config.critic.per_student, config.critic.share_noise
+    return Passes(
+        prefix=n * prefix_passes(config),
+        student=n + (split and not share),
+        critic=n,
+        teacher=teacher_passes(config),
+        score=0 if share else 1,
+        student_backward=1,
+        critic_backward=n,
+    )
+
+
+def decoupled_passes(config: DistillConfig, split: bool) -> Passes:
+    """One pass of the teacher more than matching: its own term's conditional one."""
+    return replace(matching_passes(config, split), teacher=teacher_passes(config) + 1)
+
+
+def sid_passes(config: DistillConfig, split: bool) -> Passes:
+    """As matching; its backward goes through the teacher's passes and the critic's."""
+    return replace(matching_passes(config, split), looked_through=teacher_passes(config) + 1)

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from ...errors import TDMError
-from ..config import DistillConfig, from_dict, load_config
+from ..config import DistillConfig
 from ..cost import passes
+from ..settings import from_dict, load_config
 
 FOLDER = Path(__file__).parent / "questions"
 
@@ -63,9 +64,9 @@ class Question:
         """The configuration of one run: at least the passes of the first variant and, but for `passes_only`, at least
         `updates`.
         """
-        own = self.variants[variant]
-        configs = [*self.configs, *(text for text in own if "=" not in text)]
-        settings = [*self.settings, *(text for text in own if "=" in text), f"seed={seed}"]
+        texts = self.variants[variant]
+        configs = [*self.configs, *(text for text in texts if "=" not in text)]
+        settings = [*self.settings, *(text for text in texts if "=" in text), f"seed={seed}"]
         config = load_config(configs, settings)
         share = 1.0
         if variant != self.first:
@@ -125,9 +126,9 @@ def load_question(name: str) -> Question:
     if not isinstance(data, dict) or not isinstance(data.get("variants"), dict) or not data["variants"]:
         raise TDMError(f"{path} must hold a question with its variants, see training/studies/question.py")
     question = from_dict(Question, {"name": path.stem, **data})
-    for variant, own in question.variants.items():
-        if not isinstance(own, list) or not all(isinstance(text, str) for text in own):
-            raise TDMError(f"{path}: variant {variant} must be a list of presets and key=value settings, not {own!r}")
+    for variant, texts in question.variants.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise TDMError(f"{path}: variant {variant} must be a list of presets and key=value settings, not {texts!r}")
     if question.updates < 1 or question.every < 1 or question.updates % question.every:
         raise TDMError(f"{path}: updates must be a multiple of every, not {question.updates} and {question.every}")
     for variant in question.variants:

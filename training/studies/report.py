@@ -31,30 +31,31 @@ def at_steps(question: Question, answer: Answer, steps: int) -> tuple[Question, 
     """
     name = f"{question.measure}/{steps}_steps"
 
-    def own(run: Trained) -> str:
+    def measure_of(run: Trained) -> str:
         return question.measure if run.config["trajectory"]["steps"] == steps else name
 
-    found = _measured(answer, name, own)
-    if not found:
+    measured = _measured(answer, name, measure_of)
+    if not measured:
         raise TDMError(f"no run of {question.name} was evaluated at {steps} steps")
-    return replace(question, measure=name, name=f"{question.name}-{steps}-steps", reach=None), found
+    return replace(question, measure=name, name=f"{question.name}-{steps}-steps", reach=None), measured
 
 
 def of_further(question: Question, answer: Answer, name: str) -> tuple[Question, dict[tuple[str, int], Trained]]:
     """The question and its answer by one of its further measures; of runs in which that was not taken, none."""
     further = question.further[name]
-    own = replace(question, measure=name, name=f"{question.name}-{name}", **vars(further))
-    return own, _measured(answer, name, lambda _: name)
+    about = replace(question, measure=name, name=f"{question.name}-{name}", **vars(further))
+    return about, _measured(answer, name, lambda _: name)
 
 
-def _measured(answer: Answer, name: str, own: Callable[[Trained], str]) -> dict[tuple[str, int], Trained]:
-    """The runs with a measure, which is called ``own(run)`` in each, as ``name`` and no other."""
+def _measured(answer: Answer, name: str, measure_of: Callable[[Trained], str]) -> dict[tuple[str, int], Trained]:
+    """The runs with a measure, which is called ``measure_of(run)`` in each, as ``name`` and no other."""
 
-    def there(run: Trained) -> Trained:
-        points = [replace(p, measures={name: p.measures[own(run)]}) for p in run.curve if own(run) in p.measures]
+    def renamed(run: Trained) -> Trained:
+        measure = measure_of(run)
+        points = [replace(p, measures={name: p.measures[measure]}) for p in run.curve if measure in p.measures]
         return replace(run, curve=points)
 
-    return {key: run for key, run in ((key, there(run)) for key, run in answer.items()) if run.curve}
+    return {key: run for key, run in ((key, renamed(run)) for key, run in answer.items()) if run.curve}
 
 
 def seeds_of(question: Question, answer: Answer, variant: str) -> list[Trained]:
@@ -129,12 +130,12 @@ def table(question: Question, answer: Answer) -> str:
 
 
 def _reached(question: Question, runs: Sequence[Trained]) -> str:
-    found = [reached(question, run) for run in runs]
-    there = [f for f in found if f is not None]
+    first = [reached(question, run) for run in runs]
+    there = [f for f in first if f is not None]
     if not there:
         return f"not in {max(run.curve[-1].step for run in runs)}" if runs else "-"
     steps, costs = zip(*there, strict=True)
-    some = "" if len(there) == len(found) else f", {len(there)} of {len(found)} seeds"
+    some = "" if len(there) == len(first) else f", {len(there)} of {len(first)} seeds"
     return f"{min(steps)} to {max(steps)} ({min(costs):.0f} to {max(costs):.0f}){some}"
 
 
@@ -142,19 +143,19 @@ def grid(question: Question, results: Path, path: Path) -> bool:
     """What the first seed of each variant draws, from the same noise; False if nothing was kept."""
     names = (TEACHER, BASE, *question.variants)
     files = {name: picture_folder(results) / f"{slug(name)}.png" for name in names}
-    found = {name: Image.open(file) for name, file in files.items() if file.is_file()}
-    if not found:
+    images = {name: Image.open(file) for name, file in files.items() if file.is_file()}
+    if not images:
         return False
     plt = _pyplot()
-    shape = next(iter(found.values()))
-    columns = min(len(found), max(1, 6 * shape.height // shape.width))
-    rows = -(-len(found) // columns)
+    shape = next(iter(images.values()))
+    columns = min(len(images), max(1, 6 * shape.height // shape.width))
+    rows = -(-len(images) // columns)
     width = 1.7 * columns if columns > 1 else 8.0
     height = width / columns * shape.height / shape.width + 0.3
     figure, axes = plt.subplots(rows, columns, figsize=(width, rows * height), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (name, image) in zip(axes.flat, found.items(), strict=False):
+    for axis, (name, image) in zip(axes.flat, images.items(), strict=False):
         axis.imshow(image)
         axis.set_title("\n".join(wrap(name, 24 if columns > 1 else 90)), fontsize=8)
     figure.tight_layout(pad=0.3)

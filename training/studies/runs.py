@@ -83,20 +83,20 @@ def read_runs(path: Path) -> list[Trained]:
     """
     if not path.is_file():
         return []
-    found = []
+    runs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             continue
         try:
             fields = json.loads(line)
-            found.append(Trained(**{**fields, "curve": [Point(**point) for point in fields["curve"]]}))
+            runs.append(Trained(**{**fields, "curve": [Point(**point) for point in fields["curve"]]}))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise TDMError(f"{path}, line {number}, is no run: {error}") from None
-    return found
+    return runs
 
 
 def valid_runs(question: Question, runs: Sequence[Trained]) -> dict[tuple[str, int], Trained]:
-    """Those that are still what the question asks for, by (variant, seed)."""
+    """The runs that are still what the question asks for, by (variant, seed)."""
     wanted = _wanted(question)
     known = [run for run in runs if (run.variant, run.seed) in wanted]
     return {(run.variant, run.seed): run for run in known if is_of(run.config, wanted[run.variant, run.seed])}
@@ -306,7 +306,7 @@ def references(question: Question, pictures: Path) -> list[Trained]:
     evaluation, without training.
     """
     config = question.config(question.first, question.seeds[0])
-    found = []
+    measured = []
     for name in (BASE, TEACHER):
         begun = time.monotonic()
         run = untrained(config)
@@ -314,8 +314,8 @@ def references(question: Question, pictures: Path) -> list[Trained]:
         measures = run.task.evaluate(sampler, run.teacher)
         save_picture(pictures, name, run.task.show(sampler))
         point = Point(0, 0.0, measures)
-        found.append(Trained(name, 0, asdict(config), time.monotonic() - begun, machine(), [point]))
-    return found
+        measured.append(Trained(name, 0, asdict(config), time.monotonic() - begun, machine(), [point]))
+    return measured
 
 
 def untrained(config: DistillConfig) -> Run:

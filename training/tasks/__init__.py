@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ...errors import TDMError
-from ..config import MemoryConfig, from_dict
+from ..config import MemoryConfig
 from ..progress import Report, print_line
+from ..settings import from_dict
 from ..task import Task
 
 
@@ -27,14 +28,12 @@ def build_task(
     """
     name = section.get("name")
     if name == "mixture":
-        from .mixture import MixtureTask
+        from .mixture import MixtureTask, MixtureTaskConfig
 
         if memory.base not in ("auto", "fp32") or memory.offload:
             raise TDMError("the mixture is computed in float32 on the CPU: leave memory.base and memory.offload out")
-        settings = {key: value for key, value in section.items() if key != "name"}
-        if unknown := settings.keys() - {"kind", "width", "samples"}:
-            raise TDMError(f"unknown setting task.{min(unknown)} of the mixture, which has kind, width and samples")
-        return MixtureTask(**settings)
+        mixture = from_dict(MixtureTaskConfig, section, "task.")
+        return MixtureTask(mixture.kind, mixture.width, mixture.samples)
     if name == "pipeline":
         from .pipeline import PipelineTask, PipelineTaskConfig
 

@@ -56,7 +56,7 @@ class UserLora(NamedTuple):
 
 
 class _ConfigOnly(NamedTuple):
-    """In the place of a network that is not loaded: what it would be like."""
+    """The configuration of a network that is not loaded, in its place."""
 
     config: Any
 
@@ -207,7 +207,7 @@ class BaseModel:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file's content; the hub's cache has it as the name of the file that a link points to."""
+    """The SHA-256 of a file's content. The hub's cache has it as the name of the file that a link points to."""
     blob = path.resolve().name
     if path.is_symlink() and len(blob) == 64:
         return blob

@@ -1,9 +1,8 @@
 """A teacher that is known in closed form: a Gaussian mixture in two dimensions, the proof that the method works.
 
 At any noise level the posterior mean ``E[x0 | x_t]`` of a mixture is a formula, so this "pretrained network" makes no
-error, its true samples are at hand, and a student's distance to the true distribution can be measured. It is
-distilled by the same code as an
-image model: this file only says what ``training.loop.Task`` asks.
+error, its true samples are known, and a student's distance to the true distribution can be measured. It is distilled
+by the same code as an image model: this file only implements `training.task.Task`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
 from ..best import Measure
 from ..metrics import energy_distance
 from ..preview import Preview
-from ..task import Sampler, Teacher
+from ..task import Sample, Teacher
 from ..trajectory import Condition, Trajectory
 
 PREVIEWS = 1000  # samples whose spread is compared
@@ -113,8 +113,25 @@ class MixtureDenoiser(nn.Module):
         return output + self.outer(h)
 
 
+@dataclass(frozen=True)
+class MixtureTaskConfig:
+    """The ``task`` section of a configuration that distils the mixture (name=mixture)."""
+
+    name: str = "mixture"
+    """The kind of task."""
+
+    kind: Literal["flow", "vp"] = "flow"
+    """The noise schedule: flow predicts velocity; vp has Stable Diffusion's table and predicts v."""
+
+    width: int = 128
+    """Width of the residual network that gets the adapters."""
+
+    samples: int = 10_000
+    """Samples per evaluation."""
+
+
 class MixtureTask:
-    """``run.Task`` of the mixture, without prompts: ``kind`` "flow" predicts velocity, "vp" (SD's table) predicts v.
+    """``Task`` of the mixture, without prompts: ``kind`` "flow" predicts velocity, "vp" (SD's table) predicts v.
 
     Args:
         samples: how many samples an evaluation takes.
@@ -140,7 +157,7 @@ class MixtureTask:
         self.base = MixtureDenoiser(self.mixture, self.schedule, self.prediction_type, width, generator)
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:  # noqa: ARG002
-        """See ``run.Task``."""
+        """See ``Task``."""
         return base(x, timesteps)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002
@@ -151,14 +168,14 @@ class MixtureTask:
         """No prompts."""
         return cond
 
-    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:  # noqa: ARG002
+    def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:  # noqa: ARG002
         """No picture, but how far apart the student's samples are, over that of true samples."""
         generator = torch.Generator().manual_seed(2)
         true = self.mixture.sample(PREVIEWS, generator)
         x = student(torch.randn(PREVIEWS, self.dim, generator=generator), {})
         return Preview(None, {"diversity": float(torch.pdist(x).mean() / torch.pdist(true).mean())})
 
-    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:  # noqa: ARG002
+    def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:  # noqa: ARG002
         """Energy distance to true samples, and the smallest and largest share of a mode over its weight."""
         generator = torch.Generator().manual_seed(1)
         true = self.mixture.sample(self.samples, generator)
@@ -166,7 +183,7 @@ class MixtureTask:
         shares = self.mixture.coverage(x)
         return {"energy": energy_distance(x, true), "least_mode": float(shares.min()), "most_mode": float(shares.max())}
 
-    def show(self, sampler: Sampler) -> Image.Image:
+    def show(self, sampler: Sample) -> Image.Image:
         """Samples as points over the true modes, whose size is their weight."""
         import matplotlib
 

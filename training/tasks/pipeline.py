@@ -30,7 +30,7 @@ from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
 from ..preview import Preview, picture_ratios
 from ..progress import Progress, Report, print_line
-from ..task import Sampler, Teacher
+from ..task import Sample, Teacher
 from ..trajectory import Trajectory
 from ..worlds.stickers.scene import Scene
 from ..worlds.stickers.verify import verify
@@ -47,28 +47,49 @@ CHUNK = 32  # pictures at a time in previews and evaluation
 
 @dataclass(frozen=True)
 class PipelineTaskConfig:
-    """The ``task`` section of a configuration that distils a pipeline."""
+    """The ``task`` section of a configuration that distils a pipeline (name=pipeline)."""
 
     name: str = "pipeline"
-    model: str = BUNDLED  # folder or hub id of the base, or the bundled one
-    loras: tuple[str, ...] = ()  # LoRAs to merge into the base first: path, or path@strength; the teacher has them
-    prompts: str = STICKERS  # a text file with one prompt a line, or the grammar of the bundled world
-    prompt_count: int = 4096  # how many of the grammar's prompts; a file is used whole
-    # Folder of what is made once and shared by runs: prompts/, encoded, and pictures/, the teacher's in previews and
-    # evaluations. None: ~/.cache/tdm.
+    """The kind of task."""
+
+    model: str = BUNDLED
+    """Folder or hub id of the base, or the bundled one."""
+
+    loras: tuple[str, ...] = ()
+    """LoRAs to merge into the base first, each a path or path@strength. The teacher has them."""
+
+    prompts: str = STICKERS
+    """A text file with one prompt a line, or the grammar of the bundled world."""
+
+    prompt_count: int = 4096
+    """How many of the grammar's prompts. A file is used whole."""
+
     cache: str | None = None
-    height: int | None = None  # in pixels; None is the size that the model was made for
+    """Folder of what is made once and shared by runs: prompts/, encoded, and pictures/, the teacher's in previews and
+    evaluations. None: ~/.cache/tdm."""
+
+    height: int | None = None
+    """Height in pixels. None: the size that the model was made for."""
+
     width: int | None = None
-    num_frames: int | None = None  # of a video
-    # Several sizes, [height, width] or [height, width, num_frames]: each update draws one. The student's own is the
-    # first.
+    """Width in pixels. None: the size that the model was made for."""
+
+    num_frames: int | None = None
+    """Frames of a video. None: as many as the model was made for."""
+
     sizes: tuple[tuple[int, ...], ...] | None = None
-    embedded_guidance: float | None = None  # what a guidance-distilled network (FLUX.1-dev) is told; None: its default
-    evaluate: int = 64  # held-out prompts per evaluation (the bundled world only)
+    """Several sizes, each [height, width] or [height, width, num_frames]. Each update draws one. The student's own is
+    the first."""
+
+    embedded_guidance: float | None = None
+    """The guidance scale that a guidance-distilled network (FLUX.1-dev) gets as an input. None: its default."""
+
+    evaluate: int = 64
+    """Held-out prompts per evaluation (the bundled world only)."""
 
 
 class PipelineTask:
-    """``run.Task`` of a pipeline of any family (see ``pipelines/families``).
+    """``Task`` of a pipeline of any family (see ``pipelines/families``).
 
     All prompts of the run are encoded first (``prompt_cache``); then the denoiser is loaded, without text encoders. The
     VAE comes with the first decoding and leaves the device after each. What the teacher draws for previews and
@@ -95,16 +116,16 @@ class PipelineTask:
         self.config, self.device, self._report = config, torch.device(device), report
         self._memory = memory = memory or MemoryConfig()
         self._storage = storage_on(memory, self.device)  # refused here, before anything is read
-        self.parts = BaseModel.find(config.model, config.loras)
-        self.family = self.parts.family
+        self.base_model = BaseModel.find(config.model, config.loras)
+        self.family = self.base_model.family
         self.prompts = training_prompts(config.prompts, config.prompt_count)
         measured = config.evaluate if config.prompts == STICKERS else 0
         self._held_out, self._wanted = held_out(measured)
         self._root = user_cache() if config.cache is None else Path(config.cache)
         prompts = [*self.prompts, *self._held_out]
-        self.cache = encode_prompts(self.parts, prompts, self._root / "prompts", self.device, report)
+        self.cache = encode_prompts(self.base_model, prompts, self._root / "prompts", self.device, report)
 
-        self.pipe, self._dtype = self.parts.pipeline(memory, self.device)
+        self.pipe, self._dtype = self.base_model.pipeline(memory, self.device)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
         self.targets: Sequence[str] | str = self.family.lora_targets
         self.time_embedder = self.family.time_embedder
@@ -119,12 +140,12 @@ class PipelineTask:
 
     @property
     def student_guidance(self) -> float:
-        """The guidance scale to run the student with: 1.0 is none; a guidance-distilled network is told the same."""
-        told = self.family.facts(self.pipe, self.cache.null, self.size, **self._told)
-        return float(told["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
+        """The guidance scale to run the student with: 1.0 is none. A guidance-distilled network gets the same scale."""
+        facts = self.family.facts(self.pipe, self.cache.null, self.size, **self._embedded_guidance)
+        return float(facts["guidance"][0]) if self.family.embeds_guidance(self.pipe) else 1.0
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> StudentRecipe:
-        """See ``run.Task``."""
+        """See ``Task``."""
         config = next(iter(trajectories.values())).config
         source = (
             "the grammar of the bundled world" if self.config.prompts == STICKERS else Path(self.config.prompts).name
@@ -148,17 +169,17 @@ class PipelineTask:
         )
 
     @property
-    def _told(self) -> dict[str, float]:
+    def _embedded_guidance(self) -> dict[str, float]:
         scale = self.config.embedded_guidance
         return {} if scale is None else {"guidance_scale": scale}
 
     @property
     def merged_loras(self) -> list[str]:
         """The LoRAs that are part of the teacher, as ``name@strength``: the student wants them beside it."""
-        return [f"{lora.file.name}@{lora.strength:g}" for lora in self.parts.loras]
+        return [f"{lora.file.name}@{lora.strength:g}" for lora in self.base_model.loras]
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``run.Task``. States and conditions enter in the dtype that the base computes in."""
+        """See ``Task``. States and conditions enter in the dtype that the base computes in."""
         cond = {key: value.to(self._dtype) if value.is_floating_point() else value for key, value in cond.items()}
         return self.family.denoise(base, x.to(self._dtype), timesteps, cond)
 
@@ -169,23 +190,23 @@ class PipelineTask:
             TDMError: a prompt is not one of the run's.
         """
         text = self.cache.conditions(prompts)
-        return text | self.family.facts(self.pipe, text, size or self.size, **self._told)
+        return text | self.family.facts(self.pipe, text, size or self.size, **self._embedded_guidance)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:
-        """See ``run.Task``."""
+        """See ``Task``."""
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
         size = rng.choice(self.sizes)
         return self.encode(rng.choices(self.prompts, k=n), size), self.family.latent_shape(self.pipe, size)
 
     def null(self, cond: Condition) -> Condition:
-        """See ``run.Task``."""
+        """See ``Task``."""
         return null_like(self.cache.null, cond)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, *latent_shape] to uint8 pictures [B, 3, H, W] on the CPU; of a video its middle frame."""
         if self._vae is None:
-            self._vae = self.parts.vae()
+            self._vae = self.base_model.vae()
         self.pipe.vae = self._vae.to(self.device)
         try:
             pixels = torch.cat([self.family.decode(self.pipe, part, self.size) for part in latents.split(CHUNK)])
@@ -194,25 +215,25 @@ class PipelineTask:
             self.pipe.vae = None
         return pixels[:, pixels.shape[1] // 2] if self.family.video else pixels
 
-    def pictures(self, sampler: Sampler, prompts: list[str], seed: int) -> Tensor:
+    def pictures(self, sampler: Sample, prompts: list[str], seed: int) -> Tensor:
         """uint8 pictures of ``prompts`` from fixed noise."""
         noise = torch.randn(len(prompts), *self.latent_shape, generator=torch.Generator().manual_seed(seed))
-        made, progress = [], Progress("drawing pictures", len(prompts), self._report)
+        latents, progress = [], Progress("drawing pictures", len(prompts), self._report)
         for start in range(0, len(prompts), CHUNK):
             cond = on_device(self.encode(prompts[start : start + CHUNK]), self.device)
-            made.append(sampler(noise[start : start + CHUNK].to(self.device), cond))
-            progress.add(len(made[-1]))
-        return self.decode(torch.cat(made))
+            latents.append(sampler(noise[start : start + CHUNK].to(self.device), cond))
+            progress.add(len(latents[-1]))
+        return self.decode(torch.cat(latents))
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
         """What the base's pictures depend on beside their sampler, prompts and noise."""
         return {
-            "base": self.parts.identity(),
+            "base": self.base_model.identity(),
             "storage": self._storage,
             "device": self.device.type,
             "size": self.size,
-            "told": self._told,
+            "told": self._embedded_guidance,
         }
 
     def _by_teacher(self, teacher: Teacher, prompts: list[str], seed: int) -> Tensor:
@@ -229,16 +250,16 @@ class PipelineTask:
             self._teacher_pictures[seed] = draw() if self._memory.shard else cached_pictures(here, identity, draw)
         return self._teacher_pictures[seed]
 
-    def preview(self, student: Sampler, teacher: Teacher, critic: Sampler) -> Preview:
+    def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:
         """Teacher above student above the critic's idea, the same prompts and noise, ``SEEDS`` pictures a prompt."""
         labels = [prompt for prompt in self.prompts[:PREVIEWS] for _ in range(SEEDS)]
         reference = self._by_teacher(teacher, labels, 0)
-        made, idea = (self.pictures(sampler, labels, 0) for sampler in (student, critic))
-        rows = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in (reference, made, idea)]
+        pictures, idea = (self.pictures(sampler, labels, 0) for sampler in (student, critic))
+        rows = [[Image.fromarray(p.permute(1, 2, 0).numpy()) for p in row] for row in (reference, pictures, idea)]
         sheet = contact_sheet(rows, ["teacher", "student", "critic's\nidea"], labels)
-        return Preview(sheet, picture_ratios(*(p.unflatten(0, (-1, SEEDS)) for p in (made, reference))))
+        return Preview(sheet, picture_ratios(*(p.unflatten(0, (-1, SEEDS)) for p in (pictures, reference))))
 
-    def show(self, sampler: Sampler) -> Image.Image:
+    def show(self, sampler: Sample) -> Image.Image:
         """The first of the run's prompts in a row, held-out ones where there are some."""
         prompts = (self._held_out or self.prompts)[:SHOWN]
         return Image.fromarray(torch.cat(list(self.pictures(sampler, prompts, 3)), 2).permute(1, 2, 0).numpy())
@@ -248,7 +269,7 @@ class PipelineTask:
         """Accuracy, which only the bundled world can tell."""
         return Measure("accuracy", higher_is_better=True) if self._wanted else None
 
-    def evaluate(self, student: Sampler, teacher: Teacher) -> dict[str, float]:
+    def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:
         """Accuracy on held-out combinations, colours over the teacher's and, with more than `DIMENSIONS` prompts, the
         Frechet distance to its pictures (`picture_frechet`); nothing without the bundled world.
         """
@@ -256,10 +277,10 @@ class PipelineTask:
             return {}
         prompts, wanted = self._held_out, self._wanted
         reference = self._by_teacher(teacher, prompts, 1)
-        made = reference if student is teacher else self.pictures(student, prompts, 1)
-        accuracy = {"accuracy": _accuracy(made, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
-        far = {"frechet": picture_frechet(made, reference)} if len(prompts) > DIMENSIONS else {}
-        return accuracy | far | colour_ratios(made, reference)
+        pictures = reference if student is teacher else self.pictures(student, prompts, 1)
+        accuracy = {"accuracy": _accuracy(pictures, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
+        far = {"frechet": picture_frechet(pictures, reference)} if len(prompts) > DIMENSIONS else {}
+        return accuracy | far | colour_ratios(pictures, reference)
 
 
 def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size]:
@@ -274,38 +295,38 @@ def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size
     """
     if config.embedded_guidance is not None and not family.embeds_guidance(pipe):
         raise TDMError("task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out")
-    own = family.default_size(pipe)
+    default = family.default_size(pipe)
     if config.sizes is None:
-        given: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
+        sizes_given: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
     elif (config.height, config.width, config.num_frames) != (None, None, None) or not config.sizes:
         raise TDMError("give task.sizes, a list of [height, width], or task.height and task.width, not both")
     else:
-        given = config.sizes
+        sizes_given = config.sizes
     sizes = []
-    for numbers in given:
+    for numbers in sizes_given:
         if len(numbers) not in (2, 3):
             raise TDMError(f"a size in task.sizes is [height, width] or [height, width, num_frames], not {numbers}")
         height, width, num_frames = (*numbers, None)[:3]
         if num_frames is not None and not family.video:
             raise TDMError(f"num_frames is {num_frames}, but {family.name} makes pictures; leave it out")
-        size = Size(height or own.height, width or own.width, num_frames or own.num_frames)
+        size = Size(height or default.height, width or default.width, num_frames or default.num_frames)
         family.latent_shape(pipe, size)  # refuses what does not fit
         sizes.append(size)
     return sizes
 
 
 def encode_prompts(
-    parts: BaseModel, prompts: list[str], root: Path, device: torch.device, report: Report
+    base: BaseModel, prompts: list[str], root: Path, device: torch.device, report: Report
 ) -> PromptCache:
     """The cache of these prompts in ``root``, built now if it is not there or not whole."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    cache = PromptCache(root, parts.encoder_identity(dtype), prompts)
+    cache = PromptCache(root, base.encoder_identity(dtype), prompts)
 
     @contextmanager
     def encoders() -> Iterator[TextEncoders]:
-        with parts.text_encoders(device, dtype) as pipe:
-            encode, null = parts.family.encode_text, parts.family.encode_null
-            yield TextEncoders(lambda part: encode(pipe, part), lambda: null(pipe))
+        with base.text_encoders(device, dtype) as pipe:
+            encode, null = base.family.encode_text, base.family.encode_null
+            yield TextEncoders(lambda texts: encode(pipe, texts), lambda: null(pipe))
 
     build_cache(cache, encoders, report)
     return cache

@@ -19,6 +19,8 @@ import copy
 import json
 import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,108 +180,156 @@ def save_pipeline(folder: Path, model: Model, vae: Any, tokenizer: T5Tokenizer, 
         pipe.save_pretrained(unfinished)
 
 
-def train(
-    out: Path,
-    steps: int,
-    batch: int,
-    rate: float,
-    shards: int,
-    seed: int,
-    precision: Precision,
-    start_from: Path | None,
-    style: Style,
-) -> None:
-    torch.manual_seed(seed)
-    parts = out if start_from is None or (out / "vae").exists() else start_from
-    vae: Any = AutoencoderKL.from_pretrained(parts / "vae").eval().requires_grad_(False)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    if start_from is None:
-        model = Model(build_text_encoder(len(tokenizer)), build_denoiser(vae.config.latent_channels))
-    else:
-        pipe: Any = PixArtAlphaPipeline.from_pretrained(start_from, dtype=torch.float32, vae=None)
-        model = Model(pipe.text_encoder, pipe.transformer)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimisers = build_optimisers(model, rate)
-    for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-        group["full_lr"] = group["lr"]
-    noise = torch.Generator().manual_seed(seed)
-    checkpoint, first, seconds = out / "denoiser.pt", 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+@dataclass(frozen=True)
+class TeacherConfig:
+    """How a teacher is trained.
+
+    Attributes:
+        out: folder of the run, with ``vae``, ``denoiser.pt`` and at the end ``pipeline``.
+        steps: updates in all.
+        batch: pictures per update.
+        rate: learning rate of Muon; AdamW takes a tenth, the text encoder a twentieth.
+        shards: pictures to draw, in shards of `SHARD`.
+        seed: of all randomness.
+        start_from: folder of a finished pipeline to begin with; None begins with random weights.
+        style: of the pictures that it learns to draw.
+        precision: of the network's own arithmetic.
+    """
+
+    out: Path
+    steps: int = 7000
+    batch: int = 96
+    rate: float = 0.02
+    shards: int = 30
+    seed: int = 0
+    start_from: Path | None = None
+    style: Style = "sticker"
+    precision: Precision = "bf16"
+
+
+class Trainer:
+    """A teacher while it is trained: model, running mean, optimisers and noise; continued from its last checkpoint."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.config = config
+        torch.manual_seed(config.seed)
+        with_vae = config.out if config.start_from is None or (config.out / "vae").exists() else config.start_from
+        self.vae: Any = AutoencoderKL.from_pretrained(with_vae / "vae").eval().requires_grad_(False)
+        config.out.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = build_tokenizer()
+        if config.start_from is None:
+            text_encoder = build_text_encoder(len(self.tokenizer))
+            self.model = Model(text_encoder, build_denoiser(self.vae.config.latent_channels))
+        else:
+            pipe: Any = PixArtAlphaPipeline.from_pretrained(config.start_from, dtype=torch.float32, vae=None)
+            self.model = Model(pipe.text_encoder, pipe.transformer)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimisers = build_optimisers(self.model, config.rate)
+        for group in self._groups():
+            group["full_lr"] = group["lr"]
+        self.noise = torch.Generator().manual_seed(config.seed)
+        self.checkpoint, self.step, self.seconds = config.out / "denoiser.pt", 0, 0.0
+        if self.checkpoint.exists():
+            self._resume()
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        return (group for optimiser in self.optimisers for group in optimiser.param_groups)
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        noise.set_state(state["noise"])
-        first, seconds = state["step"], state["seconds"]
-        print(f"resumed at step {first}", flush=True)
-    stream = LatentStream(vae, shards, seed, style)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}, {torch.get_num_threads()} threads", flush=True)
+        self.noise.set_state(state["noise"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        print(f"resumed at step {self.step}", flush=True)
 
-    def save(step: int) -> None:
-        state = {"model": model.state_dict(), "ema": ema.state_dict(), "noise": noise.get_state(), "step": step,
-                 "seconds": seconds, "optimisers": [o.state_dict() for o in optimisers]}  # fmt: skip
-        save_tensors(state, checkpoint)
-        save_pipeline(out / "pipeline", ema, vae, tokenizer, torch.float32)
+    def save(self) -> None:
+        """Write the checkpoint and, with the mean weights, the pipeline."""
+        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "noise": self.noise.get_state(),
+                 "step": self.step, "seconds": self.seconds,
+                 "optimisers": [o.state_dict() for o in self.optimisers]}  # fmt: skip
+        save_tensors(state, self.checkpoint)
+        save_pipeline(self.config.out / "pipeline", self.ema, self.vae, self.tokenizer, torch.float32)
 
-    running = 0.0
-    for step in range(first, steps):
-        begun = time.time()
-        x0, texts = stream.batch(step, batch)
-        encoded = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    def update(self, x0: Tensor, texts: list[str]) -> float:
+        """One update on latents ``x0`` ``[B, C, H, W]`` and their captions; returns the loss."""
+        encoded = self.tokenizer(
+            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        )
         # Logit-normal noise levels leaning to the noisy side, where the composition is decided.
-        sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(batch, generator=noise))
-        epsilon = torch.randn(x0.shape, generator=noise)
+        sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(len(x0), generator=self.noise))
+        epsilon = torch.randn(x0.shape, generator=self.noise)
         s = sigma.view(-1, 1, 1, 1)
-        with autocast(precision):
-            velocity = model((1 - s) * x0 + s * epsilon, 1000 * sigma, encoded.input_ids, encoded.attention_mask)
+        with autocast(self.config.precision):
+            velocity = self.model((1 - s) * x0 + s * epsilon, 1000 * sigma, encoded.input_ids, encoded.attention_mask)
         loss = (velocity.float() - (epsilon - x0)).square().mean()
-        for optimiser in optimisers:
+        for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        factor = rate_factor(step, steps)
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group["full_lr"] * factor
+        factor = rate_factor(self.step, self.config.steps)
+        for group in self._groups():
+            group["lr"] = group["full_lr"] * factor
+        for optimiser in self.optimisers:
             optimiser.step()
         with torch.no_grad():
-            decay = min(EMA_DECAY, (step + 1) / (step + 10))
-            torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - decay)
-        seconds += time.time() - begun
-        running += loss.item()
+            decay = min(EMA_DECAY, (self.step + 1) / (self.step + 10))
+            torch._foreach_lerp_([*self.ema.parameters()], [*self.model.parameters()], 1 - decay)
+        self.step += 1
+        return loss.item()
+
+
+def train(config: TeacherConfig) -> None:
+    """Train a teacher, from its last checkpoint on if there is one, and write its pipeline and its record."""
+    trainer = Trainer(config)
+    stream = LatentStream(trainer.vae, config.shards, config.seed, config.style)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{count / 1e6:.2f} M parameters, vocabulary {len(trainer.tokenizer)}, {torch.get_num_threads()} threads",
+          flush=True)  # fmt: skip
+    running = 0.0
+    while trainer.step < config.steps:
+        begun = time.time()
+        running += trainer.update(*stream.batch(trainer.step, config.batch))
+        trainer.seconds += time.time() - begun
         if not running < float("inf"):
-            raise SystemExit(f"loss is not finite at step {step}; lower --rate")
-        if (step + 1) % 50 == 0:
-            pace = seconds / (step + 1)
-            print(f"step {step + 1}/{steps} loss {running / 50:.4f} {1000 * pace:.0f} ms/step "
-                  f"{seconds / 60:.1f} min eta {pace * (steps - step - 1) / 60:.1f} min", flush=True)  # fmt: skip
+            raise SystemExit(f"loss is not finite at step {trainer.step - 1}; lower --rate")
+        if trainer.step % 50 == 0:
+            _print_progress(trainer, running / 50)
             running = 0.0
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            save(step + 1)
-    record: dict[str, Any] = {"updates": steps, "batch": batch, "seed": seed, "style": style}
-    record["minutes"] = round(seconds / 60, 1)
-    if start_from is not None and (before := start_from / "training.json").exists():
+        if trainer.step % 250 == 0 or trainer.step == config.steps:
+            trainer.save()
+    _write_record(config, trainer.seconds)
+
+
+def _print_progress(trainer: Trainer, loss: float) -> None:
+    steps, pace = trainer.config.steps, trainer.seconds / trainer.step
+    print(f"step {trainer.step}/{steps} loss {loss:.4f} {1000 * pace:.0f} ms/step {trainer.seconds / 60:.1f} min "
+          f"eta {pace * (steps - trainer.step) / 60:.1f} min", flush=True)  # fmt: skip
+
+
+def _write_record(config: TeacherConfig, seconds: float) -> None:
+    """How the teacher was trained, and what it started from, for the bundle."""
+    record: dict[str, Any] = {"updates": config.steps, "batch": config.batch, "seed": config.seed}
+    record |= {"style": config.style, "minutes": round(seconds / 60, 1)}
+    if config.start_from is not None and (before := config.start_from / "training.json").exists():
         record["started_from"] = json.loads(before.read_text())
-    (out / "denoiser.json").write_text(json.dumps(record))
+    (config.out / "denoiser.json").write_text(json.dumps(record))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--rate", type=float, default=0.02, help="of Muon; AdamW takes a tenth")
-    parser.add_argument("--shards", type=int, default=30, help="pictures to draw, in shards of 4096")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start-from", type=Path, help="folder of a finished pipeline to begin with")
-    parser.add_argument("--style", choices=tuple(STYLES), default="sticker", help="of the pictures it learns to draw")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    args = parser.parse_args()
-    train(
-        args.out, args.steps, args.batch, args.rate, args.shards, args.seed, args.precision, args.start_from, args.style
-    )
+    add, default = parser.add_argument, TeacherConfig(Path())
+    add("--out", type=Path, required=True)
+    add("--steps", type=int, default=default.steps)
+    add("--batch", type=int, default=default.batch)
+    add("--rate", type=float, default=default.rate, help="of Muon; AdamW takes a tenth")
+    add("--shards", type=int, default=default.shards, help="pictures to draw, in shards of 4096")
+    add("--seed", type=int, default=default.seed)
+    add("--start-from", type=Path, help="folder of a finished pipeline to begin with")
+    add("--style", choices=tuple(STYLES), default=default.style, help="of the pictures it learns to draw")
+    add("--precision", choices=("fp32", "bf16"), default=default.precision)
+    train(TeacherConfig(**vars(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""What the settings of a run must satisfy together. The grid against a task's schedule is checked by ``Trajectory``."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+from ..errors import TDMError
+from .config import CriticConfig, DistillConfig, EmaConfig, ObjectiveConfig, OutputConfig, RoleConfig, TrajectoryConfig
+from .objectives import OBJECTIVES, objective_of
+
+
+def validate(config: DistillConfig) -> None:
+    """Check the settings of a run.
+
+    Raises:
+        TDMError: a value is out of its range, or settings cannot work together.
+    """
+    _batch(config)
+    _trajectory(config.trajectory)
+    _objective(config.objective, config.trajectory)
+    _objective_of_run(config)
+    for name, role in (("student", config.student), ("critic", config.critic)):
+        _role(name, role, config.full_weights)
+    _critic(config.critic)
+    _ema(config.ema)
+    _output(config.output)
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise TDMError(message)
+
+
+def _batch(c: DistillConfig) -> None:
+    _need(c.updates > 0, f"updates must be positive, not {c.updates}")
+    _need(c.batch_size > 0, f"batch_size must be positive, not {c.batch_size}")
+    micro = c.micro_batch_size
+    _need(
+        micro is None or (micro > 0 and c.batch_size % micro == 0),
+        f"micro_batch_size must divide batch_size, which is {c.batch_size}; {micro} does not",
+    )
+
+
+def _trajectory(t: TrajectoryConfig) -> None:
+    _need(t.steps > 0, f"trajectory.steps must be positive, not {t.steps}")
+    grid = t.timesteps
+    if grid is not None:
+        _need(len(grid) == t.steps, f"trajectory.timesteps has {len(grid)} entries for {t.steps} steps; give as many")
+        _need(
+            all(a > b for a, b in pairwise(grid)) and grid[-1] > 0,
+            f"trajectory.timesteps must strictly decrease and stay positive, not {list(grid)}",
+        )
+    _need(t.shift > 0, f"trajectory.shift must be positive, not {t.shift}")
+    _need(0 <= t.tau_min < t.tau_max < 1, f"need 0 <= tau_min < tau_max < 1, not {t.tau_min}, {t.tau_max}")
+    _need(0 < t.margin < 0.5, f"trajectory.margin must be in (0, 0.5), not {t.margin}")
+    if t.unify is not None:
+        counts = len(set(t.unify)) == len(t.unify) and all(k > 0 for k in t.unify)
+        _need(
+            counts and t.steps in t.unify,
+            f"trajectory.unify needs step counts, trajectory.steps (it is {t.steps}) among them",
+        )
+        _need(grid is None, "trajectory.timesteps is the grid of one step count; leave it out with unify")
+    _need(0 < t.spread < 0.2, f"trajectory.spread must be in (0, 0.2), not {t.spread}")
+
+
+def _objective(o: ObjectiveConfig, t: TrajectoryConfig) -> None:
+    _need(o.guidance_scale >= 1, f"objective.guidance_scale must be at least 1, not {o.guidance_scale}")
+    by_stage = o.stage_guidance
+    _need(
+        by_stage is None or (len(by_stage) == t.steps and min(by_stage) >= 1 and o.guidance_scale > 1),
+        f"objective.stage_guidance needs {t.steps} numbers of at least 1, and a guidance_scale above 1",
+    )
+    _need(o.norm_min > 0, f"objective.norm_min must be positive, not {o.norm_min}")
+    _need(o.huber_c is None or o.huber_c > 0, f"objective.huber_c must be positive, not {o.huber_c}")
+    for name, band in (("trajectory.bands", t.bands), ("objective.guidance_band", o.guidance_band)):
+        _need(
+            band != "full" or t.renoise == "clean", f"{name}=full goes below the states; set trajectory.renoise=clean"
+        )
+    _need(o.ode_steps >= t.steps, f"objective.ode_steps must be at least trajectory.steps, not {o.ode_steps}")
+    _need(o.guidance_weight >= 0, f"objective.guidance_weight must not be negative, not {o.guidance_weight}")
+
+
+def _objective_of_run(c: DistillConfig) -> None:
+    """What the objective's entry in the table asks of the other settings."""
+    o, objective = c.objective, objective_of(c.objective)
+    _need(
+        "critic" in objective.trains or c.critic.head_start == 0,
+        f"objective.name={o.name} trains no critic: critic.head_start must be 0",
+    )
+    _need(
+        not objective.needs_guidance or o.guidance_scale > 1,
+        f"objective.guidance_term={o.guidance_term} needs a guidance_scale above 1",
+    )
+    sharing = [f"objective.name={x.name}, gradient={x.gradient}, guidance_term={x.guidance_term}"
+               for x in OBJECTIVES if x.shares_noise]  # fmt: skip
+    _need(
+        objective.shares_noise or not c.critic.share_noise,
+        f"critic.share_noise is for {' or '.join(sharing)}",
+    )
+
+
+def _role(name: str, role: RoleConfig, full_weights: bool) -> None:
+    _need(role.rank > 0, f"{name}.rank must be positive, not {role.rank}")
+    _need(role.alpha is None or role.alpha > 0, f"{name}.alpha must be positive, not {role.alpha}")
+    _need(role.targets != (), f"{name}.targets must name at least one layer")
+    _need(role.targets is None or not full_weights, f"{name}.targets is for adapters; full_weights trains all")
+    _need(role.lr > 0, f"{name}.lr must be positive, not {role.lr}")
+    _need(role.clip > 0, f"{name}.clip must be positive, not {role.clip}")
+    _need(all(0 <= b < 1 for b in role.betas), f"{name}.betas must be in [0, 1), not {list(role.betas)}")
+    _need(role.weight_decay >= 0 and role.warmup >= 0, f"{name}.weight_decay and {name}.warmup must not be negative")
+    _need(0 <= role.lr_end <= 1, f"{name}.lr_end is a fraction of lr, not {role.lr_end}")
+
+
+def _critic(critic: CriticConfig) -> None:
+    _need(critic.weight_limit > 0, f"critic.weight_limit must be positive, not {critic.weight_limit}")
+    _need(critic.per_student > 0, f"critic.per_student must be positive, not {critic.per_student}")
+    _need(critic.head_start >= 0, f"critic.head_start must not be negative, not {critic.head_start}")
+
+
+def _ema(ema: EmaConfig) -> None:
+    _need(0 <= ema.decay < 1, f"ema.decay must be in [0, 1), not {ema.decay}")
+
+
+def _output(output: OutputConfig) -> None:
+    for f in dataclasses.fields(output):
+        _need(getattr(output, f.name) >= 0, f"output.{f.name} must not be negative")
+    _need(
+        output.log_every > 0 and output.teacher_steps > 0,
+        "output.log_every and output.teacher_steps must be positive",
+    )
+    _need(output.keep > 0, "output.keep must be positive: the last checkpoint is always kept")
