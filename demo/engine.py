@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ..errors import TDMError, first_line
+from ..pipelines.calls import Calls, count_calls
+from ..pipelines.families import TeacherCall
 from ..pipelines.students.recipe import StudentRecipe
-from ..training.evaluate import TEACHER_GUIDANCE, TEACHER_STEPS
 from .catalogue import Catalogue
 from .settings import Settings, check
 
@@ -30,8 +31,8 @@ class Frame:
         picture: the clean picture predicted so far (of the teacher: with the noise that is left in it).
         step, steps: which of how many.
         timestep: that the network was called at last.
-        calls: network calls so far; guidance makes two a step.
-        total: calls at the end.
+        calls: network calls so far, counted as they happen; classifier-free guidance makes two a step.
+        total: calls at the end, as this far there were so many a step.
         seconds: spent on drawing so far.
         final: whether this is the picture itself.
     """
@@ -65,9 +66,6 @@ class Engine:
         self._turn = threading.Lock()  # no RLock: Gradio resumes a generator from whatever thread is free
         self._loaded = self._version(catalogue.first)
         self._recipes: dict[tuple[str, int], StudentRecipe] = {self._loaded: pipe.recipe}
-        self._calls = 0
-        denoiser = getattr(pipe, pipe.family.denoiser)
-        denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def warm_up(self) -> None:
         """A call that nobody waits for or sees the time of: a process's first is slow."""
@@ -78,6 +76,11 @@ class Engine:
     def base(self) -> str:
         """The name of the base."""
         return self._pipe.recipe.base_model
+
+    @property
+    def teacher_call(self) -> TeacherCall:
+        """Steps and guidance scale of the teacher."""
+        return self._pipe.teacher_call
 
     @property
     def tokenizer(self) -> Any:
@@ -114,27 +117,29 @@ class Engine:
         return self._frames(settings, {"num_inference_steps": settings.steps}, teacher=False)
 
     def teacher(self, settings: Settings) -> Generator[Frame, None, None]:
-        """The teacher's run from the same noise, in 50 guided steps; not every step is shown.
+        """The teacher's run from the same noise, with the base's own steps and guidance; not every step is shown.
 
         Raises:
             TDMError: as `student`, or the base's own weights are gone (a merged student).
         """
-        call = {"num_inference_steps": TEACHER_STEPS, "guidance_scale": TEACHER_GUIDANCE}
-        return self._frames(settings, call, teacher=True)
+        return self._frames(settings, {}, teacher=True)
 
     def _frames(self, settings: Settings, call: dict[str, Any], *, teacher: bool) -> Generator[Frame, None, None]:
         with self._turn:
             self._put_in(settings.student)
             pipe = self._pipe
-            self._calls = 0
             generator = torch.Generator().manual_seed(settings.seed)
             size = {"width": settings.width, "height": settings.height}
-            run = pipe.stream(settings.prompt, generator=generator, **size, **call)  # which begins when it is asked
             first = pipe.base_first() if settings.base_first and not teacher else nullcontext()
-            with _explained(), pipe.teacher() if teacher else first, closing(run):
-                yield from self._timed(run, BETWEEN_FRAMES if teacher else 0)
+            with (
+                _explained(),
+                pipe.teacher() if teacher else first,
+                count_calls(getattr(pipe, pipe.family.denoiser)) as calls,
+                closing(pipe.stream(settings.prompt, generator=generator, **size, **call)) as run,
+            ):
+                yield from self._timed(run, calls, BETWEEN_FRAMES if teacher else 0)
 
-    def _timed(self, run: Iterator[Any], pause: float) -> Generator[Frame, None, None]:
+    def _timed(self, run: Iterator[Any], calls: Calls, pause: float) -> Generator[Frame, None, None]:
         seconds, shown = 0.0, -pause
         while True:
             begun = time.perf_counter()
@@ -144,15 +149,10 @@ class Engine:
             if final or time.perf_counter() - shown >= pause:
                 shown = time.perf_counter()
                 picture = step.output.images[0] if final else step.preview[0]
-                total = round(self._calls / step.index) * step.total
-                yield Frame(picture, step.index, step.total, step.timestep, self._calls, total, seconds, final)
+                total = calls.samples if final else round(calls.samples / step.index) * step.total
+                yield Frame(picture, step.index, step.total, step.timestep, calls.samples, total, seconds, final)
             if final:
                 return
-
-    def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Network calls for one picture: guidance puts two samples into one call, or makes two."""
-        samples: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        self._calls += len(samples)
 
     def _version(self, student: str | None) -> tuple[str, int]:
         """A student's source, and when its file was written: a run that goes on replaces it."""

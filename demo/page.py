@@ -6,7 +6,6 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..training.evaluate import TEACHER_STEPS
 from .api import endpoints
 from .distil import DistilTab
 from .engine import Engine
@@ -18,7 +17,7 @@ from .runs import Runs
 
 HERE = Path(__file__).parent
 WELCOME = """
-<h1>A picture in {calls} network calls, not {teacher}</h1>
+<h1>A picture in {student} steps, not {teacher}</h1>
 <p>A few-step <b>student</b>, distilled by Trajectory Distribution Matching, beside the <b>teacher</b> that it learned
 from. Both begin with the same noise.</p>
 """
@@ -57,9 +56,8 @@ def theme() -> gr.themes.Base:
 def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
     """The page over an engine; without `runs` it has no tab to distil."""
     with gr.Blocks(title="TDM: 4 network calls", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        recipe = engine.recipe()
-        calls = recipe.default_steps * (1 if recipe.guidance_scale == 1 else 2)
-        gr.HTML(WELCOME.format(calls=calls, teacher=2 * TEACHER_STEPS), elem_id="welcome")
+        steps = {"student": engine.recipe().default_steps, "teacher": engine.teacher_call.steps}
+        gr.HTML(WELCOME.format(**steps), elem_id="welcome")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = GenerateTab(engine, pictures)
