@@ -24,7 +24,9 @@ EXAMPLES = {  # what must have an example, by module
         ),
         "TDMPipeline.base_first",
         "TDMPipeline.use_attention",
+        "TDMPipeline.teacher_call",
     ],
+    "calls": ["count_calls"],
     "scheduler": [
         "TDMScheduler",
         "TDMScheduler.from_config",
