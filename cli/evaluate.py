@@ -11,7 +11,7 @@ from .common import check_strength, load_pipeline
 from .output import check_folder
 
 HELP = """\
-Measure the guided 50-step teacher, the teacher at 4 steps and the student, on prompts that name combinations no
+Measure the guided teacher, the teacher at 4 steps and the student, on prompts that name combinations no
 training picture showed. Prints a table and writes eval.json and eval.md (everything, with 95 % intervals by bootstrap
 over prompts), eval.png (plots) and grid.png (pictures).
 
@@ -54,8 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompts", type=int, help="how many (default 256 held-out prompts, or the whole file)")
     add("--prompts-file", type=Path, metavar="FILE", help="your prompts, one a line; without accuracy")
     add("--seed", type=int, default=20_000, help="of held-out prompts and noises (default 20000)")
-    add("--teacher-steps", type=int, default=50, help="of the guided teacher (default 50)")
-    add("--teacher-guidance", type=float, default=3.0, help="guidance scale of the guided teacher (default 3.0)")
+    add("--teacher-steps", type=int, help="of the guided teacher (default: the base's own, 50 for the bundled one)")
+    add(
+        "--teacher-guidance",
+        type=float,
+        help="guidance scale of the guided teacher (default: the base's own, 3 for the bundled one)",
+    )
     add(
         "--extra",
         action="append",
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         steps = [int(text) for text in args.steps.split(",")]
     except ValueError:
         raise TDMError(f"--steps {args.steps!r} is not a list of whole numbers such as 1,2,4,8") from None
-    if min(steps) < 1 or args.teacher_steps < 1:
+    if min(steps) < 1 or (args.teacher_steps is not None and args.teacher_steps < 1):
         raise TDMError("--steps and --teacher-steps must be at least 1")
     for strength in args.strength:
         check_strength(strength)
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     check_folder(args.out)
     from ..files import user_cache
     from ..training.eval_report import INTERVALS, over_students, table, write
-    from ..training.evaluate import Prompts, evaluate, held_out_prompts
+    from ..training.evaluate import Plan, Prompts, evaluate, held_out_prompts
     from ..training.metrics.extras import extra
     from ..training.tasks.prompts import training_prompts
 
@@ -102,15 +106,14 @@ def run(args: argparse.Namespace) -> None:
         pipe.load_student(student, recipe=recipe)
 
     students = args.student or []
+    pipe = load_pipeline(args.model, students[0] if students else None, recipe)
+    plan = Plan(steps, args.teacher_steps, args.teacher_guidance, args.strength, args.base_first)
+    args.teacher_steps, args.teacher_guidance = plan.teacher(pipe.teacher_call)  # for the record of the settings
     rows, sheet = evaluate(
-        load_pipeline(args.model, students[0] if students else None, recipe),
+        pipe,
         prompts,
+        plan,
         students=students if len(students) > 1 else (),
-        student_steps=steps,
-        teacher_steps=args.teacher_steps,
-        teacher_guidance=args.teacher_guidance,
-        strengths=args.strength,
-        base_first=args.base_first,
         seed=args.seed,
         cache=user_cache() / "pictures",
         extras=extras,

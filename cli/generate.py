@@ -8,7 +8,7 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TDMError
 from ..pipelines.vocabulary import unknown_words
@@ -16,7 +16,7 @@ from .common import add_model_arguments, check_strength, load
 from .output import check_writable, save_png
 
 if TYPE_CHECKING:
-    pass
+    from PIL import Image
 
 HELP = """\
 Draw a picture of each prompt with a TDM student, on exactly the timesteps it was trained on.
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw; one picture each")
     add_model_arguments(parser)
-    add("--steps", type=int, help="network calls per picture (default: as the student was trained)")
+    add("--steps", type=int, help="steps of the student (default: as it was trained)")
     add(
         "--solver-order",
         type=int,
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the first picture; the next ones count up (default 0)")
     add("--size", help="pixels, as 64 or 96x64 (width x height); default: the student's")
     add("--out", type=Path, help="a .png file, or a folder for several prompts (default: outputs/<prompt>-<seed>.png)")
-    add("--compare", action="store_true", help="one sheet: the 50-step guided teacher beside the student")
+    add("--compare", action="store_true", help="one sheet: the guided teacher beside the student")
     add("--force", action="store_true", help="replace files that exist")
 
 
@@ -108,46 +108,58 @@ def run(args: argparse.Namespace) -> None:
             _compare(pipe, args, steps, size, files[0])
             return
         for i, (prompt, file) in enumerate(zip(args.prompts, files, strict=True)):
-            image, seconds = _draw(pipe, prompt, args.seed + i, steps, size)
+            drawn = _draw(pipe, prompt, args.seed + i, num_inference_steps=steps, **size)
             settings = {"prompt": prompt, "seed": args.seed + i, "steps": steps, **size, **chosen}
             settings |= {"base_first": True} if args.base_first else {}
             settings |= {"strength": args.strength} if args.strength is not None else {}
-            save_png(image, file, prompt=prompt, tdm=json.dumps(settings))
-            print(f"{file}  {image.width}x{image.height}  {steps} network calls  {seconds:.2f} s")
+            save_png(drawn.image, file, prompt=prompt, tdm=json.dumps(settings))
+            image, calls = drawn.image, _plural(drawn.calls, "network call")
+            print(f"{file}  {image.width}x{image.height}  {calls}  {drawn.seconds:.2f} s")
 
 
-def _draw(pipe: Any, prompt: str, seed: int, steps: int, size: dict[str, int], **call: Any) -> tuple[Any, float]:
+class _Drawn(NamedTuple):
+    """A picture, and what it took: samples through the network, and seconds."""
+
+    image: Image.Image
+    calls: int
+    seconds: float
+
+
+def _draw(pipe: Any, prompt: str, seed: int, **call: Any) -> _Drawn:
     import torch
 
+    from ..pipelines.calls import count_calls
+
     begun = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
-    image = pipe(prompt, generator=generator, num_inference_steps=steps, **size, **call).images[0]
-    return image, time.perf_counter() - begun
+    with count_calls(getattr(pipe, pipe.family.denoiser)) as calls:
+        image = pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
+    return _Drawn(image, calls.samples, time.perf_counter() - begun)
 
 
 def _compare(pipe: Any, args: argparse.Namespace, steps: int, size: dict[str, int], file: Path) -> None:
     from ..sheet import contact_sheet
-    from ..training.evaluate import TEACHER_GUIDANCE, TEACHER_STEPS
 
-    student, teacher, seconds = [], [], {"student": 0.0, "teacher": 0.0}
-    _draw(pipe, args.prompts[0], 0, steps, size)  # the first call pays for warming up, in neither timing
+    students, teachers = [], []
+    _draw(pipe, args.prompts[0], 0, num_inference_steps=steps, **size)  # warms up: its time is in neither average
     for i, prompt in enumerate(args.prompts):
-        image, spent = _draw(pipe, prompt, args.seed + i, steps, size)
-        student.append(image)
-        seconds["student"] += spent
+        students.append(_draw(pipe, prompt, args.seed + i, num_inference_steps=steps, **size))
         with pipe.teacher():
-            image, spent = _draw(pipe, prompt, args.seed + i, TEACHER_STEPS, size, guidance_scale=TEACHER_GUIDANCE)
-        teacher.append(image)
-        seconds["teacher"] += spent
+            teachers.append(_draw(pipe, prompt, args.seed + i, **size))
         print(f"{i + 1}/{len(args.prompts)}  {prompt}", flush=True)
+    teacher_steps, guided = pipe.teacher_call.steps, " guided" if pipe.teacher_call.guided else ""
     at = "" if args.strength is None else f" at {args.strength:g}"
     labels = [
-        f"teacher\n{TEACHER_STEPS} guided steps\n{2 * TEACHER_STEPS} calls",
-        f"student{at}\n{steps} step{'s' * (steps > 1)}\n{steps} call{'s' * (steps > 1)}",
+        f"teacher\n{teacher_steps}{guided} steps\n{_plural(teachers[0].calls, 'call')}",
+        f"student{at}\n{_plural(steps, 'step')}\n{_plural(students[0].calls, 'call')}",
     ]
-    save_png(contact_sheet([teacher, student], labels, args.prompts), file)
-    n = len(args.prompts)
-    print(f"teacher  {2 * TEACHER_STEPS:3d} network calls  {seconds['teacher'] / n:.3f} s per picture")
-    print(f"student  {steps:3d} network calls  {seconds['student'] / n:.3f} s per picture")
-    print(f"speed-up {seconds['teacher'] / seconds['student']:.1f} x, from the same noise, on this machine")
+    rows = [[drawn.image for drawn in row] for row in (teachers, students)]
+    save_png(contact_sheet(rows, labels, args.prompts), file)
+    seconds = [sum(drawn.seconds for drawn in row) / len(row) for row in (teachers, students)]
+    for name, row, mean in zip(("teacher", "student"), (teachers, students), seconds, strict=True):
+        print(f"{name}  {row[0].calls:3d} network call{'s' * (row[0].calls != 1)}  {mean:.3f} s per picture")
+    print(f"speed-up {seconds[0] / seconds[1]:.1f} x, from the same noise, on this machine")
     print(f"picture  {file}")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--levels", type=int, default=32, help="steps of the run of many, about (default 32)")
     add("--prompts", metavar="FILE", help="text file with one prompt a line (default: the bundled world)")
     add("--count", type=int, default=64, help="how many prompts, each from another noise (default 64)")
-    add("--guidance", type=float, help="guidance scale (default: the student's; of a teacher 3)")
+    add("--guidance", type=float, help="guidance scale (default: the student's, or the base's as a teacher)")
     add("--out", type=Path, help="student file to write, with the best grids")
     add("--force", action="store_true", help="replace it if it exists")
 
@@ -62,13 +62,17 @@ def run(args: argparse.Namespace) -> None:
         check_writable(args.out, args.force)
     prompts = _prompts(args)
 
+    from tqdm.auto import tqdm
+
+    from ..pipelines.bases import teacher_call
+    from ..pipelines.calls import count_calls
     from ..pipelines.searched_grids import search
-    from ..training.evaluate import TEACHER_GUIDANCE, progress
 
     pipe, family = _base(args.model) if teacher else _student(args)
     recipe = None if teacher else pipe.recipe
-    guidance = args.guidance or (TEACHER_GUIDANCE if recipe is None else recipe.guidance_scale)
-    with progress(getattr(pipe, family.denoiser), 0) as bar:
+    own = teacher_call(args.model, family).guidance_scale if recipe is None else recipe.guidance_scale
+    guidance = args.guidance or own
+    with tqdm(total=0, unit=" calls", mininterval=1.0) as bar, count_calls(getattr(pipe, family.denoiser), bar.update):
         found = search(
             pipe, family, recipe, prompts, steps, levels=args.levels, guidance_scale=guidance, expect=bar.reset
         )

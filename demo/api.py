@@ -83,7 +83,8 @@ class Endpoints:
         student: str | None = None,
         base_first: bool = False,
     ) -> Iterator[tuple[FileData | None, FileData | None, dict[str, Any]]]:
-        """Draw the same prompt from the same noise twice: the few-step student, then its teacher in 50 guided steps.
+        """Draw the same prompt from the same noise twice: the few-step student, then its teacher with its own
+        steps and guidance.
 
         Args:
             prompt: what to draw, at most 2,000 characters

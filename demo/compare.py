@@ -8,8 +8,6 @@ from .cards import card, plural, stage, status
 from .engine import Engine, Frame
 from .settings import Settings
 
-TEACHER = "Teacher, guided"
-
 
 class Comparison:
     """The student's pictures, and the teacher's picture for the first of them.
@@ -78,7 +76,8 @@ class Comparison:
         ]
         if self.race:
             waiting = "not drawn" if note else "the student goes first" if self._students_run() else "at work"
-            name = f"Teacher, seed {first.seed}" if several else TEACHER
+            guided = ", guided" if self.engine.teacher_call.guided else ""
+            name = f"Teacher, seed {first.seed}" if several else f"Teacher{guided}"
             cards.append(card(name, self.teacher, f"by the teacher: {first.prompt}", waiting))
         return stage(cards) + status(note or self._result())
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from ..errors import TDMError, first_line
+from ..pipelines.calls import Calls, count_calls
+from ..pipelines.families import TeacherCall
 from ..pipelines.students.recipe import StudentRecipe
-from ..training.evaluate import TEACHER_GUIDANCE, TEACHER_STEPS
 from .catalogue import Catalogue
 from .settings import Settings, check
 
@@ -30,8 +31,8 @@ class Frame:
         picture: the clean picture predicted so far (of the teacher: with the noise that is left in it).
         step, steps: which of how many.
         timestep: that the network was called at last.
-        calls: network calls so far; guidance makes two a step.
-        total: calls at the end.
+        calls: network calls so far, counted as they happen; classifier-free guidance makes two a step.
+        total: calls at the end, as this far there were so many a step.
         seconds: spent on drawing so far.
         final: whether this is the picture itself.
         warm: whether the same model had drawn at this size before, so that `seconds` is what it takes.
@@ -68,9 +69,6 @@ class Engine:
         self._loaded = self._version(catalogue.first)
         self._recipes: dict[tuple[str, int], StudentRecipe] = {self._loaded: pipe.recipe}
         self._warm: set[tuple[str | None, int, int]] = set()  # student (None: the teacher) and size of earlier runs
-        self._calls = 0
-        denoiser = getattr(pipe, pipe.family.denoiser)
-        denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def warm_up(self) -> None:
         """Run the student once, and one step of its teacher, so that no visitor waits for a process's first calls."""
@@ -84,6 +82,11 @@ class Engine:
     def base(self) -> str:
         """The name of the base."""
         return self._pipe.recipe.base_model
+
+    @property
+    def teacher_call(self) -> TeacherCall:
+        """Steps and guidance scale of the teacher."""
+        return self._pipe.teacher_call
 
     @property
     def tokenizer(self) -> Any:
@@ -120,29 +123,31 @@ class Engine:
         return self._frames(settings, {"num_inference_steps": settings.steps}, teacher=False)
 
     def teacher(self, settings: Settings) -> Generator[Frame, None, None]:
-        """The teacher's run from the same noise, in 50 guided steps; not every step is shown.
+        """The teacher's run from the same noise, with the base's own steps and guidance; not every step is shown.
 
         Raises:
             TDMError: as `student`, or the base's own weights are gone (a merged student).
         """
-        call = {"num_inference_steps": TEACHER_STEPS, "guidance_scale": TEACHER_GUIDANCE}
-        return self._frames(settings, call, teacher=True)
+        return self._frames(settings, {}, teacher=True)
 
     def _frames(self, settings: Settings, call: dict[str, Any], *, teacher: bool) -> Generator[Frame, None, None]:
         with self._turn:
             self._put_in(settings.student)
             pipe = self._pipe
-            self._calls = 0
             generator = torch.Generator().manual_seed(settings.seed)
             size = {"width": settings.width, "height": settings.height}
-            run = pipe.stream(settings.prompt, generator=generator, **size, **call)  # which begins when it is asked
             first = pipe.base_first() if settings.base_first and not teacher else nullcontext()
-            with _explained(), pipe.teacher() if teacher else first, closing(run):
-                model = (None if teacher else settings.student, settings.width, settings.height)
-                yield from self._timed(run, BETWEEN_FRAMES if teacher else 0, model)
+            model = (None if teacher else settings.student, settings.width, settings.height)
+            with (
+                _explained(),
+                pipe.teacher() if teacher else first,
+                count_calls(getattr(pipe, pipe.family.denoiser)) as calls,
+                closing(pipe.stream(settings.prompt, generator=generator, **size, **call)) as run,
+            ):
+                yield from self._timed(run, calls, BETWEEN_FRAMES if teacher else 0, model)
 
     def _timed(
-        self, run: Iterator[Any], pause: float, model: tuple[str | None, int, int]
+        self, run: Iterator[Any], calls: Calls, pause: float, model: tuple[str | None, int, int]
     ) -> Generator[Frame, None, None]:
         seconds, shown, warm = 0.0, -pause, model in self._warm
         while True:
@@ -154,15 +159,10 @@ class Engine:
             if final or time.perf_counter() - shown >= pause:
                 shown = time.perf_counter()
                 picture = step.output.images[0] if final else step.preview[0]
-                total = round(self._calls / step.index) * step.total
-                yield Frame(picture, step.index, step.total, step.timestep, self._calls, total, seconds, final, warm)
+                total = calls.samples if final else round(calls.samples / step.index) * step.total
+                yield Frame(picture, step.index, step.total, step.timestep, calls.samples, total, seconds, final, warm)
             if final:
                 return
-
-    def _count(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Network calls for one picture: guidance puts two samples into one call, or makes two."""
-        samples: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        self._calls += len(samples)
 
     def _version(self, student: str | None) -> tuple[str, int]:
         """A student's source, and when its file was written: a run that goes on replaces it."""

@@ -160,9 +160,9 @@ class GenerateTab:
 
     def _settings(self, prompt: gr.Textbox) -> tuple[Controls, gr.Slider, gr.Checkbox, gr.File]:
         first, recipe = self.first, self.engine.recipe()
-        compare = gr.Checkbox(
-            True, label="Compare with teacher", info="50 guided steps, 100 network calls, from the same noise"
-        )
+        teacher = self.engine.teacher_call
+        by_teacher = f"{teacher.steps}{' guided' * teacher.guided} steps"
+        compare = gr.Checkbox(True, label="Compare with teacher", info=f"{by_teacher}, from the same noise")
         grid = ", ".join(str(k) for k in recipe.trained_timesteps)
         steps = gr.Radio(
             steps_choices(recipe),

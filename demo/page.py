@@ -7,7 +7,6 @@ from pathlib import Path
 
 import gradio as gr
 
-from ..training.evaluate import TEACHER_STEPS
 from ..training.worlds.stickers.scene import BACKGROUNDS, KINDS, MAX_STICKERS
 from .api import endpoints
 from .distil import DistilTab
@@ -20,7 +19,7 @@ from .runs import Runs
 
 HERE = Path(__file__).parent
 WELCOME = """
-<h1>A picture in {calls} network calls, not {teacher}</h1>
+<h1>A picture in {student} steps, not {teacher}</h1>
 <p>{model}</p>
 <p>A few-step <b>student</b>, distilled by Trajectory Distribution Matching, next to its <b>teacher</b>.
 <a href="https://arxiv.org/abs/2503.06674" target="_blank" rel="noopener">Paper</a>
@@ -75,10 +74,8 @@ def about_model(engine: Engine) -> str:
 def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
     """Build the page over an engine; without `runs` it has no tab to distil."""
     with gr.Blocks(title="TDM: 4 network calls", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        recipe = engine.recipe()
-        calls = recipe.default_steps * (1 if recipe.guidance_scale == 1 else 2)
-        welcome = WELCOME.format(calls=calls, teacher=2 * TEACHER_STEPS, model=escape(about_model(engine)))
-        gr.HTML(welcome, elem_id="welcome")
+        steps = {"student": engine.recipe().default_steps, "teacher": engine.teacher_call.steps}
+        gr.HTML(WELCOME.format(**steps, model=escape(about_model(engine))), elem_id="welcome")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = GenerateTab(engine, pictures)

@@ -21,11 +21,14 @@ from torch import nn
 
 from ..errors import TDMError, first_line
 from ..files import whole_folder
-from .families import Family, family_of_pipeline
+from .families import Family, TeacherCall, family_of_pipeline
 from .loras.file import open_safetensors
 
 BUNDLED = "bundled"
 INDEX = "model_index.json"
+BUNDLED_TEACHER_CALL = TeacherCall(steps=50, guidance_scale=3.0)  # how its student was distilled and is measured
+
+_BUNDLED = Path(__file__).parents[1] / BUNDLED
 
 Source = str | os.PathLike[str]
 
@@ -36,15 +39,20 @@ def bundled_path() -> Path:
     Raises:
         TDMError: this installation has none.
     """
-    path = Path(__file__).parents[1] / BUNDLED
-    if not (path / "teacher" / INDEX).is_file():
-        raise TDMError(f"this installation has no bundled model: {path / 'teacher'} is missing")
-    return path
+    if not (_BUNDLED / "teacher" / INDEX).is_file():
+        raise TDMError(f"this installation has no bundled model: {_BUNDLED / 'teacher'} is missing")
+    return _BUNDLED
 
 
 def base_folder(base: Source) -> str:
     """What diffusers loads for a base's name: "bundled" becomes its folder, anything else stays."""
     return str(bundled_path() / "teacher") if base == BUNDLED else str(base)
+
+
+def teacher_call(base: Source, family: Family) -> TeacherCall:
+    """How a base is run as a teacher: the bundled one in its own way, any other as its family is."""
+    bundled = Path(base_folder(base)).resolve() == (_BUNDLED / "teacher").resolve()
+    return BUNDLED_TEACHER_CALL if bundled else family.teacher_call
 
 
 def family_of_base(folder: str, **hub: Any) -> Family:

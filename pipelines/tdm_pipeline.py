@@ -17,8 +17,8 @@ from ..errors import TDMError
 from ..files import whole_folder
 from .attention import use_attention
 from .base_first import base_first
-from .bases import BUNDLED, Source, base_folder, family_of_base
-from .families import Family, family_of_pipeline
+from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
+from .families import Family, TeacherCall, family_of_pipeline
 from .fresh_noise import noise_of
 from .image_to_image import image_to_image
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
@@ -252,11 +252,22 @@ class TDMPipeline(StudentAdapter):
         """
         return stream(self, args, kwargs)
 
+    @property
+    def teacher_call(self) -> TeacherCall:
+        """The steps and the guidance scale of a call in `teacher()`.
+
+        >>> TDMPipeline.from_pretrained().teacher_call
+        TeacherCall(steps=50, guidance_scale=3.0)
+        """
+        return teacher_call(self.base_model, self.family)
+
     @contextlib.contextmanager
     def teacher(self) -> Iterator[Self]:
-        """The teacher, for the length of a `with`: all adapters off, the base's own scheduler, its stock defaults.
+        """The teacher, for the length of a `with`: all adapters off, the base's own scheduler, steps and guidance.
 
-        Only the size stays the student's, so that one seed gives pictures to lay side by side. The student is back
+        A call in the block is guided in the family's way: with the scale and the steps of `teacher_call`, and with an
+        empty negative prompt where that is what switches guidance on (Qwen-Image). An argument that the caller gives
+        wins. The size stays the student's, so that one seed gives pictures to lay side by side. The student is back
         after the block, whatever happened in it.
 
         Raises:
@@ -264,7 +275,8 @@ class TDMPipeline(StudentAdapter):
 
         >>> pipe = TDMPipeline.from_pretrained()
         >>> with pipe.teacher():
-        ...     picture = pipe("a red star", num_inference_steps=10, guidance_scale=3.0).images[0]
+        ...     picture = pipe("a red star").images[0]
+        ...     faster = pipe("a red star", num_inference_steps=10).images[0]
         ...     print(type(pipe.scheduler).__name__)
         DPMSolverMultistepScheduler
         """
@@ -392,6 +404,7 @@ class TDMPipeline(StudentAdapter):
         for argument, value in self.call_defaults().items():
             if argument in signature.parameters and bound.arguments.get(argument) is None:
                 bound.arguments[argument] = value
+        bound.arguments.update(self.family.negative_prompt(bound.arguments))
         return bound
 
     def call_defaults(self) -> dict[str, Any]:
@@ -400,10 +413,10 @@ class TDMPipeline(StudentAdapter):
         defaults = {**self.family.call_defaults(self), "height": recipe.height, "width": recipe.width}
         if recipe.num_frames is not None:
             defaults["num_frames"] = recipe.num_frames
-        if not self._teaching:
-            defaults |= {"num_inference_steps": recipe.default_steps, **self.family.guidance(recipe.guidance_scale)}
-            if recipe.sampler is not None:
-                defaults["eta"] = recipe.sampler.eta
+        steps, scale = self.teacher_call if self._teaching else (recipe.default_steps, recipe.guidance_scale)
+        defaults |= {"num_inference_steps": steps, **self.family.guidance(scale)}
+        if recipe.sampler is not None and not self._teaching:
+            defaults["eta"] = recipe.sampler.eta
         return defaults
 
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline
 from tdm import TDMPipeline
 from tdm.pipelines.bases import bundled_path
 from tdm.training.eval_report import table
-from tdm.training.evaluate import Prompts, draw, evaluate, held_out_prompts, samplers
+from tdm.training.evaluate import Plan, Prompts, draw, evaluate, held_out_prompts
 from tdm.training.metrics.colours import COLOURS
 from tdm.training.worlds.stickers.verify import verify
 
@@ -24,9 +24,9 @@ def pipe() -> TDMPipeline:
 
 def accuracy(pipe: TDMPipeline, name: str, count: int) -> float:
     prompts, wanted = held_out_prompts(count)
-    (sampler,) = (s for s in samplers([4]) if s.name == name)
-    made = draw(pipe, sampler, prompts, list(range(count)))
-    return sum(v.correct for v in verify(made, wanted)) / count
+    (variant,) = (v for v in Plan(student_steps=[4]).variants(pipe.teacher_call) if v.name == name)
+    pictures = draw(pipe, variant, prompts, list(range(count)))
+    return sum(v.correct for v in verify(pictures, wanted)) / count
 
 
 def test_weights_are_small() -> None:

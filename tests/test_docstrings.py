@@ -24,7 +24,9 @@ EXAMPLES = {  # what must have an example, by module
         ),
         "TDMPipeline.base_first",
         "TDMPipeline.use_attention",
+        "TDMPipeline.teacher_call",
     ],
+    "pipelines.calls": ["count_calls"],
     "pipelines.scheduler": [
         "TDMScheduler",
         "TDMScheduler.from_config",

@@ -29,6 +29,7 @@ THEIRS = {
     "_replace", "_asdict", "_exit", "_active_adapter", "_hf_peft_config_loaded", "_execution_device",
     "_get_add_time_ids", "_encode_prompt", "_foreach_lerp_", "_cdata", "_execute_tool_without_progress",
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_compiled_call_impl",
 }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import TDMError
+from ..pipelines.calls import count_calls
+from ..pipelines.families import TeacherCall
 from ..pipelines.students.adapter import STUDENT_ADAPTER
 from ..sheet import contact_sheet
 from .measure import Measures, Reference
@@ -30,15 +32,13 @@ from .worlds.stickers.scene import Scene, scenes
 SEED = 20_000  # of the prompts and noises: far from those of any training run
 APART = 20_000  # between the noises of the pictures that are judged, of the reference, and of those compared with it
 BATCH = 32
-TEACHER_STEPS = 50
-TEACHER_GUIDANCE = 3.0
 SEEDS_PER_PROMPT = 4  # of distance and diversity, which compare pictures of one prompt
 SHOWN = 8  # prompts on the sheet
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """A name and how to draw."""
+class Variant:
+    """A model and how it is sampled: a row of the table before it is measured."""
 
     name: str
     steps: int
@@ -47,6 +47,58 @@ class Sampler:
     own_scheduler: bool = False  # the teacher's own scheduler; False: the student's sampler and grid
     strength: float | None = None  # of the student on the base; None: as it is, 1 of a student just loaded
     base_first: bool = False  # the first step is the base's (`TDMPipeline.base_first`)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an evaluation compares.
+
+    Attributes:
+        student_steps: step counts of each student.
+        teacher_steps, teacher_guidance: of the teacher as it is meant to be run; None: the base's own
+            (`TDMPipeline.teacher_call`).
+        strengths: of the students on the base, above 0: a row for each. None given: as they are.
+        base_first: a further row for each of a student's of 2 steps or more, with the first step by the base.
+    """
+
+    student_steps: Sequence[int] = (1, 2, 4, 8)
+    teacher_steps: int | None = None
+    teacher_guidance: float | None = None
+    strengths: Sequence[float] = ()
+    base_first: bool = False
+
+    def teacher(self, own: TeacherCall) -> TeacherCall:
+        """The teacher's steps and guidance scale, completed with the base's `own`."""
+        return TeacherCall(
+            own.steps if self.teacher_steps is None else self.teacher_steps,
+            own.guidance_scale if self.teacher_guidance is None else self.teacher_guidance,
+        )
+
+    def variants(self, own: TeacherCall, students: Sequence[str] = ("student",)) -> list[Variant]:
+        """The rows of the table. The teacher is there as it is meant to be run, and undistilled at 4 steps: with its
+        own scheduler, and with the first student's sampler and grid. Each student is there with every step count.
+
+        Args:
+            own: the base's steps and guidance scale.
+            students: their names.
+        """
+        steps, scale = teacher = self.teacher(own)
+        rows = [
+            Variant(f"teacher, {steps} steps{', guided' * teacher.guided}", steps, scale, None, own_scheduler=True),
+            Variant("teacher, 4 steps", 4, None, None, own_scheduler=True),
+            Variant("teacher, 4 steps of the student's", 4, None, None),
+        ]
+        strengths: list[float | None] = [*self.strengths] or [None]
+        for student in students:
+            for strength in strengths:
+                label = student if strength is None else f"{student} at {strength:g}"
+                for k in self.student_steps:
+                    name = f"{label}, {k} step{'s' * (k > 1)}"
+                    rows.append(Variant(name, k, None, student, strength=strength))
+                    if self.base_first and k > 1:
+                        first = f"{name}, base first"
+                        rows.append(Variant(first, k, None, student, strength=strength, base_first=True))
+        return rows
 
 
 class Prompts(NamedTuple):
@@ -58,52 +110,17 @@ class Prompts(NamedTuple):
 
 @dataclass
 class Row:
-    """What one sampler reached."""
+    """What one variant reached."""
 
     name: str
     steps: int
-    calls: float  # network calls per picture, guidance counted twice
+    calls: float  # samples through the network per picture, as they were counted
     seconds: float  # per picture, everything included
     cached: bool  # the pictures, and with them calls and seconds, are from an earlier evaluation
     student: str | None  # None: the teacher
     strength: float | None = None  # of the student; None: none was asked for
     measures: Measures = field(default_factory=Measures)
     base_first: bool = False
-
-
-def samplers(
-    student_steps: Sequence[int],
-    students: Sequence[str] = ("student",),
-    *,
-    teacher_steps: int = TEACHER_STEPS,
-    teacher_guidance: float = TEACHER_GUIDANCE,
-    strengths: Sequence[float] = (),
-    base_first: bool = False,
-) -> list[Sampler]:
-    """The rows of the table: the teacher as it is meant to be run, undistilled at 4 calls (with its own scheduler, and
-    with the first student's sampler and grid), and the students, at each of ``strengths`` if any are given, and with
-    ``base_first`` once more so, where they have 2 steps or more.
-    """
-    at: list[tuple[float | None, str]] = [(s, f" at {s:g}") for s in strengths] or [(None, "")]
-    return [
-        Sampler(f"teacher, {teacher_steps} steps, guided", teacher_steps, teacher_guidance, None, own_scheduler=True),
-        Sampler("teacher, 4 steps", 4, None, None, own_scheduler=True),
-        Sampler("teacher, 4 steps of the student's", 4, None, None),
-        *(
-            Sampler(
-                f"{name}{told}, {k} step{'s' * (k > 1)}{', base first' * first}",
-                k,
-                None,
-                name,
-                strength=strength,
-                base_first=first,
-            )
-            for name in students
-            for strength, told in at
-            for k in student_steps
-            for first in (False, True)[: 1 + (base_first and k > 1)]
-        ),
-    ]
 
 
 def held_out_prompts(count: int, seed: int = SEED) -> tuple[list[str], list[Scene]]:
@@ -113,35 +130,63 @@ def held_out_prompts(count: int, seed: int = SEED) -> tuple[list[str], list[Scen
     return [caption(scene, rng) for scene in wanted], wanted
 
 
-def draw(pipe: Any, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int], **call: Any) -> Tensor:
-    """uint8 pictures (N, 3, H, W) on the CPU, one seed a picture, ``BATCH`` at a time."""
-    made = []
-    scale = pipe.recipe.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
+def draw(
+    pipe: Any,
+    variant: Variant,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    on_step: Callable[[int], Any] = lambda pictures: None,  # noqa: ARG005
+    **call: Any,
+) -> Tensor:
+    """uint8 pictures [N, 3, H, W] on the CPU, one seed a picture, ``BATCH`` at a time.
+
+    Args:
+        pipe: a ``TDMPipeline``.
+        variant: how to draw.
+        prompts, seeds: N of each.
+        on_step: called after each step with how many pictures made it.
+        call: further arguments of the pipeline's call.
+    """
+    batches = []
+    with _drawing_as(pipe, variant):
+        for start in range(0, len(prompts), BATCH):
+            batch = list(prompts[start : start + BATCH])
+
+            def on_step_end(*_step: Any, pictures: int = len(batch)) -> dict[str, Any]:
+                on_step(pictures)
+                return {}
+
+            output = pipe(
+                prompt=batch,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + BATCH]],
+                num_inference_steps=variant.steps,
+                output_type="pt",
+                callback_on_step_end=on_step_end,
+                **pipe.family.guidance(_guidance_scale(pipe, variant)),
+                **call,
+            )
+            batches.append(output.images.float().cpu())
+    return (torch.cat(batches) * 255).round().to(torch.uint8)
+
+
+@contextlib.contextmanager
+def _drawing_as(pipe: Any, variant: Variant) -> Iterator[None]:
+    """The adapters and the scheduler of a variant, for the length of a ``with``; a strength stays."""
     with contextlib.ExitStack() as stack:
         student_scheduler = pipe.scheduler
-        if sampler.student is None:
+        if variant.student is None:
             stack.enter_context(pipe.teacher())
-            if not sampler.own_scheduler:
+            if not variant.own_scheduler:
                 pipe.scheduler = student_scheduler  # teacher() puts things back at its end
-        elif sampler.strength is not None:
-            pipe.set_adapters(STUDENT_ADAPTER, sampler.strength)
-        if sampler.base_first:
+        elif variant.strength is not None:
+            pipe.set_adapters(STUDENT_ADAPTER, variant.strength)
+        if variant.base_first:
             stack.enter_context(pipe.base_first())
-        for start in range(0, len(prompts), BATCH):
-            part = slice(start, start + BATCH)
-            made.append(
-                pipe(
-                    prompt=list(prompts[part]),
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                    num_inference_steps=sampler.steps,
-                    output_type="pt",
-                    **pipe.family.guidance(scale),
-                    **call,
-                )
-                .images.float()
-                .cpu()
-            )
-    return (torch.cat(made) * 255).round().to(torch.uint8)
+        yield
+
+
+def _guidance_scale(pipe: Any, variant: Variant) -> float:
+    return pipe.recipe.guidance_scale if variant.guidance_scale is None else variant.guidance_scale
 
 
 class Drawing:
@@ -149,7 +194,7 @@ class Drawing:
 
     Args:
         pipe: a ``TDMPipeline``.
-        bar: advanced by a network call for one picture.
+        bar: advanced by a step of one picture.
         cache: folder of teachers' pictures; None keeps none.
     """
 
@@ -157,39 +202,47 @@ class Drawing:
         self.pipe, self.bar, self.cache = pipe, bar, cache
         self._base: dict[str, Any] | None = None
 
-    def __call__(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Drawn, bool]:
+    def __call__(self, variant: Variant, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Drawn, bool]:
         """(pictures with their "calls" and "seconds" a picture, whether they are from the cache)."""
         fresh = False
 
         def now() -> Drawn:
             nonlocal fresh
             fresh = True
-            begun, called = time.perf_counter(), self.bar.n
-            pictures = draw(self.pipe, sampler, prompts, seeds)
-            seconds, calls = time.perf_counter() - begun, self.bar.n - called
-            return Drawn(pictures, {"calls": calls / len(prompts), "seconds": seconds / len(prompts)})
+            begun = time.perf_counter()
+            with count_calls(getattr(self.pipe, self.pipe.family.denoiser)) as calls:
+                pictures = draw(self.pipe, variant, prompts, seeds, self.bar.update)
+            seconds = time.perf_counter() - begun
+            return Drawn(pictures, {"calls": calls.samples / len(prompts), "seconds": seconds / len(prompts)})
 
-        if self.cache is None or sampler.student is not None:
+        if self.cache is None or variant.student is not None:
             return now(), False
-        drawn = cached(self.cache, self._identity(sampler, prompts, seeds), now)
+        drawn = cached(self.cache, self._identity(variant, prompts, seeds), now)
         if not fresh:
-            self.bar.total -= round(drawn.facts["calls"] * len(prompts))  # calls that need not be waited for
+            self.bar.total -= variant.steps * len(prompts)  # steps that need not be waited for
         return drawn, not fresh
 
-    def _identity(self, sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    def several(self, variant: Variant, prompts: Sequence[str], first_seed: int) -> Tensor:
+        """uint8 pictures [N, ``SEEDS_PER_PROMPT``, 3, H, W] of N prompts."""
+        repeated = [text for text in prompts for _ in range(SEEDS_PER_PROMPT)]
+        pictures = self(variant, repeated, range(first_seed, first_seed + len(repeated)))[0].pictures
+        return pictures.view(-1, SEEDS_PER_PROMPT, *pictures.shape[1:])
+
+    def _identity(self, variant: Variant, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
         """All that the teacher's pictures depend on."""
         pipe, recipe = self.pipe, self.pipe.recipe
         if self._base is None:
             self._base = BaseModel.find(pipe.base_model).identity()
-        scale = recipe.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
+        scale = _guidance_scale(pipe, variant)
         return {
             "base": self._base,
             "dtype": str(pipe.dtype),
             "device": pipe.device.type,
             "size": [recipe.height, recipe.width],
-            "scheduler": "its own" if sampler.own_scheduler else _plain(dict(pipe.scheduler.config)),
-            "steps": sampler.steps,
+            "scheduler": "its own" if variant.own_scheduler else _plain(dict(pipe.scheduler.config)),
+            "steps": variant.steps,
             "guidance_scale": scale,
+            **pipe.family.negative_prompt({"prompt": "", **pipe.family.guidance(scale)}),
             "prompts": list(prompts),
             "seeds": list(seeds),
         }
@@ -198,33 +251,29 @@ class Drawing:
 def evaluate(
     pipe: Any,
     prompts: Prompts,
+    plan: Plan = Plan(),
     *,
     students: Sequence[str] = (),
-    student_steps: Sequence[int] = (1, 2, 4, 8),
-    teacher_steps: int = TEACHER_STEPS,
-    teacher_guidance: float = TEACHER_GUIDANCE,
-    strengths: Sequence[float] = (),
-    base_first: bool = False,
     seed: int = SEED,
     cache: Path | None = None,
     extras: Sequence[Extra] = (),
     load: Callable[[Any, str], None] = lambda pipe, student: pipe.load_student(student),
 ) -> tuple[list[Row], Image.Image]:
-    """Measure a teacher and its students; returns the table and a grid of eight prompts drawn by every sampler.
+    """Measure a teacher and its students; returns the table and a grid of eight prompts drawn by every variant.
 
     The teacher's pictures are drawn once, for all students and strengths. Distance and diversity come from
     ``SEEDS_PER_PROMPT`` noises on a quarter of the prompts; the reference of the distance has other noises, so the
     teacher's own row is its floor.
 
     Args:
-        pipe: a ``TDMPipeline``, with the student that is measured if ``students`` names none.
+        pipe: a ``TDMPipeline``, with the student that is measured if ``students`` names none. It is left at the last
+            of the plan's strengths, and with no other adapter on.
         prompts: at least 2 of them.
+        plan: what is compared.
         students: files, folders or hub repositories, each loaded in turn.
-        strengths: of the students on the base, above 0: a row for each. None given: as they are. The pipeline is left
-            at the last of them, and with no other adapter on.
-        base_first: a further row for each of a student's of 2 steps or more, with the first step by the base.
         seed: of the noises: ``seed`` to ``seed + N`` of the pictures that are judged.
         cache: folder of teachers' pictures (`pictures.cached`); None draws them each time.
+        extras: further scores of the pictures that are judged.
         load: puts one of ``students`` into the pipeline.
 
     Raises:
@@ -232,64 +281,52 @@ def evaluate(
     """
     _check(pipe, prompts)
     pipe.set_progress_bar_config(disable=True)
-    texts, n = prompts.texts, len(prompts.texts)
-    compared = texts[: max(8, n // 4)]
-    several = [text for text in compared for _ in range(SEEDS_PER_PROMPT)]
-    labels = names_of(students) if students else ["student"]
-    plan = samplers(
-        student_steps,
-        labels,
-        teacher_steps=teacher_steps,
-        teacher_guidance=teacher_guidance,
-        strengths=strengths,
-        base_first=base_first,
-    )
+    by_name = dict(zip(names_of(students), students, strict=True))
+    variants = plan.variants(pipe.teacher_call, list(by_name) or ["student"])
     _check_students(pipe, students, load)
     loaded = None
-    calls = [s.steps * (1 + (s.guidance_scale not in (None, 1))) for s in plan]
-    total = sum(calls) * (n + len(several)) + calls[0] * len(several)  # the teacher once more: the reference
+    compared = prompts.texts[: max(8, len(prompts.texts) // 4)]
     rows: list[Row] = []
-    sheet = []
+    shown = []
     reference: Reference | None = None
-    with progress(getattr(pipe, pipe.family.denoiser), total) as bar:
+    with tqdm(total=_steps(variants, prompts.texts, compared), unit=" steps", mininterval=1.0) as bar:
         drawing = Drawing(pipe, bar, cache)
-
-        def grouped(sampler: Sampler, first_seed: int) -> Tensor:
-            made = drawing(sampler, several, range(first_seed, first_seed + len(several)))[0].pictures
-            return made.view(-1, SEEDS_PER_PROMPT, *made.shape[1:])
-
-        for sampler in plan:
-            student = sampler.student
-            if students and student != loaded and student is not None:
-                load(pipe, students[labels.index(student)])
-                loaded = student
-            (made, facts), found = drawing(sampler, texts, range(seed, seed + n))
-            again = grouped(sampler, seed + 2 * APART)
+        for variant in variants:
+            if variant.student in by_name and variant.student != loaded:
+                load(pipe, by_name[variant.student])
+                loaded = variant.student
+            drawn, from_cache = drawing(variant, prompts.texts, range(seed, seed + len(prompts.texts)))
+            repeats = drawing.several(variant, compared, seed + 2 * APART)
             if reference is None:
-                reference = Reference(made, again, grouped(sampler, seed + APART), prompts.wanted)
-            measures = reference.measures(made, again)
-            measures.values |= {extra.name: extra(made, texts) for extra in extras}
-            told = (sampler.name, sampler.steps, facts["calls"], facts["seconds"], found, student, sampler.strength)
-            rows.append(Row(*told, measures, sampler.base_first))
-            sheet.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in made[:SHOWN]])
-            bar.write(f"{sampler.name}: {measures.headline}")
-    labelled = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
-    return rows, contact_sheet(sheet, labelled, texts[:SHOWN])
+                others = drawing.several(variant, compared, seed + APART)
+                reference = Reference(drawn.pictures, repeats, others, prompts.wanted)
+            measures = reference.measures(drawn.pictures, repeats)
+            measures.values |= {extra.name: extra(drawn.pictures, prompts.texts) for extra in extras}
+            rows.append(_row(variant, drawn, from_cache, measures))
+            shown.append([Image.fromarray(p.permute(1, 2, 0).numpy()) for p in drawn.pictures[:SHOWN]])
+            bar.write(f"{variant.name}: {measures.headline}")
+    labels = [f"{row.name.replace(', ', chr(10))}\n{row.calls:g} calls" for row in rows]
+    return rows, contact_sheet(shown, labels, prompts.texts[:SHOWN])
 
 
-@contextlib.contextmanager
-def progress(denoiser: torch.nn.Module, total: int) -> Iterator[Any]:
-    """A bar with ETA that counts network calls as they happen: one a picture in the batch, two with guidance."""
-    with tqdm(total=total, unit=" calls", mininterval=1.0) as bar:
+def _steps(variants: Sequence[Variant], prompts: Sequence[str], compared: Sequence[str]) -> int:
+    """How many steps an evaluation makes, each of one picture; the teacher draws once more, for the reference."""
+    repeats = SEEDS_PER_PROMPT * len(compared)
+    return sum(v.steps for v in variants) * (len(prompts) + repeats) + variants[0].steps * repeats
 
-        def count(_module: Any, _inputs: Any, output: Any) -> None:
-            bar.update(len(output[0]))
 
-        handle = denoiser.register_forward_hook(count)
-        try:
-            yield bar
-        finally:
-            handle.remove()
+def _row(variant: Variant, drawn: Drawn, from_cache: bool, measures: Measures) -> Row:
+    return Row(
+        name=variant.name,
+        steps=variant.steps,
+        calls=drawn.facts["calls"],
+        seconds=drawn.facts["seconds"],
+        cached=from_cache,
+        student=variant.student,
+        strength=variant.strength,
+        measures=measures,
+        base_first=variant.base_first,
+    )
 
 
 def names_of(students: Sequence[str]) -> list[str]:

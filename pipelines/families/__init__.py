@@ -6,7 +6,7 @@ A family is recognised by the pipeline class that a base names in its `model_ind
 from __future__ import annotations
 
 from ...errors import TDMError
-from .base import Condition, Family, Size
+from .base import Condition, Family, Size, TeacherCall
 from .cogvideox import CogVideoX
 from .flux import Flux
 from .pixart import PixArt
@@ -18,7 +18,7 @@ from .sdxl import SDXL
 from .wan import Wan
 from .zimage import ZImage
 
-__all__ = ["Condition", "Family", "Size", "family_of_name", "family_of_pipeline"]
+__all__ = ["Condition", "Family", "Size", "TeacherCall", "family_of_name", "family_of_pipeline"]
 
 _FAMILIES: tuple[Family, ...] = (
     SD15("StableDiffusionPipeline"),

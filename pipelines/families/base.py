@@ -40,6 +40,18 @@ class Size(NamedTuple):
     num_frames: int | None = None
 
 
+class TeacherCall(NamedTuple):
+    """How a base is run as a teacher: its steps, and its guidance scale as in a recipe (1.0 is none)."""
+
+    steps: int
+    guidance_scale: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is guidance, by a second prediction or as an input of the network."""
+        return self.guidance_scale != 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Family(ABC):
     """One row of the registry: a family on one of its stock pipelines.
@@ -53,6 +65,8 @@ class Family(ABC):
         guidance_argument: the argument of `__call__` that takes the recipe's guidance scale.
         no_guidance: its value that switches guidance off; a pipeline with 0 counts from the conditional prediction,
             ``cond + w * (cond - uncond)``, and gets the recipe's scale less 1.
+        teacher_call: how the family's base is run as a teacher: the stock pipeline's default steps, and the guidance
+            scale that the family's training preset distils with (the file says where one differs).
         call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
         binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
         video: it makes videos.
@@ -69,6 +83,7 @@ class Family(ABC):
     time_embedder: ClassVar[str]
     guidance_argument: ClassVar[str] = "guidance_scale"
     no_guidance: ClassVar[float] = 1.0
+    teacher_call: ClassVar[TeacherCall]
     call_kwargs: ClassVar[Mapping[str, Any]] = {}
     binned_sample_sizes: ClassVar[frozenset[int] | None] = None
     video: ClassVar[bool] = False
@@ -88,6 +103,15 @@ class Family(ABC):
     def guidance(self, scale: float) -> dict[str, float]:
         """The argument of `__call__` for a recipe's guidance scale (1.0 is none)."""
         return {self.guidance_argument: scale - (1.0 - self.no_guidance)}
+
+    def negative_prompt(self, call: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """What switches guidance on in a guided call, where its scale alone does not, by argument of `__call__`.
+
+        Args:
+            call: the arguments of a call by name, with the scale. {} is returned unless they ask for guidance and
+                name no negative prompt.
+        """
+        return {}
 
     def call_defaults(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """`call_kwargs` for a loaded pipeline: resolution binning goes off where it has no table for the model."""

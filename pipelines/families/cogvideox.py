@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, for_vae, zeros
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, TeacherCall, for_vae, zeros
 
 
 class CogVideoX(Family):
     """A video transformer on latents [F, C, h, w], T5 text in the same sequence."""
 
     name = "cogvideox"
+    teacher_call = TeacherCall(50, 3.5)
     time_embedder = "time_embedding"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     video = True

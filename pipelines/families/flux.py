@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Size, longest_text, text_options, zeros
+from .base import Condition, Size, TeacherCall, longest_text, text_options, zeros
 from .patched import PatchedFamily, from_patches, patches
 
 
@@ -18,6 +18,8 @@ class Flux(PatchedFamily):
     """
 
     name = "flux"
+    # the scale that the dev model's network takes as an input; the preset adds none
+    teacher_call = TeacherCall(28, 3.5)
     time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (
         r".*(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"

@@ -8,13 +8,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, longest_text, text_options, without_variance, zeros
+from .base import (
+    ATTENTION,
+    FEED_FORWARD,
+    Condition,
+    Family,
+    Size,
+    TeacherCall,
+    longest_text,
+    text_options,
+    without_variance,
+    zeros,
+)
 
 
 class PixArt(Family):
     """A transformer on 4-channel latents with a learned-variance head, T5 text."""
 
     name = "pixart"
+    teacher_call = TeacherCall(20, 3.5)
     time_embedder = "adaln_single.emb.timestep_embedder"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     # Caption cleaning needs two optional packages and is skipped without them: off, so that no picture depends on that.

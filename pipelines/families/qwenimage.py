@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import JOINT_ATTENTION, Condition, Size, for_vae, longest_text, text_options, zeros
+from .base import JOINT_ATTENTION, Condition, Size, TeacherCall, for_vae, longest_text, text_options, zeros
 from .patched import PatchedFamily, from_patches, patches
 
 
@@ -15,10 +16,19 @@ class QwenImage(PatchedFamily):
     """A joint transformer on 2 x 2 patches of a video VAE's latents, Qwen2.5-VL text."""
 
     name = "qwenimage"
+    teacher_call = TeacherCall(50, 4.0)
     time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     guidance_argument = "true_cfg_scale"
     home = "..fixes.batches"
+
+    def negative_prompt(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The stock pipeline guides only with a negative prompt. The empty one is what training leads away from."""
+        named = any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+        if named or (call.get(self.guidance_argument) or 1.0) <= 1.0:
+            return {}
+        prompts = call["prompt_embeds"] if call.get("prompt") is None else call["prompt"]
+        return {"negative_prompt": [""] * (1 if isinstance(prompts, str) else len(prompts))}
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")

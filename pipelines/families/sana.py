@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, longest_text, text_options, without_variance, zeros
+from .base import ATTENTION, Condition, Family, Size, TeacherCall, longest_text, text_options, without_variance, zeros
 
 
 class Sana(Family):
     """A linear transformer on the deeply compressed latents of DC-AE, Gemma text."""
 
     name = "sana"
+    teacher_call = TeacherCall(20, 4.5)
     time_embedder = "time_embed.emb.timestep_embedder"
     lora_targets = ATTENTION
     binned_sample_sizes = frozenset({16, 32, 64, 128})

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, clip_tokens, text_options, zeros
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, TeacherCall, clip_tokens, text_options, zeros
 
 
 class SD15(Family):
     """A UNet on 4-channel latents, CLIP text."""
 
     name = "sd15"
+    teacher_call = TeacherCall(50, 3.5)
     time_embedder = "time_embedding"
     denoiser = "unet"
     lora_targets = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import FEED_FORWARD, JOINT_ATTENTION, Condition, Family, Size, longest_text, text_options, zeros
+from .base import FEED_FORWARD, JOINT_ATTENTION, Condition, Family, Size, TeacherCall, longest_text, text_options, zeros
 
 
 class SD3(Family):
     """A joint transformer on 16-channel latents; text of two CLIP encoders and T5, and a pooled prompt."""
 
     name = "sd3"
+    teacher_call = TeacherCall(28, 4.5)
     time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Size, text_options, zeros
+from .base import Condition, Size, TeacherCall, text_options, zeros
 from .sd15 import SD15
 
 
@@ -15,6 +15,7 @@ class SDXL(SD15):
     """The UNet is told a pooled prompt and the picture's size, beside the text of two CLIP encoders."""
 
     name = "sdxl"
+    teacher_call = TeacherCall(50, 8.0)
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "clip_skip")

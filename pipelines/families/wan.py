@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, for_vae, longest_text, text_options, zeros
+from .base import ATTENTION, Condition, Family, Size, TeacherCall, for_vae, longest_text, text_options, zeros
 
 
 class Wan(Family):
     """A video transformer on latents [C, F, h, w], UMT5 text."""
 
     name = "wan"
+    teacher_call = TeacherCall(50, 5.0)
     time_embedder = "condition_embedder.time_embedder"
     lora_targets = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
     video = True

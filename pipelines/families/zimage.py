@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .base import ATTENTION, Condition, Family, Size, longest_text, text_options, zeros
+from .base import ATTENTION, Condition, Family, Size, TeacherCall, longest_text, text_options, zeros
 
 
 class ZImage(Family):
     """A transformer in which every sample is a sequence of its own: lists go in and come out. Qwen3 text."""
 
     name = "zimage"
+    # Z-Image-Turbo's, which is distilled: no guidance, and the pipeline's 50 steps are not for it
+    teacher_call = TeacherCall(8, 1.0)
     time_embedder = "t_embedder"
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     no_guidance = 0.0

@@ -14,12 +14,15 @@ from PIL import Image
 from tdm import TDMPipeline
 from tdm.cli import main
 from tdm.errors import TDMError
+from tdm.pipelines.families import family_of_name
 from tdm.pipelines.students.file import Student, save_student
 from tdm.pipelines.students.recipe import StudentRecipe
+from tdm.tests import tiny
 from tdm.tests.commands import refused
+from tdm.tests.pipelines.students import lora_for, recipe_for
 from tdm.training import evaluate as module
 from tdm.training.eval_report import over_students, table, write
-from tdm.training.evaluate import Prompts, Row, Sampler, draw, evaluate, held_out_prompts, names_of
+from tdm.training.evaluate import Plan, Prompts, Row, Variant, draw, evaluate, held_out_prompts, names_of
 from tdm.training.measure import Measures, Reference
 from tdm.training.metrics.bootstrap import Value
 from torch import Tensor
@@ -105,9 +108,9 @@ def test_a_base_of_ones_own_is_measured_but_for_accuracy_and_its_teacher_drawn_o
     drawn: list[str] = []
     draw = module.draw
 
-    def watching(pipe: Any, sampler: Any, *args: Any) -> Tensor:
-        drawn.append(sampler.name)
-        return draw(pipe, sampler, *args)
+    def watching(pipe: Any, variant: Variant, *args: Any) -> Tensor:
+        drawn.append(variant.name)
+        return draw(pipe, variant, *args)
 
     monkeypatch.setattr(module, "draw", watching)
     assert main([*given, "--out", str(tmp_path / "b")]) == 0
@@ -211,7 +214,7 @@ def test_the_first_step_by_the_base_is_a_row_more(
 def test_base_first_draws_what_the_pipeline_draws_so() -> None:
     pipe = TDMPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
-    made = draw(pipe, Sampler("", 4, None, "student", base_first=True), ["a red star on a beach"], [7])
+    made = draw(pipe, Variant("", 4, None, "student", base_first=True), ["a red star on a beach"], [7])
     with pipe.base_first():
         call = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4, "output_type": "pt"}
         picture = pipe("a red star on a beach", **call).images
@@ -221,7 +224,7 @@ def test_base_first_draws_what_the_pipeline_draws_so() -> None:
 def test_the_bundled_world_is_measured_by_attribute_and_combination(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SEEDS_PER_PROMPT", 2)
     pipe = TDMPipeline.from_pretrained()
-    rows, sheet = evaluate(pipe, Prompts(*held_out_prompts(12)), student_steps=[4], teacher_steps=4)
+    rows, sheet = evaluate(pipe, Prompts(*held_out_prompts(12)), Plan(student_steps=[4], teacher_steps=4))
     teacher, student = rows[0].measures, rows[3].measures
     assert list(student.attributes) == ["background", "count", "colour", "kind", "relation"]
     assert 3 < len(student.combinations) <= 7
@@ -323,3 +326,19 @@ def test_students_of_several_sizes_are_not_compared(
     files = [str(student(1)), str(student(2, height=32))]
     given = ["eval", "--prompts-file", str(prompts_file), *SHORT, "--student", *files]
     assert "draws in another size than other students" in refused([*given, "--out", str(tmp_path / "out")], capsys)
+
+
+@pytest.mark.parametrize(("family", "calls"), [("flux", [3, 4, 4, 2]), ("qwenimage", [6, 4, 4, 2])])
+def test_calls_are_counted_and_the_teacher_is_guided_in_the_familys_own_way(
+    family: str, calls: list[int], bases: Callable[[str], Path], prompts_file: Path, tmp_path: Path
+) -> None:
+    base = bases(family)
+    file = tmp_path / "student.safetensors"
+    layers = lora_for(getattr(tiny.build(family), family_of_name(family).denoiser))
+    recipe = recipe_for(family, base, guidance_scale=3.5 if family == "flux" else 1.0)
+    save_student(file, Student.from_state_dict(recipe, layers))
+    given = ["eval", "--prompts-file", str(prompts_file), *SHORT, "--student", str(file)]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    assert [row["calls"] for row in read(tmp_path / "out")] == calls
+    settings = json.loads((tmp_path / "out" / "eval.json").read_text())["settings"]
+    assert settings["teacher_guidance"] == family_of_name(family).teacher_call.guidance_scale
