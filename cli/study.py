@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> None:
         raise TDMError(f"no run of {question.name} is in {path}; train some: tdm study {args.name}")
     if args.steps is not None:
         question, runs = at_steps(question, runs, args.steps)
-    questions = [(question, runs)]
+    measures = [(question, runs)]
     if args.steps is None:
-        questions += [of_further(question, runs, name) for name in question.further]
-    for question_of, measured in questions:
+        measures += [of_further(question, runs, name) for name in question.further]
+    for question_of, measured in measures:
         if not measured:  # runs that are older than the measure
             print(f"no run has {question_of.measure}; tdm study {args.name} --results NEW.jsonl trains them again")
             continue

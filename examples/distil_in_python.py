@@ -42,7 +42,8 @@ def main() -> None:
     print("student:", save_student(args.out / "student.safetensors", student))
 
     pipe = TDMPipeline.from_pretrained(args.base, student=student)
-    picture = pipe(task.prompts[0], height=student.recipe.height, width=student.recipe.width).images[0]
+    prompt = args.prompts.read_text(encoding="utf-8").splitlines()[0]
+    picture = pipe(prompt, height=student.recipe.height, width=student.recipe.width).images[0]
     picture.save(args.out / "picture.png")
     print("picture:", args.out / "picture.png")
 

@@ -64,9 +64,9 @@ def load_config(
             if not isinstance(node, dict):
                 raise TDMError(f"{key}: {section} is a value, not a section")
         node[last] = yaml.safe_load(value)
-    config = from_dict(DistillConfig, data)
-    validate(config)
-    return config
+    settings = from_dict(DistillConfig, data)
+    validate(settings)
+    return settings
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -254,12 +254,12 @@ def _pixels(pictures: Sequence[Image.Image], size: int) -> Tensor:
 
     This is done by hand: where the rest is odd, transformers' processor cuts one pixel off torchvision's place.
     """
-    pixels = []
+    crops = []
     for picture in pictures:
         short = min(picture.size)
         width, height = (int(size * side / short) for side in picture.size)
         left, top = round((width - size) / 2), round((height - size) / 2)
         resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        pixels.append(np.asarray(resized.crop((left, top, left + size, top + size))))
-    pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
+        crops.append(np.asarray(resized.crop((left, top, left + size, top + size))))
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 255
     return (pixels - CLIP_MEAN) / CLIP_STD
