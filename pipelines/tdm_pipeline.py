@@ -35,7 +35,8 @@ from .students.unplaced import Unplaced, unplaced
 _CALL_NOTE = """Draw, with the student's own settings where the call says nothing.
 
 Steps, guidance scale, height, width and, of a video, the number of frames are the student's: `pipe.call_defaults()`
-names them. The defaults that the stock pipeline states below hold for all other arguments."""
+names them. In `pipe.teacher()` steps and guidance scale are the base's. The defaults that the stock pipeline states
+below hold for all other arguments."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _logger = logging.getLogger(__name__)
 
