@@ -18,12 +18,15 @@ from ..files import whole_folder
 from .attention import use_attention
 from .base_first import base_first
 from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
+from .explicit_sigmas import sigmas_of
 from .families import Family, TeacherCall, family_of_pipeline
 from .fresh_noise import noise_of
+from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
 from .loras.pairs import Layers
 from .scheduler import TDMScheduler
+from .stock_from_pipe import from_pipe
 from .stream import Step, stream
 from .students.adapter import STUDENT_ADAPTER, StudentAdapter
 from .students.file import MERGED_FILE, STUDENT_FILE, Student, read_merged, save_student
@@ -31,6 +34,7 @@ from .students.locate import locate, student_file
 from .students.recipe import HEADER_KEY, StudentRecipe, completed
 from .students.recipe_on_base import recipe_on_base
 from .students.unplaced import Unplaced, unplaced
+from .turns import Turns
 
 _CALL_NOTE = """Draw, with the student's own settings where the call says nothing.
 
@@ -62,6 +66,7 @@ class TDMPipeline(StudentAdapter):
     base_model: str
     teacher_scheduler: Any
     _first_by_base = False
+    _warned: set[Any]  # the guidance that calls were warned of
 
     if TYPE_CHECKING:  # the class that `from_pretrained` gives has the family's own, with the student's defaults
 
@@ -126,7 +131,7 @@ class TDMPipeline(StudentAdapter):
         loader: Any = super(TDMPipeline, _student_class(family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
-        pipe.family, pipe.base_model, pipe.teacher_scheduler = family, base, pipe.scheduler
+        pipe._is_on(base, family)
         if new is None:
             pipe._is_student(complete, sampler)
         else:
@@ -164,12 +169,11 @@ class TDMPipeline(StudentAdapter):
         if isinstance(pipeline, TDMPipeline):
             raise TDMError("this pipeline has a student already; put another one in with load_student")
         family = family_of_pipeline(type(pipeline).__name__)
-        loader: Any = super(TDMPipeline, _student_class(family))
         # The denoiser by name: its class may be one of ours, which diffusers would not take over.
         network: dict[str, Any] = {family.denoiser: getattr(pipeline, family.denoiser)}
-        pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **network, **kwargs})
+        pipe = from_pipe(TDMPipeline, _student_class(family), pipeline, {**network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
-        pipe.family, pipe.base_model, pipe.teacher_scheduler = family, base, pipe.scheduler
+        pipe._is_on(base, family)
         if student is None:
             pipe._is_student(*recipe_on_base(base, family, pipe.scheduler.config, recipe or {}))
         else:
@@ -197,13 +201,22 @@ class TDMPipeline(StudentAdapter):
         config = self.teacher_scheduler.config
         self._put_in(new, *recipe_on_base(self.base_model, self.family, config, new.fields))
 
+    def _is_on(self, base: str, family: Family) -> None:
+        """The base of a pipeline that was just built."""
+        if getattr(self, family.denoiser) is None:
+            raise TDMError(
+                f"{family.denoiser}=None leaves a student no network to be put in; to encode prompts alone, load the "
+                f"base with diffusers' {family.pipeline}"
+            )
+        self.family, self.base_model, self.teacher_scheduler, self.turns = family, base, self.scheduler, Turns()
+
     def _put_in(self, new: Unplaced, recipe: StudentRecipe, sampler: Any) -> None:
         placed = new.place(self.family, self._adaptable())
         require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
-        self.require_unfused()
-
-        self._replace_student(placed)
-        self._sample_as(recipe, sampler)
+        with self.turns.turn():
+            self.require_unfused()
+            self._replace_student(placed)
+            self._sample_as(recipe, sampler)
         count = sum(map(len, placed.values()))
         _logger.info("%s: all %d LoRA layers match the %s", new.name, count, " and the ".join(placed))
 
@@ -214,15 +227,16 @@ class TDMPipeline(StudentAdapter):
 
     def _sample_as(self, recipe: StudentRecipe, sampler: Any) -> None:
         self.scheduler = self._sampler = sampler
-        self.recipe = recipe
+        self.recipe, self._warned = recipe, set()
 
     def image_to_image(self, prompt: str | list[str] | None, image: Any, strength: float = 0.6, **call: Any) -> Any:
         """Redraw a picture: start from it, noised to the trained timestep nearest to `strength`, and end on the grid.
 
         Args:
             prompt: as in a call.
-            image: PIL image, array, tensor [B, 3, H, W] in [0, 1], or a list of them; one for each prompt, or one for
-                all. Its own size is used, cut down to what the model works in, unless `height` and `width` are given.
+            image: PIL image, path, array [H, W, 3] or tensor [3, H, W], a batch or a list of them; one for each prompt,
+                or one for all. uint8, or floats in [0, 1] (see `pictures.py`). Its own size is used, cut down to what
+                the model works in, unless `height` and `width` are given.
             strength: above 0 (close to the picture) to 1 (free of it), as a share of the noise schedule. A student of 4
                 steps has 4 of them; the nearest is taken, and as many network calls are made as steps are left.
             call: other arguments of a call; `num_inference_steps` names the trained grid.
@@ -231,10 +245,11 @@ class TDMPipeline(StudentAdapter):
             What the pipeline returns.
 
         Raises:
-            TDMError: a strength out of range, a size that does not fit, a family of videos, or another sampler than
-                `TDMScheduler` (as in `teacher`).
+            TDMError: a strength out of range, a size that does not fit, numbers that are no picture, a family of
+                videos, `sigmas` or `timesteps`, or another sampler than `TDMScheduler` (as in `teacher`).
         """
-        return image_to_image(self, image, strength, {"prompt": prompt, **call})
+        with self.turns.turn():
+            return image_to_image(self, image, strength, {"prompt": prompt, **call})
 
     def stream(self, *args: Any, **kwargs: Any) -> Generator[Step, None, None]:
         """A call that can be watched and stopped: what `pipe(...)` takes, step by step.
@@ -380,6 +395,10 @@ class TDMPipeline(StudentAdapter):
             self.scheduler = before
         return student
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made for the family, and no name leads to it.
+        return _unpickled, (self.family.pipeline,), {k: v for k, v in vars(self).items() if k != "family"}
+
     def use_attention(self, backend: str | None = None) -> str:
         """Switch the denoiser's attention to a backend of diffusers, or to the best that works here.
 
@@ -420,6 +439,14 @@ class TDMPipeline(StudentAdapter):
         return defaults
 
 
+def _unpickled(pipeline: str) -> TDMPipeline:
+    """An empty pipeline on the stock class of this name, which then gets its state."""
+    family = family_of_pipeline(pipeline)
+    pipe = object.__new__(_student_class(family))
+    pipe.family = family
+    return pipe
+
+
 @functools.cache
 def _student_class(family: Family) -> Any:
     """`TDMPipeline` on top of a family's pipeline class, under its stock name: `save_pretrained` writes that down."""
@@ -428,12 +455,15 @@ def _student_class(family: Family) -> Any:
 
     @functools.wraps(call)
     def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        self.check_student()
         bound = self.bind_call(args, kwargs)
-        with noise_of(self, bound):
-            if self._first_by_base and not self._teaching:
-                return base_first(self, call, bound)
-            return call(*bound.args, **bound.kwargs)
+        with self.turns.call():
+            self.check_student()
+            if not self._teaching and (self.scheduler is self._sampler or isinstance(self.scheduler, TDMScheduler)):
+                warn_of_guidance(self.family, self.recipe, bound, self._warned)
+            with sigmas_of(self, bound.arguments), noise_of(self, bound):
+                if self._first_by_base and not self._teaching:
+                    return base_first(self, call, bound)
+                return call(*bound.args, **bound.kwargs)
 
     __call__.__doc__ = f"{_CALL_NOTE}\n\n{call.__doc__ or ''}"
     return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})

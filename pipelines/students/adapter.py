@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -13,7 +13,10 @@ from torch import nn
 from ...errors import TDMError
 from ..families import Family
 from ..loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active, tuner_layers
+from ..loras.fusing import require_all_counted, require_fusable
 from ..loras.pairs import Layers, Lora, peft_config, state_dict_of
+from ..loras.unchanged import unchanged_on_error
+from ..turns import Turns
 
 STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapters`
 
@@ -22,6 +25,7 @@ class StudentAdapter(DiffusionPipeline):
     """What `TDMPipeline` does with adapters: the half of it that knows peft."""
 
     family: Family
+    turns: Turns
     _sampler: Any  # the scheduler that came with the student
     _teaching = False
 
@@ -30,19 +34,72 @@ class StudentAdapter(DiffusionPipeline):
 
         Stock pipelines leave only the newest on, which would switch the student off. Strengths are set as ever, with
         ``pipe.set_adapters(["student", "style"], [1.0, 0.7])``, in any order.
+
+        Raises:
+            Exception: whatever the stock method raises for a LoRA that does not fit; the pipeline is then as it was.
         """
         loader: Any = super()
-        with staying_active(self._adaptable().values()):
+        networks = self._adaptable().values()
+        with self.turns.turn(), unchanged_on_error(networks), staying_active(networks):
             loader.load_lora_weights(*args, **kwargs)
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Put adapters into the weights: the stock method, except that it refuses what would drop an adapter.
+
+        Args:
+            components: where to fuse; None: everywhere.
+            lora_scale, safe_fusing, kwargs: as in the stock method.
+            adapter_names: which to fuse; None: all that are on.
+
+        Raises:
+            TDMError: an adapter that is on would be dropped, because it shares layers with one that is fused alone; an
+                adapter would be fused in some of its networks only; or the adapters are switched off.
+        """
+        networks = self._adaptable()
+        where = list(networks) if components is None else list(components)
+        names = None if adapter_names is None else list(adapter_names)
+        with self.turns.turn():
+            require_fusable(networks, where, names)
+            fuse: Any = super().fuse_lora  # type: ignore[misc]
+            fuse(where, lora_scale, safe_fusing, names, **kwargs)
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """The stock method: which adapters are on, and how strong.
+
+        Raises:
+            TDMError: adapters are fused into the weights, where they keep the strength that they have.
+        """
+        require_unfused(self._modules())
+        setter: Any = super()
+        setter.set_adapters(*args, **kwargs)
+
+    def delete_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """The stock method.
+
+        Raises:
+            TDMError: adapters are fused into the weights, which would keep them for good.
+        """
+        require_unfused(self._modules())
+        deleter: Any = super()
+        deleter.delete_adapters(*args, **kwargs)
 
     def _replace_student(self, placed: Layers) -> None:
         """Put a student's layers in the place of the one that is there. Other adapters stay as they are, on or off."""
-        active = {name: active_adapters(network) for name, network in self._adaptable().items()}
-        self._detach()
-        for name, layers in placed.items():
-            self._attach(name, layers)
-        for name, network in self._adaptable().items():  # the loaders made the new adapter the only active one
-            set_active(network, [*(other for other in active[name] if other != STUDENT_ADAPTER), STUDENT_ADAPTER])
+        networks = self._adaptable()
+        active = {name: active_adapters(network) for name, network in networks.items()}
+        with unchanged_on_error(networks.values()):
+            self._detach()
+            for name, layers in placed.items():
+                self._attach(name, layers)
+            for name, network in networks.items():  # the loaders made the new adapter the only active one
+                set_active(network, [*(other for other in active[name] if other != STUDENT_ADAPTER), STUDENT_ADAPTER])
 
     def _attach(self, component: str, layers: Mapping[str, Lora]) -> None:
         """Put the student's layers of one network into it."""
@@ -108,8 +165,10 @@ class StudentAdapter(DiffusionPipeline):
         """Before a call: the student's sampler must not run the base alone. Another scheduler is the caller's choice.
 
         Raises:
-            TDMError: the student is gone, after `unload_lora_weights` or `delete_adapters`.
+            TDMError: the student is gone, after `unload_lora_weights` or `delete_adapters`; or an adapter that is on
+                would be dropped, because others are fused into its layers.
         """
+        require_all_counted(self._adaptable().values())
         if self._teaching or self.scheduler is not self._sampler or STUDENT_ADAPTER in self.fused_loras:
             return
         networks = self._adaptable().values()
