@@ -79,6 +79,7 @@ class TDMPipeline(StudentAdapter):
         *,
         student: Source | Student | None = None,
         recipe: Mapping[str, Any] | None = None,
+        strict: bool = True,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -93,6 +94,7 @@ class TDMPipeline(StudentAdapter):
             student: the student for the base: `Student`, file, folder or hub repository.
             recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
                 and `prediction_type` need not be given: the base itself says them.
+            strict: False: what of the LoRA has no place on the base is left out, with a warning.
             dtype, torch_dtype: two spellings of one argument, the dtype of the weights; float32 if not given.
             kwargs: anything else that the stock `from_pretrained` takes, such as `variant` or whole components.
 
@@ -111,7 +113,7 @@ class TDMPipeline(StudentAdapter):
         if isinstance(found, Path) and found.name == MERGED_FILE:
             new, fields = None, completed(read_merged(found), recipe)
         else:
-            new = unplaced(found, recipe)
+            new = unplaced(found, recipe, strict=strict)
             fields = new.fields
         base = base or fields.get("base_model")
         if not base:
@@ -145,6 +147,7 @@ class TDMPipeline(StudentAdapter):
         *,
         student: Source | Student | None,
         recipe: Mapping[str, Any] | None = None,
+        strict: bool = True,
         **kwargs: Any,
     ) -> TDMPipeline:
         """Put a student on a pipeline that is loaded already, such as a fine-tune that came as a single file.
@@ -155,6 +158,7 @@ class TDMPipeline(StudentAdapter):
             pipeline: a stock pipeline of a supported family.
             student: as in `load_student`; None: the pipeline's own weights are the student's, and `recipe` says all.
             recipe: fields that complete or replace the student's metadata.
+            strict: as in `from_pretrained`.
             kwargs: what the stock `from_pipe` takes; the dtype stays unless `dtype` is given.
 
         Raises:
@@ -177,15 +181,18 @@ class TDMPipeline(StudentAdapter):
         if student is None:
             pipe._is_student(*recipe_on_base(base, family, pipe.scheduler.config, recipe or {}))
         else:
-            pipe.load_student(student, recipe=recipe)
+            pipe.load_student(student, recipe=recipe, strict=strict)
         return pipe
 
-    def load_student(self, student: Source | Student, *, recipe: Mapping[str, Any] | None = None) -> None:
+    def load_student(
+        self, student: Source | Student, *, recipe: Mapping[str, Any] | None = None, strict: bool = True
+    ) -> None:
         """Put a student into the pipeline, in the place of the one it has. Other adapters stay as they are.
 
         Args:
             student: `Student`, file (a LoRA of any layout), folder with `student.safetensors`, or hub repository.
             recipe: fields that complete or replace its metadata.
+            strict: as in `from_pretrained`.
 
         Raises:
             TDMError: as in `from_pretrained`, or adapters are fused, or layerwise casting is on; the pipeline is then
@@ -197,7 +204,8 @@ class TDMPipeline(StudentAdapter):
         >>> pipe.scheduler.config.solver_order, pipe.get_active_adapters()
         (2, ['student'])
         """
-        new = unplaced(student if isinstance(student, Student) else student_file(student, {}), recipe)
+        source = student if isinstance(student, Student) else student_file(student, {})
+        new = unplaced(source, recipe, strict=strict)
         config = self.teacher_scheduler.config
         self._put_in(new, *recipe_on_base(self.base_model, self.family, config, new.fields))
 
