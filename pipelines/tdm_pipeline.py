@@ -24,6 +24,7 @@ from .fresh_noise import noise_of
 from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
+from .loras.encoders import adaptable_encoders
 from .loras.pairs import Layers
 from .scheduler import TDMScheduler
 from .stock_from_pipe import from_pipe
@@ -474,4 +475,7 @@ def _student_class(family: Family) -> Any:
                 return call(*bound.args, **bound.kwargs)
 
     __call__.__doc__ = f"{_CALL_NOTE}\n\n{call.__doc__ or ''}"
-    return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})
+    names = {"__call__": __call__, "__doc__": TDMPipeline.__doc__}
+    if encoders := adaptable_encoders(stock):
+        names["_lora_loadable_modules"] = [family.denoiser, *encoders]
+    return type(family.pipeline, (TDMPipeline, stock), names)

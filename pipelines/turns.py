@@ -56,7 +56,9 @@ class Turns:
         """
         with self.turn():
             if self._calling:
-                raise TDMError("this pipeline is in the middle of a call, and a callback cannot start another one on it")
+                raise TDMError(
+                    "this pipeline is in the middle of a call, and a callback cannot start another one on it"
+                )
             self._calling = True
             try:
                 yield

@@ -148,6 +148,7 @@ _KOHYA = {
     "transformer": "lora_transformer",
     "text_encoder": "lora_te1",
     "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3",
 }
 
 

@@ -70,6 +70,17 @@ class StudentAdapter(DiffusionPipeline):
             fuse: Any = super().fuse_lora  # type: ignore[misc]
             fuse(where, lora_scale, safe_fusing, names, **kwargs)
 
+    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """Take fused adapters out of the weights: the stock method.
+
+        Args:
+            components: where; None: everywhere, as in `fuse_lora`.
+            kwargs: as in the stock method.
+        """
+        unfuse: Any = super().unfuse_lora  # type: ignore[misc]
+        with self.turns.turn():
+            unfuse(list(self._adaptable()) if components is None else list(components), **kwargs)
+
     def set_adapters(self, *args: Any, **kwargs: Any) -> None:
         """The stock method: which adapters are on, and how strong.
 
@@ -110,6 +121,9 @@ class StudentAdapter(DiffusionPipeline):
         if component == self.family.denoiser:
             network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
         else:
+            # By its own names for the halves: diffusers knows those of peft in the attention of CLIP alone.
+            for half, own in (("lora_A", "lora_linear_layer.down"), ("lora_B", "lora_linear_layer.up")):
+                state = {key.replace(f".{half}.", f".{own}."): tensor for key, tensor in state.items()}
             load: Any = self.load_lora_into_text_encoder
             load(state, None, network, prefix=component, metadata=settings, **options)
 
@@ -132,7 +146,7 @@ class StudentAdapter(DiffusionPipeline):
         return [component for component in self.components.values() if isinstance(component, nn.Module)]
 
     def _adaptable(self) -> dict[str, Any]:
-        """The networks that can take a LoRA, by component: the denoiser, and text encoders that diffusers supports."""
+        """The networks that can take a LoRA, by component: the denoiser, and text encoders (see `encoders.py`)."""
         names: list[str] = self._lora_loadable_modules
         encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
         return {self.family.denoiser: self.denoiser} | {k: v for k, v in encoders.items() if v is not None}
