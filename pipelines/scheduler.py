@@ -81,8 +81,9 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     Attributes:
         noise_source: where a stochastic run takes its noise from: called with a tensor, it gives noise in that one's
             shape and dtype. `TDMPipeline` puts the call's generator behind it; None: `step` has to be given one.
-        explicit_sigmas: noise levels that `set_timesteps` takes in the place of its `num_inference_steps` and `sigmas`, to
-            the letter. `TDMPipeline` puts the call's own there: some pipelines drop them. None: it goes by its arguments.
+        explicit_sigmas: noise levels that `set_timesteps` takes in the place of its `num_inference_steps` and `sigmas`,
+            to the letter. `TDMPipeline` puts those of the call there: some pipelines drop them. None: the arguments
+            count.
         pred_original_sample: the clean sample x0 that the last `step` predicted, in the dtype of the model output; None
             before the first step of a run. Pipelines drop what `step` returns beside the next sample: previews need it.
 

@@ -46,7 +46,7 @@ def arguments_from_stock(
             translated["flow_shift"] = merged["shift"]
     if merged.get("clip_sample") and "snr_shift_scale" not in merged:  # CogVideoX's have the option and never use it
         warnings.warn(
-            "the scheduler config has clip_sample=True, a default of DDPM and DDIM for pixels; latents are not clipped here",
+            "the scheduler config has clip_sample=True, the default of DDPM and DDIM; latents are not clipped here",
             stacklevel=2,
         )
     for name, value, reason in (

@@ -11,5 +11,5 @@ def adaptable_encoders(pipeline: type) -> list[str]:
     diffusers knows the layer names of CLIP alone there; what is looked up in `layer_names.py` can go into T5 as well.
     """
     loadable = getattr(pipeline, "_lora_loadable_modules", [])
-    encoders = [name for name in inspect.signature(pipeline.__init__).parameters if name.startswith("text_encoder")]
+    encoders = [name for name in inspect.signature(pipeline).parameters if name.startswith("text_encoder")]
     return encoders if set(encoders).intersection(loadable) else []

@@ -43,12 +43,12 @@ def require_all_counted(networks: Collection[nn.Module]) -> None:
     """Raise TDMError if an adapter is on, but dropped where another one is fused."""
     for network in networks:
         for layer in tuner_layers(network):
-            if layer.merged and not layer.disable_adapters:
-                if dropped := _counting(layer) - set(layer.merged_adapters):
-                    raise TDMError(
-                        f"{_listed(dropped)} would be dropped, because {_listed(layer.merged_adapters)} was fused into "
-                        "the same layers; fuse_lora() all that are on, or unfuse_lora()"
-                    )
+            fused = layer.merged and not layer.disable_adapters
+            if fused and (dropped := _counting(layer) - set(layer.merged_adapters)):
+                raise TDMError(
+                    f"{_listed(dropped)} would be dropped, because {_listed(layer.merged_adapters)} was fused into the "
+                    "same layers; fuse_lora() all that are on, or unfuse_lora()"
+                )
 
 
 def _adapters(layer: Any) -> set[str]:

@@ -26,6 +26,7 @@ class StudentAdapter(DiffusionPipeline):
 
     family: Family
     turns: Turns
+    _merged_adapters: Any  # diffusers' own note of what was fused
     _sampler: Any  # the scheduler that came with the student
     _teaching = False
 
@@ -69,6 +70,14 @@ class StudentAdapter(DiffusionPipeline):
             require_fusable(networks, where, names)
             fuse: Any = super().fuse_lora  # type: ignore[misc]
             fuse(where, lora_scale, safe_fusing, names, **kwargs)
+
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that are in the weights. peft takes them out by itself where it loads another one."""
+        merged: set[str] = self._merged_adapters
+        attached = {name for network in self._adaptable().values() for name in getattr(network, "peft_config", {})}
+        layers = (layer for network in self._adaptable().values() for layer in tuner_layers(network))
+        return merged - (attached - {name for layer in layers for name in layer.merged_adapters})
 
     def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
         """Take fused adapters out of the weights: the stock method.

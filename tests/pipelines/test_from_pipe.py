@@ -1,4 +1,4 @@
-"""A student on a pipeline that is loaded already, and pipelines that travel: dtypes stay, missing parts are one line."""
+"""A student on a pipeline that is loaded already: dtypes stay, missing parts are one line. Pipelines that travel."""
 
 from __future__ import annotations
 

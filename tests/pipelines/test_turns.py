@@ -26,7 +26,7 @@ def at_once(runs: list[Callable[[], Any]]) -> list[Any]:
     def keep(i: int) -> None:
         try:
             results[i] = runs[i]()
-        except Exception as failure:  # noqa: BLE001 (it is looked at)
+        except Exception as failure:
             results[i] = failure
 
     threads = [threading.Thread(target=keep, args=(i,), daemon=True) for i in range(len(runs))]

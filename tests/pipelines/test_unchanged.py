@@ -73,7 +73,7 @@ def test_a_half_for_a_text_encoder_that_does_not_fit_takes_the_other_half_out_ag
         f"text_encoder.{layer}.lora_A.weight": torch.ones(2, 99),
         f"text_encoder.{layer}.lora_B.weight": torch.ones(99, 2),
     }
-    with pytest.raises(Exception, match="."):  # whatever diffusers and transformers raise
+    with pytest.raises(Exception, match=r"."):  # whatever diffusers and transformers raise
         pipe.load_lora_weights(lora, adapter_name="new")
     assert structure(pipe) == before
     assert torch.equal(short_call(pipe, family), expected)
@@ -120,6 +120,6 @@ def test_a_pipeline_that_gets_no_student_stays_as_it_was(bases: Callable[[str], 
         {"unet.nowhere.lora_A.weight": torch.ones(2, 8), "unet.nowhere.lora_B.weight": torch.ones(8, 2)},
         tmp_path / "l.pt",
     )
-    with pytest.raises(TDMError, match="trained_timesteps|no such layer"):
+    with pytest.raises(TDMError, match=r"trained_timesteps|no such layer"):
         TDMPipeline.from_pipe(stock, student=tmp_path / "l.pt")
     assert not tuner_layers(stock.unet)
