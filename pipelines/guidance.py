@@ -31,7 +31,7 @@ def warn_of_guidance(family: Family, recipe: StudentRecipe, call: inspect.BoundA
         none = ", which is no guidance" if right == family.no_guidance else ""
         warnings.warn(
             f"this student was made for {argument}={right:g}{none}; {argument}={scale:g} spoils its pictures",
-            stacklevel=3,
+            stacklevel=4,
         )
     scale = given.get(classifier_free)
     if isinstance(scale, int | float) and scale > family.no_guidance:
@@ -39,4 +39,4 @@ def warn_of_guidance(family: Family, recipe: StudentRecipe, call: inspect.BoundA
     for argument, value in given.items():
         if argument.startswith("negative_") and value is not None and value != "" and argument not in warned:
             warned.add(argument)
-            warnings.warn(f"{argument} has no effect: this student was made for no guidance", stacklevel=3)
+            warnings.warn(f"{argument} has no effect: this student was made for no guidance", stacklevel=4)

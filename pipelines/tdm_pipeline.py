@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,14 +19,13 @@ from .base_first import base_first
 from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
 from .explicit_sigmas import sigmas_of
 from .families import Family, TeacherCall, family_of_pipeline
+from .family_class import from_pipe, on_family, unpickled
 from .fresh_noise import noise_of
 from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
-from .loras.encoders import adaptable_encoders
 from .loras.pairs import Layers
 from .scheduler import TDMScheduler
-from .stock_from_pipe import from_pipe
 from .stream import Step, stream
 from .students.adapter import STUDENT_ADAPTER, StudentAdapter
 from .students.file import MERGED_FILE, STUDENT_FILE, Student, read_merged, save_student
@@ -37,10 +35,6 @@ from .students.recipe_on_base import recipe_on_base
 from .students.unplaced import Unplaced, unplaced
 from .turns import Turns
 
-_CALL_NOTE = """Draw, with the student's own settings where the call says nothing.
-
-Steps, guidance scale, height, width and, of a video, the number of frames are the student's: `pipe.call_defaults()`
-names them. The defaults that the stock pipeline states below hold for all other arguments."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _logger = logging.getLogger(__name__)
 
@@ -131,7 +125,7 @@ class TDMPipeline(StudentAdapter):
             config = TDMScheduler.load_config(folder, subfolder="scheduler", **hub)
         complete, sampler = recipe_on_base(base, family, config, fields)
 
-        loader: Any = super(TDMPipeline, _student_class(family))
+        loader: Any = super(TDMPipeline, on_family(TDMPipeline, family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
         pipe._is_on(base, family)
@@ -176,7 +170,7 @@ class TDMPipeline(StudentAdapter):
         family = family_of_pipeline(type(pipeline).__name__)
         # The denoiser by name: its class may be one of ours, which diffusers would not take over.
         network: dict[str, Any] = {family.denoiser: getattr(pipeline, family.denoiser)}
-        pipe = from_pipe(TDMPipeline, _student_class(family), pipeline, {**network, **kwargs})
+        pipe = from_pipe(TDMPipeline, on_family(TDMPipeline, family), pipeline, {**network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
         pipe._is_on(base, family)
         if student is None:
@@ -406,7 +400,7 @@ class TDMPipeline(StudentAdapter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made for the family, and no name leads to it.
-        return _unpickled, (self.family.pipeline,), {k: v for k, v in vars(self).items() if k != "family"}
+        return unpickled, (TDMPipeline, self.family.pipeline), {k: v for k, v in vars(self).items() if k != "family"}
 
     def use_attention(self, backend: str | None = None) -> str:
         """Switch the denoiser's attention to a backend of diffusers, or to the best that works here.
@@ -424,6 +418,18 @@ class TDMPipeline(StudentAdapter):
         'native'
         """
         return use_attention(self.denoiser, backend, self._execution_device)
+
+    def run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Make a call of the stock pipeline, which is given as `call`, with this pipeline's defaults and switches."""
+        bound = self.bind_call(args, kwargs)
+        with self.turns.call():
+            self.check_student()
+            if not self._teaching and (self.scheduler is self._sampler or isinstance(self.scheduler, TDMScheduler)):
+                warn_of_guidance(self.family, self.recipe, bound, self._warned)
+            with sigmas_of(self, bound.arguments), noise_of(self, bound):
+                if self._first_by_base and not self._teaching:
+                    return base_first(self, call, bound)
+                return call(*bound.args, **bound.kwargs)
 
     def bind_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The arguments of a call by name, completed with the defaults."""
@@ -446,36 +452,3 @@ class TDMPipeline(StudentAdapter):
         if recipe.sampler is not None and not self._teaching:
             defaults["eta"] = recipe.sampler.eta
         return defaults
-
-
-def _unpickled(pipeline: str) -> TDMPipeline:
-    """An empty pipeline on the stock class of this name, which then gets its state."""
-    family = family_of_pipeline(pipeline)
-    pipe = object.__new__(_student_class(family))
-    pipe.family = family
-    return pipe
-
-
-@functools.cache
-def _student_class(family: Family) -> Any:
-    """`TDMPipeline` on top of a family's pipeline class, under its stock name: `save_pretrained` writes that down."""
-    stock = family.pipeline_class()
-    call: Any = stock.__call__
-
-    @functools.wraps(call)
-    def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        bound = self.bind_call(args, kwargs)
-        with self.turns.call():
-            self.check_student()
-            if not self._teaching and (self.scheduler is self._sampler or isinstance(self.scheduler, TDMScheduler)):
-                warn_of_guidance(self.family, self.recipe, bound, self._warned)
-            with sigmas_of(self, bound.arguments), noise_of(self, bound):
-                if self._first_by_base and not self._teaching:
-                    return base_first(self, call, bound)
-                return call(*bound.args, **bound.kwargs)
-
-    __call__.__doc__ = f"{_CALL_NOTE}\n\n{call.__doc__ or ''}"
-    names = {"__call__": __call__, "__doc__": TDMPipeline.__doc__}
-    if encoders := adaptable_encoders(stock):
-        names["_lora_loadable_modules"] = [family.denoiser, *encoders]
-    return type(family.pipeline, (TDMPipeline, stock), names)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ...errors import TDMError
+from .pairs import wide_float
 
 _SCALES = (".scale_weight", ".weight_scale", ".weight.scale")
 _NOTES = ("scaled_fp8", ".comfy_quant", ".scale_input", ".input_scale")  # of how a network computes with them
@@ -34,12 +34,6 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if orphan := next((name for key, (name, _) in scales.items() if key not in wide), None):
         raise TDMError(f"{orphan!r} is the scale of a tensor that is not in the file")
     return wide
-
-
-def wide_float(tensor: Tensor) -> Tensor:
-    """A tensor of 8-bit floats as float32, which torch can compute with; any other as it is."""
-    narrow = tensor.is_floating_point() and tensor.element_size() == 1
-    return tensor.to(torch.float32) if narrow else tensor
 
 
 def _times(tensor: Tensor, name: str, scale: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...errors import TDMError
-from .eight_bits import wide_float
 
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 
@@ -136,6 +135,12 @@ def pair(layer: str, half: Mapping[str, Tensor]) -> Lora:
         if not bool(torch.isfinite(tensor).all()):
             raise TDMError(f"layer {layer!r}: lora_{name} ({tensor.dtype}) holds NaN or infinite values")
     return Lora(**half)
+
+
+def wide_float(tensor: Tensor) -> Tensor:
+    """A tensor of 8-bit floats as float32, which torch can compute with; any other as it is."""
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.to(torch.float32) if narrow else tensor
 
 
 def state_dict_of(layers: Mapping[str, Lora]) -> dict[str, Tensor]:

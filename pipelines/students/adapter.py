@@ -201,5 +201,5 @@ class StudentAdapter(DiffusionPipeline):
             warnings.warn(
                 "the student is switched off, but its sampler and defaults are in place: these are not the teacher's "
                 "pictures (those: pipe.teacher()); switch it on with enable_lora() or set_adapters()",
-                stacklevel=3,
+                stacklevel=4,
             )
