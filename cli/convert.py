@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sampler={scheduler: TCDScheduler, eta: 0.3}",
     )
     add("--out", type=Path, required=True, help="the student file to write (of a whole model: the folder)")
+    add("--no-strict", dest="strict", action="store_false", help="leave out what of the LoRA has no place on the base")
     add("--force", action="store_true", help="replace it if it exists")
 
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         return
     recipe = parse_recipe(args.recipe)
     check_writable(args.out, args.force)
-    student = convert_lora(args.file, base=args.base, recipe=recipe)
+    student = convert_lora(args.file, base=args.base, recipe=recipe, strict=args.strict)
     print(describe(save_student(args.out, student, force=args.force)))
 
 

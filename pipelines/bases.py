@@ -22,6 +22,7 @@ from torch import nn
 from ..errors import TDMError, first_line
 from ..files import whole_folder
 from .families import Family, TeacherCall, family_of_pipeline
+from .loras.encoders import adaptable_encoders
 from .loras.file import open_safetensors
 
 BUNDLED = "bundled"
@@ -100,10 +101,8 @@ def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
     folder = base_folder(base)
     family = family_of_base(folder, **hub)
     index: Any = DiffusionPipeline.load_config(folder, **hub)
-    adaptable: list[str] = getattr(family.pipeline_class(), "_lora_loadable_modules", [])
-    encoders = [name for name in adaptable if name.startswith("text_encoder")]
     networks = {}
-    for component in (family.denoiser, *encoders):
+    for component in (family.denoiser, *adaptable_encoders(family.pipeline_class())):
         library, name = index.get(component) or (None, None)
         if library is None or name is None:  # a base may leave an encoder out
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import TDMError
 from .families import Size
+from .pictures import pictures_of
 from .schedule import first_step
 from .scheduler import TDMScheduler
 
@@ -20,17 +22,20 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
     """See `TDMPipeline.image_to_image`, whose pipeline this is given."""
     scheduler = pipe.scheduler
     if not isinstance(scheduler, TDMScheduler):
-        raise TDMError(
-            f"image_to_image follows a TDM student's grid, and this pipeline has a {type(scheduler).__name__}; use "
-            "diffusers' own image-to-image pipeline: AutoPipelineForImage2Image.from_pipe(pipe)"
-        )
+        raise TDMError(_other_pipeline(pipe))
     family, call = pipe.family, dict(call)
     family.check_pictures()
+    if pipe.vae is None:
+        raise TDMError("image to image needs the base's VAE, and this pipeline has vae=None")
+    for name in ("sigmas", "timesteps"):
+        if call.pop(name, None) is not None:
+            raise TDMError(f"image to image follows the trained grid of num_inference_steps, and takes no {name}=")
     pipe.check_student()
     size, pictures = _pictures(pipe, image, call.pop("height", None), call.pop("width", None))
     steps = call.pop("num_inference_steps", None) or pipe.recipe.default_steps
-    scheduler.set_timesteps(steps)
-    grid = scheduler.timesteps.tolist()
+    planned = copy.copy(scheduler)  # this may be a callback of a call that is under way
+    planned.set_timesteps(steps)
+    grid = planned.timesteps.tolist()
     left = grid[first_step(grid, strength, scheduler.schedule) :]
 
     device = pipe._execution_device
@@ -46,7 +51,7 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
         call["use_resolution_binning"] = False  # the latents have their size
     with _on_grid(pipe, left):
         return pipe(
-            latents=family.pack(latents).to(torch.float32 if family.float32_latents else pipe.dtype),
+            latents=family.pack(latents).to(torch.float32 if family.float32_latents else pipe.denoiser.dtype),
             num_inference_steps=len(left),
             height=size.height,
             width=size.width,
@@ -54,21 +59,33 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
         )
 
 
+def _other_pipeline(pipe: Any) -> str:
+    """What to use where the scheduler is none of ours, with the arguments that its own defaults do not have right."""
+    defaults = pipe.call_defaults()
+    names = ("num_inference_steps", *pipe.family.guidance(1.0), "eta")
+    options = ", ".join(f"{name}={defaults[name]:g}" for name in names if defaults.get(name))
+    return (
+        f"image_to_image follows a TDM student's grid, and this pipeline has a {type(pipe.scheduler).__name__}; use "
+        "diffusers' own image-to-image pipeline: AutoPipelineForImage2Image.from_pipe(pipe)"
+        + (f"; call it with {options}, which it does not know of the student" if options else "")
+    )
+
+
 def _pictures(pipe: Any, image: Any, height: int | None, width: int | None) -> tuple[Size, torch.Tensor]:
     """The pictures [B, 3, H, W] in [-1, 1] at the size asked for, or their own cut down to what the model works in."""
-    step = pipe.family.multiple(pipe)
-    own_height, own_width = pipe.image_processor.get_default_height_width(
-        image[0] if isinstance(image, list) else image
-    )
+    step, processor, pictures = pipe.family.multiple(pipe), pipe.image_processor, pictures_of(image)
+    own_height, own_width = processor.get_default_height_width(pictures[0])
     size = Size(height or own_height // step * step, width or own_width // step * step)
     pipe.family.check_size(pipe, size)
-    return size, pipe.image_processor.preprocess(image, height=size.height, width=size.width)
+    return size, torch.cat([processor.preprocess(one, height=size.height, width=size.width).cpu() for one in pictures])
 
 
 def _samples(call: dict[str, Any]) -> int:
     """How many pictures a call makes."""
-    prompt = call.get("prompt")
-    prompts = len(call["prompt_embeds"]) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+    prompt, embeddings = call.get("prompt"), call.get("prompt_embeds")
+    if prompt is None and embeddings is None:
+        raise TDMError("image to image needs a prompt, or prompt_embeds")
+    prompts = len(embeddings) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
     return prompts * (call.get("num_images_per_prompt") or 1)
 
 

@@ -294,7 +294,8 @@ def trained_grids(
     """{K: timesteps} of a list, a mapping (its keys may be strings, as JSON makes them) or None.
 
     Raises:
-        TDMError: it is empty, a grid is not valid (see `check_grid`), or has not as many timesteps as its K.
+        TDMError: it is empty, a grid is not valid (see `check_grid`), has not as many timesteps as its K, or has
+            fractions on a vp schedule.
     """
     if trained is None:
         return {}
@@ -304,7 +305,7 @@ def trained_grids(
         trained = {len(trained): trained}
     grids = {}
     for key, timesteps in trained.items():
-        grid = check_grid(timesteps, schedule)
+        grid = check_whole(check_grid(timesteps, schedule), schedule)
         if str(key) != str(len(grid)):
             raise TDMError(f"trained_timesteps has {len(grid)} timesteps for K = {key}: {grid}")
         grids[len(grid)] = grid
@@ -336,6 +337,17 @@ def first_step(grid: Sequence[float], strength: float, schedule: NoiseSchedule) 
         raise TDMError(f"strength must be above 0 and at most 1, got {strength}")
     shares = [t / schedule.num_train_timesteps for t in grid]
     return min(range(len(grid)), key=lambda i: (abs(shares[i] - strength), i))
+
+
+def check_whole(grid: list[float], schedule: NoiseSchedule) -> list[float]:
+    """The grid, if it needs no rounding.
+
+    Raises:
+        TDMError: a timestep of a vp model has a fraction. Diffusers would run it as it is, and ComfyUI rounds it.
+    """
+    if grid != _whole(grid, schedule):
+        raise TDMError(f"timesteps of epsilon and v-prediction models are whole numbers, got {grid}")
+    return grid
 
 
 def _whole(grid: list[float], schedule: NoiseSchedule) -> list[float]:

@@ -21,6 +21,8 @@ from .schedule import (
     PREDICTION_TYPES,
     NoiseSchedule,
     PredictionType,
+    check_grid,
+    check_whole,
     ddim_step,
     expand,
     grid_of_steps,
@@ -79,6 +81,9 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
     Attributes:
         noise_source: where a stochastic run takes its noise from: called with a tensor, it gives noise in that one's
             shape and dtype. `TDMPipeline` puts the call's generator behind it; None: `step` has to be given one.
+        explicit_sigmas: noise levels that `set_timesteps` takes in the place of its `num_inference_steps` and `sigmas`,
+            to the letter. `TDMPipeline` puts those of the call there: some pipelines drop them. None: the arguments
+            count.
         pred_original_sample: the clean sample x0 that the last `step` predicted, in the dtype of the model output; None
             before the first step of a run. Pipelines drop what `step` returns beside the next sample: previews need it.
 
@@ -153,6 +158,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self.timesteps = torch.empty(0)
         self.sigmas = torch.empty(0)
         self.noise_source: Callable[[Tensor], Tensor] | None = None
+        self.explicit_sigmas: Sequence[float] | None = None
         self._warned: set[int] = set()
         self._reset([])
 
@@ -231,9 +237,11 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         >>> scheduler.timesteps
         tensor([999, 749, 499, 249])
         """
+        if self.explicit_sigmas is not None:
+            num_inference_steps, sigmas = None, self.explicit_sigmas
         if timesteps is not None and sigmas is not None:
             raise TDMError("give either timesteps or sigmas, not both")
-        levels = None if sigmas is None else _noisy_levels(sigmas)
+        levels = None if sigmas is None else noisy_levels(sigmas)
         explicit = timesteps if timesteps is not None else levels
         if explicit is None and num_inference_steps is None:
             raise TDMError("give num_inference_steps, timesteps or sigmas")
@@ -241,8 +249,8 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             raise TDMError(f"num_inference_steps={num_inference_steps} contradicts the {len(explicit)} levels given")
 
         if timesteps is not None:
-            grid = [float(t) for t in timesteps]
-        elif levels is not None and not self._is_pipeline_default(levels):
+            grid = check_whole(check_grid(timesteps, self.schedule), self.schedule)
+        elif levels is not None and (self.explicit_sigmas is not None or not self._is_pipeline_default(levels)):
             grid = self._grid_from_sigmas(levels, mu)
         else:
             grid = self._grid_for(len(levels) if levels is not None else num_inference_steps, mu)
@@ -254,7 +262,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             # Python floats: `step` reads no tensor, so it never waits for the device.
             self._alphas, self._sigmas = alphas.tolist(), pair_sigmas.tolist()
             self._weights = second_order_weights(alphas, pair_sigmas)
-        whole = self.schedule.kind == "vp" and all(t == int(t) for t in grid)
+        whole = self.schedule.kind == "vp" and all(t == int(t) for t in grid)  # explicit sigmas may give fractions
         self.num_inference_steps = len(grid)
         self.timesteps = torch.tensor(grid, dtype=torch.int64 if whole else torch.float32, device=device)
         self._reset(grid)
@@ -434,8 +442,12 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         return self.config["num_train_timesteps"]
 
 
-def _noisy_levels(sigmas: Sequence[float]) -> list[float]:
-    """The sigmas without the final 0 that some schedulers count and others do not."""
+def noisy_levels(sigmas: Sequence[float]) -> list[float]:
+    """The sigmas without the final 0 that some schedulers count and others do not.
+
+    Raises:
+        TDMError: nothing is left.
+    """
     levels = [float(s) for s in sigmas]
     if levels and levels[-1] == 0:
         levels.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ def arguments_from_stock(
 ) -> dict[str, Any]:
     """`TDMScheduler` arguments of a stock scheduler's config.
 
-    Goes by keys, not by class: the config of a live scheduler does not name its class.
+    Goes by keys, not by class: the config of a live scheduler does not name its class. `clip_sample` is not followed,
+    with a warning: bases that were saved with the scheduler of their training have it by default.
 
     Args:
         config: of the stock scheduler.
@@ -42,11 +44,13 @@ def arguments_from_stock(
         translated = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, **translated}
         if "flow_shift" not in overrides:
             translated["flow_shift"] = merged["shift"]
-    if "snr_shift_scale" in merged:
-        merged["clip_sample"] = False  # CogVideoX's schedulers have the option and never use it
+    if merged.get("clip_sample") and "snr_shift_scale" not in merged:  # CogVideoX's have the option and never use it
+        warnings.warn(
+            "the scheduler config has clip_sample=True, the default of DDPM and DDIM; latents are not clipped here",
+            stacklevel=2,
+        )
     for name, value, reason in (
         ("thresholding", True, "it clips x0"),
-        ("clip_sample", True, "it clips x0; pass clip_sample=False if that was only a default"),
         ("invert_sigmas", True, "its time runs backwards"),
         ("timestep_type", "continuous", "its network takes log sigma for a timestep"),
     ):

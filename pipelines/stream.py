@@ -87,7 +87,8 @@ def stream(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generat
             with contextlib.ExitStack() as settings:
                 for setting in carried:
                     settings.enter_context(setting)
-                output = type(pipe).__call__(*call.args, **call.kwargs)
+                with pipe.turns.turn(streaming=True):
+                    output = type(pipe).__call__(*call.args, **call.kwargs)
             handed_over.put(replace(last, output=output))
         except _Cancelled:
             pipe.maybe_free_model_hooks()  # what the end of a call does: offloaded networks leave the device

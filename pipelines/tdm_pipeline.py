@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,8 +17,11 @@ from ..files import whole_folder
 from .attention import use_attention
 from .base_first import base_first
 from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
+from .explicit_sigmas import sigmas_of
 from .families import Family, TeacherCall, family_of_pipeline
+from .family_class import from_pipe, on_family, unpickled
 from .fresh_noise import noise_of
+from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
 from .loras.adapters import adapters_hidden, adapters_off, require_wide
 from .loras.pairs import Layers
@@ -31,12 +33,8 @@ from .students.locate import locate, student_file
 from .students.recipe import HEADER_KEY, StudentRecipe, completed
 from .students.recipe_on_base import recipe_on_base
 from .students.unplaced import Unplaced, unplaced
+from .turns import Turns
 
-_CALL_NOTE = """Draw, with the student's own settings where the call says nothing.
-
-Steps, guidance scale, height, width and, of a video, the number of frames are the student's: `pipe.call_defaults()`
-names them. In `pipe.teacher()` steps and guidance scale are the base's. The defaults that the stock pipeline states
-below hold for all other arguments."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +61,7 @@ class TDMPipeline(StudentAdapter):
     base_model: str
     teacher_scheduler: Any
     _first_by_base = False
+    _warned: set[Any]  # the guidance that calls were warned of
 
     if TYPE_CHECKING:  # the class that `from_pretrained` gives has the family's own, with the student's defaults
 
@@ -75,6 +74,7 @@ class TDMPipeline(StudentAdapter):
         *,
         student: Source | Student | None = None,
         recipe: Mapping[str, Any] | None = None,
+        strict: bool = True,
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -89,6 +89,7 @@ class TDMPipeline(StudentAdapter):
             student: the student for the base: `Student`, file, folder or hub repository.
             recipe: fields of `StudentRecipe` that complete or replace the student's metadata. `base_model`, `family`
                 and `prediction_type` need not be given: the base itself says them.
+            strict: False: what of the LoRA has no place on the base is left out, with a warning.
             dtype, torch_dtype: two spellings of one argument, the dtype of the weights; float32 if not given.
             kwargs: anything else that the stock `from_pretrained` takes, such as `variant` or whole components.
 
@@ -107,7 +108,7 @@ class TDMPipeline(StudentAdapter):
         if isinstance(found, Path) and found.name == MERGED_FILE:
             new, fields = None, completed(read_merged(found), recipe)
         else:
-            new = unplaced(found, recipe)
+            new = unplaced(found, recipe, strict=strict)
             fields = new.fields
         base = base or fields.get("base_model")
         if not base:
@@ -124,10 +125,10 @@ class TDMPipeline(StudentAdapter):
             config = TDMScheduler.load_config(folder, subfolder="scheduler", **hub)
         complete, sampler = recipe_on_base(base, family, config, fields)
 
-        loader: Any = super(TDMPipeline, _student_class(family))
+        loader: Any = super(TDMPipeline, on_family(TDMPipeline, family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
-        pipe.family, pipe.base_model, pipe.teacher_scheduler = family, base, pipe.scheduler
+        pipe._is_on(base, family)
         if new is None:
             pipe._is_student(complete, sampler)
         else:
@@ -141,6 +142,7 @@ class TDMPipeline(StudentAdapter):
         *,
         student: Source | Student | None,
         recipe: Mapping[str, Any] | None = None,
+        strict: bool = True,
         **kwargs: Any,
     ) -> TDMPipeline:
         """Put a student on a pipeline that is loaded already, such as a fine-tune that came as a single file.
@@ -151,6 +153,7 @@ class TDMPipeline(StudentAdapter):
             pipeline: a stock pipeline of a supported family.
             student: as in `load_student`; None: the pipeline's own weights are the student's, and `recipe` says all.
             recipe: fields that complete or replace the student's metadata.
+            strict: as in `from_pretrained`.
             kwargs: what the stock `from_pipe` takes; the dtype stays unless `dtype` is given.
 
         Raises:
@@ -165,24 +168,26 @@ class TDMPipeline(StudentAdapter):
         if isinstance(pipeline, TDMPipeline):
             raise TDMError("this pipeline has a student already; put another one in with load_student")
         family = family_of_pipeline(type(pipeline).__name__)
-        loader: Any = super(TDMPipeline, _student_class(family))
         # The denoiser by name: its class may be one of ours, which diffusers would not take over.
         network: dict[str, Any] = {family.denoiser: getattr(pipeline, family.denoiser)}
-        pipe = loader.from_pipe(pipeline, **{"dtype": pipeline.dtype, **network, **kwargs})
+        pipe = from_pipe(TDMPipeline, on_family(TDMPipeline, family), pipeline, {**network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
-        pipe.family, pipe.base_model, pipe.teacher_scheduler = family, base, pipe.scheduler
+        pipe._is_on(base, family)
         if student is None:
             pipe._is_student(*recipe_on_base(base, family, pipe.scheduler.config, recipe or {}))
         else:
-            pipe.load_student(student, recipe=recipe)
+            pipe.load_student(student, recipe=recipe, strict=strict)
         return pipe
 
-    def load_student(self, student: Source | Student, *, recipe: Mapping[str, Any] | None = None) -> None:
+    def load_student(
+        self, student: Source | Student, *, recipe: Mapping[str, Any] | None = None, strict: bool = True
+    ) -> None:
         """Put a student into the pipeline, in the place of the one it has. Other adapters stay as they are.
 
         Args:
             student: `Student`, file (a LoRA of any layout), folder with `student.safetensors`, or hub repository.
             recipe: fields that complete or replace its metadata.
+            strict: as in `from_pretrained`.
 
         Raises:
             TDMError: as in `from_pretrained`, or adapters are fused, or layerwise casting is on; the pipeline is then
@@ -194,17 +199,27 @@ class TDMPipeline(StudentAdapter):
         >>> pipe.scheduler.config.solver_order, pipe.get_active_adapters()
         (2, ['student'])
         """
-        new = unplaced(student if isinstance(student, Student) else student_file(student, {}), recipe)
+        source = student if isinstance(student, Student) else student_file(student, {})
+        new = unplaced(source, recipe, strict=strict)
         config = self.teacher_scheduler.config
         self._put_in(new, *recipe_on_base(self.base_model, self.family, config, new.fields))
+
+    def _is_on(self, base: str, family: Family) -> None:
+        """The base of a pipeline that was just built."""
+        if getattr(self, family.denoiser) is None:
+            raise TDMError(
+                f"{family.denoiser}=None leaves a student no network to be put in; to encode prompts alone, load the "
+                f"base with diffusers' {family.pipeline}"
+            )
+        self.family, self.base_model, self.teacher_scheduler, self.turns = family, base, self.scheduler, Turns()
 
     def _put_in(self, new: Unplaced, recipe: StudentRecipe, sampler: Any) -> None:
         placed = new.place(self.family, self._adaptable())
         require_wide((self._adaptable()[name] for name in placed), "call enable_layerwise_casting after load_student")
-        self.require_unfused()
-
-        self._replace_student(placed)
-        self._sample_as(recipe, sampler)
+        with self.turns.turn():
+            self.require_unfused()
+            self._replace_student(placed)
+            self._sample_as(recipe, sampler)
         count = sum(map(len, placed.values()))
         _logger.info("%s: all %d LoRA layers match the %s", new.name, count, " and the ".join(placed))
 
@@ -215,15 +230,16 @@ class TDMPipeline(StudentAdapter):
 
     def _sample_as(self, recipe: StudentRecipe, sampler: Any) -> None:
         self.scheduler = self._sampler = sampler
-        self.recipe = recipe
+        self.recipe, self._warned = recipe, set()
 
     def image_to_image(self, prompt: str | list[str] | None, image: Any, strength: float = 0.6, **call: Any) -> Any:
         """Redraw a picture: start from it, noised to the trained timestep nearest to `strength`, and end on the grid.
 
         Args:
             prompt: as in a call.
-            image: PIL image, array, tensor [B, 3, H, W] in [0, 1], or a list of them; one for each prompt, or one for
-                all. Its own size is used, cut down to what the model works in, unless `height` and `width` are given.
+            image: PIL image, path, array [H, W, 3] or tensor [3, H, W], a batch or a list of them; one for each prompt,
+                or one for all. uint8, or floats in [0, 1] (see `pictures.py`). Its own size is used, cut down to what
+                the model works in, unless `height` and `width` are given.
             strength: above 0 (close to the picture) to 1 (free of it), as a share of the noise schedule. A student of 4
                 steps has 4 of them; the nearest is taken, and as many network calls are made as steps are left.
             call: other arguments of a call; `num_inference_steps` names the trained grid.
@@ -232,10 +248,11 @@ class TDMPipeline(StudentAdapter):
             What the pipeline returns.
 
         Raises:
-            TDMError: a strength out of range, a size that does not fit, a family of videos, or another sampler than
-                `TDMScheduler` (as in `teacher`).
+            TDMError: a strength out of range, a size that does not fit, numbers that are no picture, a family of
+                videos, `sigmas` or `timesteps`, or another sampler than `TDMScheduler` (as in `teacher`).
         """
-        return image_to_image(self, image, strength, {"prompt": prompt, **call})
+        with self.turns.turn():
+            return image_to_image(self, image, strength, {"prompt": prompt, **call})
 
     def stream(self, *args: Any, **kwargs: Any) -> Generator[Step, None, None]:
         """A call that can be watched and stopped: what `pipe(...)` takes, step by step.
@@ -381,6 +398,10 @@ class TDMPipeline(StudentAdapter):
             self.scheduler = before
         return student
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made for the family, and no name leads to it.
+        return unpickled, (TDMPipeline, self.family.pipeline), {k: v for k, v in vars(self).items() if k != "family"}
+
     def use_attention(self, backend: str | None = None) -> str:
         """Switch the denoiser's attention to a backend of diffusers, or to the best that works here.
 
@@ -397,6 +418,18 @@ class TDMPipeline(StudentAdapter):
         'native'
         """
         return use_attention(self.denoiser, backend, self._execution_device)
+
+    def run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Make a call of the stock pipeline, which is given as `call`, with this pipeline's defaults and switches."""
+        bound = self.bind_call(args, kwargs)
+        with self.turns.call():
+            self.check_student()
+            if not self._teaching and (self.scheduler is self._sampler or isinstance(self.scheduler, TDMScheduler)):
+                warn_of_guidance(self.family, self.recipe, bound, self._warned)
+            with sigmas_of(self, bound.arguments), noise_of(self, bound):
+                if self._first_by_base and not self._teaching:
+                    return base_first(self, call, bound)
+                return call(*bound.args, **bound.kwargs)
 
     def bind_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The arguments of a call by name, completed with the defaults."""
@@ -419,22 +452,3 @@ class TDMPipeline(StudentAdapter):
         if recipe.sampler is not None and not self._teaching:
             defaults["eta"] = recipe.sampler.eta
         return defaults
-
-
-@functools.cache
-def _student_class(family: Family) -> Any:
-    """`TDMPipeline` on top of a family's pipeline class, under its stock name: `save_pretrained` writes that down."""
-    stock = family.pipeline_class()
-    call: Any = stock.__call__
-
-    @functools.wraps(call)
-    def __call__(self: TDMPipeline, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        self.check_student()
-        bound = self.bind_call(args, kwargs)
-        with noise_of(self, bound):
-            if self._first_by_base and not self._teaching:
-                return base_first(self, call, bound)
-            return call(*bound.args, **bound.kwargs)
-
-    __call__.__doc__ = f"{_CALL_NOTE}\n\n{call.__doc__ or ''}"
-    return type(family.pipeline, (TDMPipeline, stock), {"__call__": __call__, "__doc__": TDMPipeline.__doc__})

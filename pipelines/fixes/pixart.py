@@ -21,6 +21,13 @@ from ...errors import TDMError
 class _AdaptableTransformer(PixArtTransformer2DModel, PeftAdapterMixin):
     """PixArt's transformer with `load_lora_adapter`, `set_adapters`, ...: methods only, no new parameters or state."""
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (), self.__getstate__()  # its name leads to the stock class
+
+
+def _unpickled() -> _AdaptableTransformer:
+    return object.__new__(_AdaptableTransformer)
+
 
 # `save_pretrained` writes a component's class into model_index.json: there it must stay the stock class.
 _AdaptableTransformer.__name__ = PixArtTransformer2DModel.__name__

@@ -19,6 +19,11 @@ from ...errors import TDMError, first_line
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings in a safetensors header
 _POSITIONAL = ("ema_parameters", "shadow_params")
+_TEXTS = {  # what a download leaves in the place of a file
+    rb"version https://git-lfs": "a Git LFS pointer, and not the file that it points to; fetch that with: git lfs pull",
+    rb"<!doctype html|<html": "an HTML page, and not the file; download it by its own link, signed in if need be",
+    rb"<\?xml": "an XML answer of a server, and not the file; download it again",
+}
 
 
 @dataclass(frozen=True)
@@ -82,11 +87,14 @@ def _is_pickle(path: Path) -> bool:
         raise TDMError(f"{path} is a folder; pass the LoRA file in it")
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(256)
     except OSError as error:
         raise TDMError(f"cannot read {path}: {error.strerror}") from None
+    for mark, what in _TEXTS.items():
+        if re.match(mark, start.removeprefix(b"\xef\xbb\xbf").lstrip(), re.IGNORECASE):
+            raise TDMError(f"{path} is {what}")
     # A safetensors file begins with its header's length, in 8 bytes that may look like a pickle, and a brace.
-    return start.startswith((b"PK\x03\x04", b"\x80")) and start[5:] != b"\0\0\0{"
+    return start.startswith((b"PK\x03\x04", b"\x80")) and start[5:9] != b"\0\0\0{"
 
 
 def _load_pickle(path: Path) -> Any:

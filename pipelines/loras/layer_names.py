@@ -44,8 +44,7 @@ def _layer_shapes(module: nn.Module, prefix: str) -> Iterator[tuple[str, LayerSh
 def names_of(network: nn.Module, family: str) -> Names:
     """name -> the layers that it stands for: one, or the parts of a stacked native layer in the order of their rows.
 
-    A name that could mean two things is left out, and so are native layers whose rows have another order than ours
-    (the final modulation of SD3 and Flux).
+    A name that could mean two things is left out. The halves of some native layers are `swapped`.
 
     Args:
         network: a denoiser of that family, or a text encoder of any.
@@ -58,7 +57,7 @@ def names_of(network: nn.Module, family: str) -> Names:
     elif is_clip(own):
         found += [(other_clip_name(name), (name,)) for name in own]
     else:
-        found += native_names(family, own, _swapped(network))
+        found += native_names(family, own)
     return unambiguous(found)
 
 
@@ -73,6 +72,28 @@ def unambiguous(found: Iterable[tuple[str, Meaning]]) -> dict[str, Meaning]:
     return {name: meaning for name, meaning in names.items() if name not in ambiguous}
 
 
+def look_up(names: Mapping[str, Meaning], name: str) -> Meaning | None:
+    """What a name stands for, be it half in dots and half in underscores; None if it is unknown."""
+    return names[name] if name in names else names.get(name.replace(".", "_"))
+
+
+def component_of(address: tuple[str | None, str], denoiser: str, names: Mapping[str, Mapping[str, Any]]) -> str:
+    """The component that a file's (component or None, layer name) is for.
+
+    T5 is the third text encoder for kohya and ComfyUI, also of a model that has only two.
+
+    Args:
+        address: as the file has it; None is the denoiser.
+        denoiser: the component.
+        names: of each component, from `names_of`.
+    """
+    component, name = address
+    if component != "text_encoder_3" or component in names:
+        return component or denoiser
+    encoders = (encoder for encoder in names if encoder.startswith("text_encoder"))
+    return next((encoder for encoder in encoders if look_up(names[encoder], name) is not None), component)
+
+
 def is_clip(names: Iterable[str]) -> bool:
     """Whether these are the layers of a CLIP text encoder."""
     return any(name.startswith(("encoder.layers.", "text_model.")) for name in names)
@@ -83,14 +104,14 @@ def other_clip_name(name: str) -> str:
     return name.removeprefix("text_model.") if name.startswith("text_model.") else f"text_model.{name}"
 
 
-def _swapped(network: nn.Module) -> set[str]:
-    """Modulations whose halves, scale and shift, the original checkpoint has the other way round."""
+def swapped(network: nn.Module) -> set[str]:
+    """The last modulations (SD3, Flux), whose halves, scale and shift, are the other way round in native layers."""
     return {f"{name}.linear" for name, module in network.named_modules() if isinstance(module, AdaLayerNormContinuous)}
 
 
-def native_names(family: str, own: Iterable[str], skip: Iterable[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(native name, our layers in the order of its rows) by the family's table, for the layers `own` without `skip`."""
-    known = set(own) - set(skip)
+def native_names(family: str, own: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(native name, our layers in the order of its rows) by the family's table, for the layers `own`."""
+    known = set(own)
     for native, ours in NATIVE.get(family, {}).items():
         patterns = ours.split()
         for numbers in _matches(patterns[0], known):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ...errors import TDMError
+from .eight_bits import widened
 from .file import ADAPTER_METADATA, LoraFile
 from .pairs import Lora, pair
 
@@ -35,11 +36,13 @@ class NamedLoras:
         layout: what the file's keys look like, for humans.
         layers: the LoRA of each layer, with alpha / rank multiplied into B.
         scales: the alpha / rank that was multiplied in.
+        left_out: keys of what is no part of the LoRA.
     """
 
     layout: str
     layers: dict[Address, Lora]
     scales: dict[Address, float]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,23 @@ _PREFIXES: tuple[tuple[str, str | None, str], ...] = (  # (prefix, component, la
     ("transformer.", "transformer", "diffusers (transformer.)"),
     ("text_encoder.", "text_encoder", "diffusers (text_encoder.)"),
     ("text_encoder_2.", "text_encoder_2", "diffusers (text_encoder_2.)"),
+    ("text_encoder_3.", "text_encoder_3", "diffusers (text_encoder_3.)"),
+    ("text_encoders.clip_l.transformer.", "text_encoder", "ComfyUI (text_encoders.clip_l.)"),
+    ("text_encoders.clip_l.", "text_encoder", "ComfyUI (text_encoders.clip_l.)"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2", "ComfyUI (text_encoders.clip_g.)"),
+    ("text_encoders.clip_g.", "text_encoder_2", "ComfyUI (text_encoders.clip_g.)"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3", "ComfyUI (text_encoders.t5xxl.)"),
+    ("text_encoders.t5xxl.", "text_encoder_3", "ComfyUI (text_encoders.t5xxl.)"),
     ("model.diffusion_model.", None, "native (model.diffusion_model.)"),
     ("diffusion_model.", None, "native (diffusion_model.)"),
+    ("lora_unet__", None, "kohya (lora_unet__)"),
     ("lora_unet_", None, "kohya (lora_unet_)"),
     ("lora_transformer_", None, "kohya (lora_transformer_)"),
     ("lora_te_", "text_encoder", "kohya (lora_te_)"),
     ("lora_te1_", "text_encoder", "kohya (lora_te1_)"),
     ("lora_te2_", "text_encoder_2", "kohya (lora_te2_)"),
     ("lora_te3_", "text_encoder_3", "kohya (lora_te3_)"),
+    ("lycoris_", None, "LyCORIS (lycoris_)"),
     ("", None, "no prefix"),
 )
 _PEFT = "base_model.model."
@@ -77,13 +89,14 @@ _ENDINGS = tuple(
     (re.compile(pattern), layout)
     for pattern, layout in (
         (r"(?P<layer>.+)\.lora_(?P<half>A|B)\.weight", "lora_A / lora_B"),
-        (r"(?P<layer>.+)\.lora_(?P<half>A|B)\.\w+\.weight", "lora_A / lora_B with an adapter's name"),
         (r"(?P<layer>.+)\.lora_(?P<half>down|up)\.weight", "lora_down / lora_up"),
+        (r"(?P<layer>.+)\.lora_(?P<half>A|B|down|up)\.[^/]+\.weight", "lora_A / lora_B with an adapter's name"),
         (r"(?P<layer>.+)\.lora(_linear_layer)?\.(?P<half>down|up)\.weight", "lora.down / lora.up"),
         (
             r"(?P<layer>.+?)(\.processor)?\.(?P<part>to_[qkv]|to_out|add_[kv]_proj)_lora\.(?P<half>down|up)\.weight",
             "legacy attention processors",
         ),
+        (r"(?P<layer>.+\.processor\.(qkv|proj)_lora[12]?)\.(?P<half>down|up)\.weight", "XLabs processors"),
     )
 )
 _HALVES = {"A": "A", "down": "A", "B": "B", "up": "B"}
@@ -93,18 +106,26 @@ _OTHER_KINDS = {
     r"\.hada_": "LoHa",
     r"\.oft_|\.boft_": "OFT",
     r"\.lora_mid\.": "a LoRA with a middle (Tucker) tensor",
-    r"\.lora_.*bias$|\.diff_b$": "a LoRA with biases",
-    r"\.diff$|\.set_weight$": "full weights beside a LoRA",
 }
+_ADDITIONS = {  # they stand alone: without them the LoRA is what it was
+    r"\.lora_.*bias$|\.diff_b$": "a change of biases",
+    r"\.diff$|\.diff_m$|\.set_weight$": "a change of whole weights",
+}
+_EMBEDDINGS = re.compile(r"bundle_emb\..+")
 
 
-def parse(file: LoraFile) -> NamedLoras:
+def parse(file: LoraFile, *, strict: bool = True) -> NamedLoras:
     """The LoRA of each layer that a file names. Alpha comes from `.alpha` tensors, or from peft's settings in the
-    header, or else is the rank.
+    header, or else is the rank. Embeddings of a textual inversion beside it are left out.
+
+    Args:
+        file: from `read_lora_file`.
+        strict: False: changes of biases and whole weights beside the LoRA are left out as well.
 
     Raises:
-        TDMError: the file has no names; keys that are no LoRA's or another adapter's (DoRA, LoKr, biases); half a
-            layer, a half given twice, halves that do not fit; NaN; no LoRA at all.
+        TDMError: the file has no names; keys that are no LoRA's or another adapter's (DoRA, LoKr); with `strict`,
+            changes of biases or whole weights that are not 0; half a layer, a half given twice, halves that do not fit;
+            NaN; no LoRA at all.
     """
     if file.positional is not None:
         raise TDMError(
@@ -113,14 +134,14 @@ def parse(file: LoraFile) -> NamedLoras:
     halves: dict[Address, dict[str, Tensor]] = {}
     alphas: dict[Address, float] = {}
     layouts: set[str] = set()
-    others: list[str] = []
-    for key, tensor in file.tensors.items():
+    others: dict[str, Tensor] = {}
+    for key, tensor in widened(file.tensors).items():
         if key.endswith(".alpha"):
             alphas[_address(key.removesuffix(".alpha"))[0]] = _alpha(key, tensor)
             continue
         match, ending = next(((m, label) for pattern, label in _ENDINGS if (m := pattern.fullmatch(key))), (None, ""))
         if match is None:
-            others.append(key)
+            others[key] = tensor
             continue
         address, prefix = _address(match["layer"], match.groupdict().get("part"))
         half = _HALVES[match["half"]]
@@ -128,7 +149,7 @@ def parse(file: LoraFile) -> NamedLoras:
             raise TDMError(f"{key!r}: the file gives this half of the layer twice; does it hold two adapters?")
         halves[address][half] = tensor
         layouts.add(f"{prefix}, {ending}")
-    _refuse(others, len(halves))
+    left_out = _left_out(others, len(halves), strict)
     if orphans := sorted(address.name for address in alphas.keys() - halves.keys()):
         raise TDMError(f"layer {orphans[0]!r} has an alpha without a LoRA")
     loras = {address: pair(".".join(filter(None, address)), half) for address, half in halves.items()}
@@ -138,19 +159,19 @@ def parse(file: LoraFile) -> NamedLoras:
         for address, lora in loras.items()
     }
     layers = {address: lora.scaled(scales[address]) for address, lora in loras.items()}
-    return NamedLoras(" + ".join(sorted(layouts)), layers, scales)
+    return NamedLoras(" + ".join(sorted(layouts)), layers, scales, tuple(left_out))
 
 
 def _address(text: str, part: str | None = None) -> tuple[Address, str]:
     """(the layer that the front of a key names, the layout of its prefix); `part` is a projection of that layer."""
     bare = text.removeprefix(_PEFT)
     prefix, component, layout = next(row for row in _PREFIXES if bare.startswith(row[0]))
-    name = bare.removeprefix(prefix)
+    name = bare.removeprefix(prefix).removeprefix(_PEFT)
     if part is not None:
         clip = component in ("text_encoder", "text_encoder_2")
         ends = {"to_out": "out_proj" if clip else "to_out.0"}
         name = f"{name}.{ends.get(part, part.replace('to_', '') + '_proj' if clip else part)}"
-    if bare == text:
+    if _PEFT not in text:
         return Address(component, name), layout
     return Address(component, name), "raw PEFT (base_model.model.)" + (f" around {layout}" if prefix else "")
 
@@ -162,17 +183,33 @@ def _alpha(key: str, tensor: Tensor) -> float:
     return alpha
 
 
-def _refuse(others: Sequence[str], layers: int) -> None:
-    """Raise TDMError for the keys that are no half of a LoRA, or if there is no LoRA."""
+def _left_out(others: Mapping[str, Tensor], layers: int, strict: bool) -> list[str]:
+    """Which of the keys that are no half of a LoRA may be left out. Changes by 0 need no mention.
+
+    Raises:
+        TDMError: one may not, or there is no LoRA.
+    """
     for key in others:
         for pattern, kind in _OTHER_KINDS.items():
             if re.search(pattern, key):
                 raise TDMError(f"{key!r}: this is {kind}, which is not supported; merge it into a plain LoRA first")
     if not layers:
-        what = f" among its {len(others)} tensors, such as {others[0]!r}; is it a whole model?" if others else ""
+        first = next(iter(others), "")
+        what = f" among its {len(others)} tensors, such as {first!r}; is it a whole model?" if others else ""
         raise TDMError(f"there are no LoRA tensors{what}")
-    if others:
-        raise TDMError(f"{others[0]!r} is not the key of a LoRA ({len(others)} such beside {layers} LoRA layers)")
+    left_out = []
+    for key, tensor in others.items():
+        kind = next((kind for pattern, kind in _ADDITIONS.items() if re.search(pattern, key)), None)
+        if kind is None and not _EMBEDDINGS.fullmatch(key):
+            raise TDMError(f"{key!r} is not the key of a LoRA ({len(others)} such beside {layers} LoRA layers)")
+        if kind is None or (tensor.any() and not strict):
+            left_out.append(key)
+        elif tensor.any():
+            raise TDMError(
+                f"{key!r}: this is {kind} beside the LoRA, which is not supported; load the rest with strict=False, "
+                "which leaves such tensors out (on the command line: tdm convert --no-strict)"
+            )
+    return left_out
 
 
 def _peft_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:

@@ -17,16 +17,18 @@ from ..families import Family
 from .file import LoraFile
 from .layer_names import (
     LayerShape,
+    component_of,
     is_clip,
     layer_shapes,
+    look_up,
     native_names,
     other_clip_name,
     parts_of_native,
     unambiguous,
 )
 from .layouts import Address, Positional, parse
-from .pairs import Layers, Lora, split, stacked_widths
-from .places import place
+from .pairs import Layers, Lora, require_places, split, stacked_widths
+from .places import place, warn_of_left_out
 from .released import released
 
 
@@ -45,6 +47,7 @@ def place_native(
     *,
     scale: float = 1.0,
     positional: Positional | None = None,
+    strict: bool = True,
 ) -> Layers:
     """The LoRA of a file on the layers of native networks; every layer of the file finds its place.
 
@@ -54,6 +57,7 @@ def place_native(
         networks: in their original code, by the name of the component in diffusers: the denoiser, and text encoders.
         scale: strength to multiply in, beside the file's own alpha / rank.
         positional: what to lay an EMA list on; its network is then the family's released one.
+        strict: as in `place`.
 
     Returns:
         {component: {native layer: (A, B)}}, at strength 1.0. A stack's rank is the sum of the ranks of its parts.
@@ -66,26 +70,31 @@ def place_native(
         ours = place(file, family, {family.denoiser: released(family.name)}, scale=scale, positional=positional)
         layers = {Address(family.denoiser, name): lora for name, lora in ours[family.denoiser].items()}
     else:
-        layers = {address: lora.scaled(scale) for address, lora in parse(file).layers.items()}
+        parsed = parse(file, strict=strict)
+        warn_of_left_out(file, parsed)
+        layers = {address: lora.scaled(scale) for address, lora in parsed.layers.items()}
     names = {component: rows_of(network, family.name) for component, network in networks.items()}
     shapes = {component: layer_shapes(network) for component, network in networks.items()}
     stacks: dict[tuple[str, str], list[tuple[Rows, Lora]]] = {}
     wrong: list[str] = []
+    idle = 0  # of those, LoRAs of 0 for layers that are not there
     for address, lora in layers.items():
-        component = address.component or family.denoiser
-        rows = names.get(component, {}).get(address.name, ())
+        component = component_of(address, family.denoiser, names)
+        rows = look_up(names.get(component, {}), address.name) or ()
         parts = split(lora, [part.shape for part in rows])
         if not parts:
             own = stacked_widths([part.shape for part in rows])
             absent = "no such layer" if component in networks else f"without a CLIP there is no {component}"
             wrong.append(f"{'.'.join(filter(None, address))} ({f'{own} wide, not {lora.widths}' if own else absent})")
+            idle += not rows and lora.is_zero
         for target, part in zip(rows, parts, strict=False):
             stacks.setdefault((component, target.layer), []).append((target, part))
-    if wrong:
-        raise TDMError(
-            f"the student does not fit this model: {len(layers) - len(wrong)} of its {len(layers)} LoRA layers match, "
-            f"{len(wrong)} do not: {', '.join(wrong[:3])}" + (", ..." if len(wrong) > 3 else "")
-        )
+    require_places(
+        wrong,
+        f"the student does not fit this model: {len(layers) - len(wrong)} of its {len(layers)} LoRA layers match",
+        lenient=bool(stacks) and (idle == len(wrong) or not strict),
+        silent=idle == len(wrong),
+    )
     placed: dict[str, dict[str, Lora]] = {}
     for (component, layer), stack in stacks.items():
         placed.setdefault(component, {})[layer] = _joined(layer, shapes[component][layer].outputs, stack)

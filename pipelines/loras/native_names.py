@@ -60,6 +60,13 @@ _FLUX = {
     "single_blocks.*.linear2": "single_transformer_blocks.*.proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
     "final_layer.linear": "proj_out",
+    # XLabs' LoRAs are processors of the attention: 1 of the picture, 2 of the text.
+    "double_blocks.*.processor.qkv_lora1": _stack("transformer_blocks.*.attn", *_QKV),
+    "double_blocks.*.processor.qkv_lora2": _stack("transformer_blocks.*.attn", *_ADDED_QKV),
+    "double_blocks.*.processor.proj_lora1": "transformer_blocks.*.attn.to_out.0",
+    "double_blocks.*.processor.proj_lora2": "transformer_blocks.*.attn.to_add_out",
+    "single_blocks.*.processor.qkv_lora": _stack("single_transformer_blocks.*.attn", *_QKV),
+    "single_blocks.*.processor.proj_lora": "single_transformer_blocks.*.proj_out",
 }
 _PIXART_BLOCKS = {
     "x_embedder.proj": "pos_embed.proj",

@@ -7,6 +7,7 @@ read by `layouts.py`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,11 @@ class Lora(NamedTuple):
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing."""
+        return not bool(self.A.any()) or not bool(self.B.any())
 
     def scaled(self, scale: float) -> Lora:
         """The update times a number, which goes into B, in float32 or better."""
@@ -109,10 +115,11 @@ def stored(layers: Layers, dtype: torch.dtype | None) -> Layers:
 
 
 def pair(layer: str, half: Mapping[str, Tensor]) -> Lora:
-    """The LoRA of one layer from its halves, {"A": (rank, in, ...), "B": (out, rank, ...)}.
+    """The LoRA of one layer from its halves, {"A": (rank, in, ...), "B": (out, rank, ...)}. 8-bit floats are widened.
 
     Raises:
-        TDMError: a half is missing, the two do not fit together, have rank 0, or hold NaN or infinite values.
+        TDMError: a half is missing, the two do not fit together, have rank 0, or hold NaN or infinite values, or whole
+            numbers.
     """
     if len(half) < 2:
         raise TDMError(f"layer {layer!r} has only one half of its LoRA, lora_{next(iter(half))}")
@@ -121,10 +128,19 @@ def pair(layer: str, half: Mapping[str, Tensor]) -> Lora:
         raise TDMError(f"layer {layer!r}: lora_A {tuple(a)} and lora_B {tuple(b)} do not fit together")
     if a[0] == 0:
         raise TDMError(f"layer {layer!r}: its LoRA has rank 0; leave the layer out of the file")
+    half = {name: wide_float(tensor) for name, tensor in half.items()}
     for name, tensor in half.items():
+        if not tensor.is_floating_point():
+            raise TDMError(f"layer {layer!r}: lora_{name} is stored as {tensor.dtype}, which is no LoRA of floats")
         if not bool(torch.isfinite(tensor).all()):
             raise TDMError(f"layer {layer!r}: lora_{name} ({tensor.dtype}) holds NaN or infinite values")
     return Lora(**half)
+
+
+def wide_float(tensor: Tensor) -> Tensor:
+    """A tensor of 8-bit floats as float32, which torch can compute with; any other as it is."""
+    narrow = tensor.is_floating_point() and tensor.element_size() == 1
+    return tensor.to(torch.float32) if narrow else tensor
 
 
 def state_dict_of(layers: Mapping[str, Lora]) -> dict[str, Tensor]:
@@ -137,6 +153,7 @@ _KOHYA = {
     "transformer": "lora_transformer",
     "text_encoder": "lora_te1",
     "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3",
 }
 
 
@@ -168,6 +185,8 @@ def lay_out(
     shapes: Mapping[str, Mapping[str, LayerShape]],
     network: str,
     scale: float = 1.0,
+    *,
+    strict: bool = True,
 ) -> Layers:
     """LoRAs on the layers of a pipeline, in the shapes that these have; every one finds its place.
 
@@ -176,29 +195,50 @@ def lay_out(
         shapes: of the layers, by component and name.
         network: what errors call the denoiser.
         scale: strength to multiply in.
+        strict: False: LoRAs without a place are left out, with a warning. Those that are 0 always are, without one.
 
     Raises:
         TDMError: a LoRA without a layer or for another shape, or two for one layer.
     """
     placed: dict[str, dict[str, Lora]] = {}
     wrong: list[str] = []
+    idle = 0  # of those, LoRAs of 0 for layers that are not there
     for component, name, targets, lora in named:
         stack = [shapes[component][target] for target in targets]
-        loras = split(lora.scaled(scale), stack)
+        loras = split(Lora(*map(wide_float, lora)).scaled(scale), stack)
         if not loras:
             own = stacked_widths(stack)
             why = f"{own} wide, not {lora.widths}" if own not in (None, lora.widths) else "another kernel"
             wrong.append(f"{name} ({why if targets else 'no such layer'})")
+            idle += not targets and lora.is_zero
         for target, part in zip(targets, loras, strict=False):
             if target in placed.setdefault(component, {}):
                 raise TDMError(f"the file has two LoRAs for the layer {target!r}; the second as {name!r}")
             placed[component][target] = part
-    if wrong:
-        raise TDMError(
-            f"the student does not fit this base: {len(named) - len(wrong)} of its {len(named)} LoRA layers match "
-            f"the {network}, {len(wrong)} do not: {', '.join(wrong[:3])}" + (", ..." if len(wrong) > 3 else "")
-        )
+    require_places(
+        wrong,
+        f"the student does not fit this base: {len(named) - len(wrong)} of its {len(named)} LoRA layers match the "
+        f"{network}",
+        lenient=bool(placed) and (idle == len(wrong) or not strict),
+        silent=idle == len(wrong),
+    )
     return placed
+
+
+def require_places(wrong: Sequence[str], problem: str, *, lenient: bool, silent: bool) -> None:
+    """Raise TDMError if layers have no place, or warn of it where that is allowed.
+
+    Args:
+        wrong: the layers, with why they have none.
+        problem: how the text begins.
+        lenient: they may be left out.
+        silent: without a warning.
+    """
+    text = f"{problem}, {len(wrong)} do not: {', '.join(wrong[:3])}" + (", ..." if len(wrong) > 3 else "")
+    if wrong and not lenient:
+        raise TDMError(text)
+    if wrong and not silent:
+        warnings.warn(f"{text}; these are left out", stacklevel=3)
 
 
 def stacked_widths(stack: Sequence[LayerShape]) -> tuple[int, int] | None:

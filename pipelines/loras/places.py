@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from torch import nn
@@ -9,8 +10,8 @@ from torch import nn
 from ...errors import TDMError
 from ..families import Family
 from .file import LoraFile
-from .layer_names import layer_shapes, names_of
-from .layouts import Positional, parse
+from .layer_names import component_of, layer_shapes, look_up, names_of, swapped
+from .layouts import NamedLoras, Positional, parse
 from .pairs import Layers, Lora, lay_out, pair
 
 
@@ -21,8 +22,11 @@ def place(
     *,
     scale: float = 1.0,
     positional: Positional | None = None,
+    strict: bool = True,
 ) -> Layers:
     """The LoRA of a file on the layers of a pipeline; every layer of the file finds its place.
+
+    A LoRA of 0 for a layer that does not exist needs no place.
 
     Args:
         file: from `read_lora_file`.
@@ -30,6 +34,7 @@ def place(
         components: the networks that can take a LoRA, by name; adapters may be attached to them already.
         scale: strength to multiply in, on top of the file's own alpha / rank.
         positional: what to lay an EMA list on.
+        strict: False: what has no place is left out, with a warning, if anything has one.
 
     Returns:
         The layers at strength 1.0; no two share memory.
@@ -42,16 +47,31 @@ def place(
         denoiser = components[family.denoiser]
         return {family.denoiser: _place_positional(file, denoiser, positional, scale * positional.scale)}
     names = {component: names_of(network, family.name) for component, network in components.items()}
-    return lay_out(
-        [
-            (component, ".".join(filter(None, address)), names.get(component, {}).get(address.name, ()), lora)
-            for address, lora in parse(file).layers.items()
-            for component in (address.component or family.denoiser,)
-        ],
-        {component: layer_shapes(network) for component, network in components.items()},
-        type(components[family.denoiser]).__name__,
-        scale,
-    )
+    other_way = {component: swapped(network) for component, network in components.items()}
+    parsed = parse(file, strict=strict)
+    warn_of_left_out(file, parsed)
+    named = []
+    for address, lora in parsed.layers.items():
+        component = component_of(address, family.denoiser, names)
+        targets = look_up(names.get(component, {}), address.name) or ()
+        if other_way.get(component, set()).intersection(targets) and not _is_own_name(address.name, targets[0]):
+            lora = Lora(lora.A, lora.B.roll(len(lora.B) // 2, 0))
+        named.append((component, ".".join(filter(None, address)), targets, lora))
+    shapes = {component: layer_shapes(network) for component, network in components.items()}
+    return lay_out(named, shapes, type(components[family.denoiser]).__name__, scale, strict=strict)
+
+
+def warn_of_left_out(file: LoraFile, parsed: NamedLoras) -> None:
+    """Say what of a file is no part of its LoRA."""
+    if parsed.left_out:
+        keys = ", ".join(parsed.left_out[:3]) + (", ..." if len(parsed.left_out) > 3 else "")
+        text = f"{file.path}: {len(parsed.left_out)} tensors beside the LoRA are left out: {keys}"
+        warnings.warn(text, stacklevel=2)
+
+
+def _is_own_name(name: str, layer: str) -> bool:
+    """Whether a file calls a layer as diffusers does."""
+    return name.replace(".", "_") == layer.replace(".", "_")
 
 
 def place_layers(layers: Layers, family: Family, components: Mapping[str, nn.Module]) -> Layers:

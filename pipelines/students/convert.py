@@ -14,7 +14,9 @@ from .recipe_on_base import recipe_on_base
 from .unplaced import unplaced
 
 
-def convert_lora(source: Source, *, base: str | None = None, recipe: Mapping[str, Any] | None = None) -> Student:
+def convert_lora(
+    source: Source, *, base: str | None = None, recipe: Mapping[str, Any] | None = None, strict: bool = True
+) -> Student:
     """A LoRA as a student: the names of diffusers, every scale baked in, and a recipe.
 
     Args:
@@ -22,6 +24,7 @@ def convert_lora(source: Source, *, base: str | None = None, recipe: Mapping[str
         base: folder or hub id of the base whose layers the LoRA is for; only its configs are read. None: the one
             that the file's own header or its preset names.
         recipe: fields of `StudentRecipe` that complete or replace what the header or the preset says.
+        strict: False: what has no place on the base is left out, with a warning.
 
     Raises:
         TDMError: as `TDMPipeline.from_pretrained`.
@@ -34,7 +37,7 @@ def convert_lora(source: Source, *, base: str | None = None, recipe: Mapping[str
     >>> convert_lora("lora.safetensors", base="bundled", recipe=recipe).recipe.default_steps
     2
     """
-    student = unplaced(student_file(source, {}), recipe)
+    student = unplaced(student_file(source, {}), recipe, strict=strict)
     base = base or student.fields.get("base_model")
     if not base:
         raise TDMError(f"{student.name} does not name its base; pass it")

@@ -1,7 +1,7 @@
 """The student file: one .safetensors LoRA that carries in its header all that is needed to run it.
 
 - **Tensors**: `<unet|transformer>.<layer>.lora_A.weight` (rank, in, ...) and `.lora_B.weight` (out, rank, ...), the
-  layout of diffusers; text encoders' begin with `text_encoder` or `text_encoder_2`. The LoRA scale alpha / rank is
+  layout of diffusers; text encoders' begin with `text_encoder`, `_2` or `_3`. The LoRA scale alpha / rank is
   baked into lora_B, so the file loads at strength 1.0 everywhere, with or without metadata.
 - **Header**: the recipe as JSON under `tdm_student` (see `StudentRecipe`), and diffusers' own `lora_adapter_metadata`.
   Stock loaders read the second and ignore the first.
@@ -42,7 +42,11 @@ from ..loras.pairs import (
 )
 from .recipe import HEADER_KEY, StudentRecipe, fields_of
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")  # components that may have a LoRA, as the denoiser has
+TEXT_ENCODERS = (
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+)  # components that may have a LoRA, as the denoiser has
 STUDENT_FILE = "student.safetensors"  # its name inside a saved pipeline, the bundled model and a hub repository
 MERGED_FILE = "student.json"  # the recipe of a student that is part of the weights of the folder it lies in
 

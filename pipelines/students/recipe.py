@@ -66,6 +66,12 @@ class StudentRecipe:
         known = ", ".join(PREDICTION_TYPES)
         self._require("prediction_type", self.prediction_type in PREDICTION_TYPES, f"one of {known}")
         object.__setattr__(self, "trained_timesteps", _timestep_table(self.trained_timesteps))
+        fractions = any(t != int(t) for grid in self.trained_timesteps.values() for t in grid)
+        fractions_run = self.prediction_type in (
+            "flow_prediction",
+            "sample",
+        )  # diffusers runs them, ComfyUI rounds them
+        self._require("trained_timesteps", fractions_run or not fractions, "whole numbers: this is no flow model")
         self._require("guidance_scale", _is_number(self.guidance_scale) and self.guidance_scale >= 0, "at least 0")
         for name in ("height", "width"):
             self._require(name, _is_count(getattr(self, name)), "a whole number above 0")

@@ -108,6 +108,14 @@ def _on_trained_grids(name: str) -> Any:
             warnings.warn(f"this student is for {stated} steps; {k} steps run on the grid of {name}", stacklevel=3)
         return stock.set_timesteps(self, k, device, **options)
 
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:  # noqa: ARG001
+        return _unpickled, (name,), vars(self)
+
     # Under its stock name and home: pipelines write both down when they are saved.
     names = {"set_timesteps": set_timesteps, "trained_timesteps": {}, "__module__": stock.__module__}
-    return type(name, (stock,), names)
+    return type(name, (stock,), {**names, "__reduce_ex__": reduce})
+
+
+def _unpickled(name: str) -> Any:
+    """An empty scheduler on trained timesteps, which then gets its state: no name leads to its class."""
+    return object.__new__(_on_trained_grids(name))

@@ -34,12 +34,13 @@ class Unplaced:
     place: Callable[[Family, Mapping[str, nn.Module]], Layers]
 
 
-def unplaced(student: Path | Student, recipe: Mapping[str, Any] | None = None) -> Unplaced:
+def unplaced(student: Path | Student, recipe: Mapping[str, Any] | None = None, *, strict: bool = True) -> Unplaced:
     """A student as it is before its base is known.
 
     Args:
         student: a LoRA file of any layout, or a student in memory.
         recipe: fields of `StudentRecipe` that complete or replace what the file, its preset or the student says.
+        strict: False: what of a file has no place on the base is left out, with a warning.
 
     Raises:
         TDMError: the file cannot be read (see `read_lora_file`), or its header's recipe cannot.
@@ -49,4 +50,4 @@ def unplaced(student: Path | Student, recipe: Mapping[str, Any] | None = None) -
     file = read_lora_file(student)
     known, preset = known_of(file)
     placing = preset.placing if preset else {}
-    return Unplaced(str(file.path), completed(known, recipe), partial(place, file, **placing))
+    return Unplaced(str(file.path), completed(known, recipe), partial(place, file, strict=strict, **placing))

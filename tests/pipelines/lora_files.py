@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.loras.layer_names import layer_shapes, names_of
+from tdm.pipelines.loras.layer_names import layer_shapes, names_of, swapped
 from tdm.pipelines.loras.pairs import pair_layers
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import lora_for
@@ -51,7 +51,7 @@ def native_names(network: nn.Module, family: str) -> dict[str, tuple[str, ...]]:
     own, left = layer_shapes(network).keys(), set(layer_shapes(network))
     natives = {}
     for name, layers in names_of(network, family).items():
-        if "." in name and name not in own and left.issuperset(layers):
+        if "." in name and ".processor." not in name and name not in own and left.issuperset(layers):
             natives[name] = layers
             left -= set(layers)
     return natives
@@ -102,6 +102,24 @@ LAYOUTS = {
         native_names, lambda u: f"{kohya(u)}.lora_{{}}.weight", ("down", "up"), lambda u: f"{kohya(u)}.alpha"
     ),
     "native": Layout(native_names, lambda u: f"diffusion_model.{u.name}.lora_{{}}.weight", ("A", "B")),
+    "adapter name with a dash": Layout(
+        own_names, lambda u: f"{dotted(u)}.lora_{{}}.my-lora.v1.0.weight", ("A", "B"), text_encoders=True
+    ),
+    "peft in a component": Layout(
+        own_names, lambda u: f"{u.component}.base_model.model.{u.name}.lora_{{}}.weight", ("A", "B"), text_encoders=True
+    ),
+    "lycoris": Layout(
+        own_names,
+        lambda u: f"lycoris_{u.name.replace('.', '_')}.lora_{{}}.weight",
+        ("down", "up"),
+        lambda u: f"lycoris_{u.name.replace('.', '_')}.alpha",
+    ),
+    "kohya half in dots": Layout(
+        own_names, lambda u: f"lora_unet_{u.name.replace('.', '_', 1)}.lora_{{}}.weight", ("down", "up")
+    ),
+    "kohya native with two underscores": Layout(
+        native_names, lambda u: f"lora_unet__{u.name.replace('.', '_')}.lora_{{}}.weight", ("down", "up")
+    ),
     "native with alpha": Layout(
         native_names,
         lambda u: f"diffusion_model.{u.name}.lora_{{}}.weight",
@@ -151,6 +169,8 @@ def merge(pipe: Any, made: list[Update], scale: float) -> None:
         for layer in update.layers:
             weight = network.get_submodule(layer).weight
             rows = update.B[row : row + weight.shape[0]].double().flatten(1)
+            if layer in swapped(network) and update.name != layer:  # shift, scale: ours are scale, shift
+                rows = rows.roll(len(rows) // 2, 0)
             weight.data = (
                 weight.double() + scale * (rows @ update.A.double().flatten(1)).reshape(weight.shape)
             ).float()

@@ -16,7 +16,7 @@ def native_parts(network: nn.Module, family: str) -> Names:
     alike = own.keys() | {name.replace(".", "_") for name in names if "." in name}
     left, parts = set(own), {}
     for name, layers in reversed(names.items()):  # ComfyUI's names of CogVideoX come after the original ones
-        if name not in alike and left.issuperset(layers):
+        if name not in alike and ".processor." not in name and left.issuperset(layers):  # those are of LoRAs alone
             parts[name] = layers
             left -= set(layers)
     return parts | {name: (name,) for name in own if name in left}

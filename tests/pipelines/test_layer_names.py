@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders import single_file_utils
 from peft import LoraConfig, inject_adapter_in_model
 from tdm.pipelines.families import family_of_name
-from tdm.pipelines.loras.layer_names import layer_shapes, names_of
+from tdm.pipelines.loras.layer_names import layer_shapes, names_of, swapped
 from tdm.tests import tiny
 from torch import Tensor, nn
 
@@ -62,6 +62,9 @@ PINS: dict[str, dict[str, str]] = {  # native name: our layers in the order of i
         "single_blocks.1.linear2": "single_transformer_blocks.1.proj_out",
         "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
         "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "double_blocks.1.processor.qkv_lora2": "transformer_blocks.1.attn.{add_q_proj add_k_proj add_v_proj}",
+        "single_blocks.0.processor.qkv_lora": "single_transformer_blocks.0.attn.{to_q to_k to_v}",
     },
     "wan": {
         "blocks.1.self_attn.o": "blocks.1.attn1.to_out.0",
@@ -76,9 +79,8 @@ PINS: dict[str, dict[str, str]] = {  # native name: our layers in the order of i
         "x_embedder": "all_x_embedder.2-1",
     },
 }
-UNNAMED = {  # layers without a native name: of another row order, or named alike in the original
-    "sd3": {"transformer_blocks.1.norm1_context.linear", "norm_out.linear", "context_embedder"},
-    "flux": {"norm_out.linear"},
+UNNAMED = {  # layers without a native name: named alike in the original
+    "sd3": {"context_embedder"},
     "wan": {"patch_embedding"},
 }
 
@@ -145,7 +147,10 @@ def test_a_native_checkpoint_by_these_names_is_converted_back_by_diffusers(
     weights = {name: network.get_submodule(name).weight for name in own}
     checkpoint = Forgiving({f"{prefix}context_embedder.weight": torch.zeros(16, 1)})
     for native, ours in natives.items():
-        weight = checkpoint[f"{prefix}{native}.weight"] = torch.cat([weights[layer] for layer in ours])
+        weight = torch.cat([weights[layer] for layer in ours])
+        if ours[0] in swapped(network):
+            weight = weight.roll(len(weight) // 2, 0)
+        checkpoint[f"{prefix}{native}.weight"] = weight
         checkpoint[f"{prefix}{native}.bias"] = torch.zeros(len(weight))
     config = {**network.config, "class_embed_type": None}
     converted = getattr(single_file_utils, converter)(checkpoint, config=config)

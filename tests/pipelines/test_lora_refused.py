@@ -66,7 +66,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (lambda: plus(f"unet.{TO_Q}.dora_scale"), "this is DoRA"),
     "PEFT's DoRA": (lambda: plus(f"unet.{TO_Q}.lora_magnitude_vector"), "this is DoRA"),
     "LoKr": (lambda: plus(f"unet.{TO_Q}.lokr_w1"), "this is LoKr"),
-    "bias": (lambda: plus(f"unet.{TO_Q}.lora_B.bias", (16,)), "a LoRA with biases"),
+    "bias": (lambda: plus(f"unet.{TO_Q}.lora_B.bias", (16,)), "a change of biases beside the LoRA"),
+    "bias of core's": (lambda: plus(f"diffusion_model.{TO_Q}.diff_b", (16,)), "strict=False, which leaves such"),
+    "whole weights": (lambda: plus(f"diffusion_model.{TO_Q}.diff", (16, 16)), "a change of whole weights"),
+    "modulation": (lambda: plus("diffusion_model.blocks.0.diff_m", (1, 6)), "a change of whole weights"),
+    "rank 0": (lambda: {k: t[:0] if "_A" in k else t[:, :0] for k, t in sd15_lora().items()}, "has rank 0"),
+    "whole numbers": (lambda: first(lambda t: t.to(torch.int8)), "stored as torch.int8"),
+    "a scale of nothing": (lambda: plus("unet.conv_in.lora_A.scale_weight", ()), "the scale of a tensor that is not"),
+    "a scale of another tensor": (lambda: plus(f"unet.{TO_Q}.lora_A.scale_weight", (7,)), "is no scale of a tensor"),
     "something else": (lambda: plus("unet.conv_in.weight"), "'unet.conv_in.weight' is not the key of a LoRA"),
     "whole model": (lambda: dict(tiny.build("sd15").unet.state_dict()), "is it a whole model"),
     "no tensors": (dict, "there are no LoRA tensors"),
@@ -112,6 +119,24 @@ def test_a_wrong_file_is_one_clear_line_and_the_pipeline_stays_as_it_was(
     assert after.keys() == tensors.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in tensors.items())
     assert os.listdir(tmp_path) == ["wrong.pt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>\n<html lang='en'><head><title>Sign in</title>", "an HTML page"),
+        (b"\xef\xbb\xbf\n  <HTML><body>", "an HTML page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "an XML answer"),
+    ],
+)
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora.pt"])
+def test_what_a_download_left_in_the_place_of_a_file_is_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(TDMError, match=f"{name} is {message}"):
+        read_lora_file(tmp_path / name)
 
 
 def test_a_damaged_pickle_is_one_clear_line(tmp_path: Path) -> None:

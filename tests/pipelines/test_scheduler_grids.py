@@ -290,11 +290,32 @@ def test_a_file_that_lacks_keys_gets_the_defaults_of_its_class():
 
 
 @pytest.mark.parametrize(
+    "stock", [diffusers.DDPMScheduler(), diffusers.DDIMScheduler()], ids=lambda s: type(s).__name__
+)
+def test_the_clipping_of_a_training_scheduler_is_not_followed(stock):
+    with pytest.warns(UserWarning, match="latents are not clipped"):
+        ours = TDMScheduler.from_config(stock.config, trained_timesteps=[999, 500])
+    ours.set_timesteps(2)
+    x = torch.full((1, 1, 2, 2), 9.0)
+    assert float(ours.step(torch.zeros_like(x), ours.timesteps[0], x).pred_original_sample.max()) > 9
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_fractions_of_timesteps_are_for_flow_models(prediction_type):
+    with pytest.raises(TDMError, match="are whole numbers"):
+        TDMScheduler(prediction_type=prediction_type, trained_timesteps=[999, 499.5])
+    scheduler = TDMScheduler(prediction_type=prediction_type)
+    with pytest.raises(TDMError, match="are whole numbers"):
+        scheduler.set_timesteps(timesteps=[999, 499.5])
+    flow = TDMScheduler(prediction_type="flow_prediction", trained_timesteps=[999, 499.5])
+    assert flow.trained_timesteps == {2: [999.0, 499.5]}
+
+
+@pytest.mark.parametrize(
     ("stock", "message"),
     [
         (diffusers.EDMEulerScheduler(), "neither beta_schedule nor shift"),
         (diffusers.SCMScheduler(), "neither beta_schedule nor shift"),
-        (diffusers.DDIMScheduler(clip_sample=True), "clip_sample"),
         (diffusers.DPMSolverMultistepScheduler(thresholding=True), "thresholding"),
         (diffusers.DPMSolverMultistepScheduler(solver_order=3), "solver_order"),
         (diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2"), "beta_schedule"),

@@ -1,0 +1,88 @@
+"""A student on a pipeline that is loaded already: dtypes stay, missing parts are one line. Pipelines that travel."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
+from tdm import TDMPipeline
+from tdm.errors import TDMError
+from tdm.pipelines.families import family_of_name
+from tdm.tests import tiny
+from tdm.tests.pipelines.students import Make, error, load, plain, short_call, state
+from torch import nn
+
+
+def dtypes(pipe: DiffusionPipeline) -> dict[str, torch.dtype]:
+    return {name: part.dtype for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_network_keeps_its_dtype_unless_one_is_asked_for(
+    family: str, make: Make, bases: Callable[[str], Path]
+) -> None:
+    for narrow in (family_of_name(family).denoiser, "vae"):
+        stock = plain(bases(family))
+        getattr(stock, narrow).to(torch.bfloat16)
+        before = dtypes(stock)
+        assert set(before.values()) == {torch.float32, torch.bfloat16}
+        pipe = TDMPipeline.from_pipe(stock, student=make(family))
+        assert dtypes(pipe) == dtypes(stock) == before
+        assert type(pipe) is type(load(make(family)))
+    pipe = TDMPipeline.from_pipe(plain(bases(family)), student=make(family), dtype=torch.bfloat16)
+    assert set(dtypes(pipe).values()) == {torch.bfloat16}
+
+
+def test_a_quantised_pipeline_takes_a_student(make: Make, bases: Callable[[str], Path]) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    int8 = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(torchao.Int8WeightOnlyConfig())})
+    stock = DiffusionPipeline.from_pretrained(bases("sd3"), quantization_config=int8)
+    pipe = TDMPipeline.from_pipe(stock, student=make("sd3"))
+    assert error(short_call(pipe, "sd3"), short_call(load(make("sd3")), "sd3")) < 0.1
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_pipeline_pickles_and_copies(family: str, make: Make) -> None:
+    pipe = load(make(family))
+    expected = short_call(pipe, family)
+    for again in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert type(again) is type(pipe)
+        assert again.recipe == pipe.recipe
+        assert torch.equal(short_call(again, family), expected)
+        again.load_student(make(family, "second.safetensors", seed=1))
+        with again.teacher():
+            pass
+        assert not torch.equal(short_call(again, family), expected)
+    assert torch.equal(short_call(pipe, family), expected)
+
+
+@pytest.mark.parametrize("scheduler", ["LCMScheduler", "TCDScheduler"])
+def test_the_sampler_of_another_method_pickles(scheduler: str, make: Make) -> None:
+    sampler = {"scheduler": scheduler, "default_steps": 4}
+    pipe = load(make("sd15", sampler=sampler, trained_timesteps={4: [999, 759, 499, 259]}))
+    again = pickle.loads(pickle.dumps(pipe))
+    assert torch.equal(short_call(again, "sd15"), short_call(pipe, "sd15"))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_pipeline_without_its_denoiser_is_one_line(family: str, make: Make, bases: Callable[[str], Path]) -> None:
+    denoiser = family_of_name(family).denoiser
+    with pytest.raises(TDMError, match=f"{denoiser}=None leaves a student no network"):
+        TDMPipeline.from_pretrained(bases(family), student=make(family), **{denoiser: None})  # type: ignore[arg-type]
+
+
+def test_a_base_with_the_scheduler_of_its_training_loads(make: Make, tmp_path: Path) -> None:
+    stock = tiny.build("sd15")
+    right = load(make("sd15"))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    stock.scheduler = DDPMScheduler(**betas)
+    stock.save_pretrained(tmp_path / "base")
+    with pytest.warns(UserWarning, match="latents are not clipped"):
+        pipe = load(tmp_path / "base", student=make("sd15"))
+    assert torch.equal(short_call(pipe, "sd15"), short_call(right, "sd15"))
+    assert state(pipe)[3:] == state(right)[3:]
