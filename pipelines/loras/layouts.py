@@ -199,15 +199,15 @@ def _left_out(others: Mapping[str, Tensor], layers: int, strict: bool) -> list[s
         raise TDMError(f"there are no LoRA tensors{what}")
     left_out = []
     for key, tensor in others.items():
-        kind = next((kind for pattern, kind in _ADDITIONS.items() if re.search(pattern, key)), None)
-        if kind is None and not _EMBEDDINGS.fullmatch(key):
+        addition = next((addition for pattern, addition in _ADDITIONS.items() if re.search(pattern, key)), None)
+        if addition is None and not _EMBEDDINGS.fullmatch(key):
             raise TDMError(f"{key!r} is not the key of a LoRA ({len(others)} such beside {layers} LoRA layers)")
-        if kind is None or (tensor.any() and not strict):
+        if addition is None or (tensor.any() and not strict):
             left_out.append(key)
         elif tensor.any():
             raise TDMError(
-                f"{key!r}: this is {kind} beside the LoRA, which is not supported; load the rest with strict=False, "
-                "which leaves such tensors out (on the command line: tdm convert --no-strict)"
+                f"{key!r}: this is {addition} next to the LoRA, which is not supported; load the rest with "
+                "strict=False, which leaves such tensors out (on the command line: tdm convert --no-strict)"
             )
     return left_out
 
