@@ -9,6 +9,7 @@ and its sample is ``sqrt(1 + s^2) * epsilon``, which is the pair (0, sqrt(1 + s^
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_sampling as core
@@ -35,6 +36,8 @@ def prediction_type_of(model_sampling: Any) -> str:
         return "flow_prediction"
     if isinstance(model_sampling, core.V_PREDICTION_DDPM):
         raise TDMError("ComfyUI samples CogVideoX wrongly; put the node 'TDM CogVideoX Sampling' behind its loader")
+    if hasattr(model_sampling, "skip_steps"):
+        raise TDMError("ModelSamplingDiscrete is set to lcm, which leaves 50 noise levels: remove it before TDM Sigmas")
     if isinstance(model_sampling, core.ModelSamplingDiscrete) and not isinstance(model_sampling, _NOT_DDPM):
         predictions = [name for kind, name in _PREDICTIONS.items() if isinstance(model_sampling, kind)]
         if predictions:
@@ -103,10 +106,14 @@ def pairs_of(model_sampling: Any, s: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(pure, 0.0, torch.ones_like(s)), torch.where(pure, (1 + s**2).sqrt(), s)
 
 
-class _FromPureNoise:
-    """A model's sampling from pure noise at a level below the model's noisiest one."""
+class _Patched:
+    """A model's sampling as a student needs it, and as it was: in a tuple, or it would become a module of this one."""
 
     uncut: tuple[Any]
+
+
+class _FromPureNoise(_Patched):
+    """A model's sampling from pure noise at a level below the model's noisiest one."""
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
         """The first sample. A stock flow model keeps 1 - sigma of the (empty) latents at its first level."""
@@ -135,11 +142,40 @@ def cut(model_sampling: Any, first: float) -> Any:
         result.register_buffer("sigmas", s)
     else:
         result.set_sigmas(s)
-    result.uncut = (uncut(model_sampling),)  # a tuple: a module inside a module would become part of it
+    result.uncut = (uncut(model_sampling),)
     result.__class__ = type("TDMModelSampling", (_FromPureNoise, type(result)), {})
     return result
 
 
+class _OnTimesteps(_Patched):
+    """A vp model's sampling whose network gets the very timesteps of a grid."""
+
+    grid: tuple[Tensor, Tensor]  # levels, timesteps
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Of levels. ComfyUI itself gives the nearest whole timestep, also where a fraction was trained."""
+        levels, timesteps = (each.to(sigma) for each in self.grid)
+        difference, nearest = (sigma.unsqueeze(-1) / levels - 1).abs().min(-1)
+        whole = super().timestep(sigma).to(sigma)  # type: ignore[misc]
+        return torch.where(difference < 1e-6, timesteps[nearest], whole)
+
+
+def on_timesteps(model_sampling: Any, levels: Tensor, timesteps: Sequence[float]) -> Any:
+    """A copy of a `model_sampling` that knows fractional timesteps by their levels; the same if there are none.
+
+    Args:
+        model_sampling: of a MODEL.
+        levels: (K,).
+        timesteps: K of them. A flow model's are fractional everywhere.
+    """
+    if isinstance(model_sampling, core.CONST) or all(float(t).is_integer() for t in timesteps):
+        return model_sampling
+    result = copy.deepcopy(model_sampling)
+    result.uncut, result.grid = (uncut(model_sampling),), (levels, torch.tensor(timesteps, dtype=torch.float32))
+    result.__class__ = type("TDMModelSampling", (_OnTimesteps, type(result)), {})
+    return result
+
+
 def uncut(model_sampling: Any) -> Any:
-    """Return what `cut` took, or the argument itself if it is no product of `cut`."""
-    return model_sampling.uncut[0] if isinstance(model_sampling, _FromPureNoise) else model_sampling
+    """What `cut` or `on_timesteps` was given first, or the same if it is no product of them."""
+    return model_sampling.uncut[0] if isinstance(model_sampling, _Patched) else model_sampling
