@@ -25,7 +25,7 @@ SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
 # torch: see torchvision_ops.py.
 UNUSED = ("torchvision==0.28.0", "torchaudio==2.11.0")
 LEFT_OUT = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 470 MB of pictures
-# The newest front end of the registry, which has newer front ends than servers. The server runs with its own or with it.
+# The newest front end of the registry. The server runs with its own or with this one.
 FRONT_END = "comfyui-frontend-package==1.58.1"
 FRONT_END_SHA256 = "37912597537a731a8f421179618a736c24184c5bdbfa327f38b2fb7c291852d9"
 PINS = REPOSITORY / "constraints.txt"
