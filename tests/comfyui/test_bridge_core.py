@@ -93,7 +93,7 @@ def test_cores_lora_loaders_load_what_ours_loads(
 def test_a_lora_that_does_not_fit_is_one_line_in_cores_loader(server: Server, folder: Folder) -> None:
     folder("pixart")
     layers = lora_of(tiny.build("pixart"), {"transformer": ("to_q",)})
-    layers["transformer"]["some.layer"] = next(iter(layers["transformer"].values()))
+    layers["transformer"]["some.layer"] = Lora(*(t.clone() for t in next(iter(layers["transformer"].values()))))
     (server.models / "loras").mkdir(exist_ok=True)
     save_file(written("diffusers", layers), server.models / "loras" / "wrong.safetensors")
     with pytest.raises(PromptError, match=r"1 do not: transformer.some.layer \(no such layer\)"):

@@ -65,6 +65,35 @@ def test_the_nodes_sample_what_diffusers_samples(
 
 
 @pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("grid", [[981.5, 733.25, 512.125, 77.9], [950.3, 310.4]])
+def test_a_fractional_timestep_is_the_one_of_diffusers(
+    server: Server, kind: str, grid: list[float], order: int
+) -> None:
+    """Core itself gives the network the nearest whole one, which is 2e-4 off."""
+    expected, _ = diffused(scheduler(kind, grid, order), noise())
+    (found,) = server.latents(student_graph(kind, timesteps=grid, order=order), ["samples", 0])
+    assert error(found * SCALE, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[999, 749, 499, 249]",
+        "999\uff0c749\uff0c499\uff0c249",
+        "\uff19\uff19\uff19 749;499\n249",
+        "999\u3001749\u3001499\u3001249",
+    ],
+)
+def test_timesteps_are_read_as_people_type_them(server: Server, text: str) -> None:
+    graph = student_graph("epsilon", timesteps=GRIDS[0])
+    (expected,) = server.latents(graph, ["samples", 0])
+    graph["sigmas"]["inputs"]["timesteps"] = text
+    (found,) = server.latents(graph, ["samples", 0])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_model_that_core_has_patched_is_followed(server: Server, grid: list[float], order: int) -> None:
     """A v-prediction fine-tune whose schedule ends in pure noise, declared as users declare it."""
@@ -221,6 +250,14 @@ def test_a_wrong_input_says_what_to_do(server: Server, options: dict[str, object
 def test_a_model_that_no_student_can_have_is_refused(server: Server, kind: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         server.latents(student_graph(kind, timesteps=GRIDS[0]), ["samples", 0])
+
+
+def test_a_schedule_of_lcm_is_refused(server: Server) -> None:
+    graph = student_graph("epsilon", timesteps=[40, 30, 20, 10])
+    graph["lcm"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="lcm", zsnr=False)
+    graph["sigmas"]["inputs"]["model"] = ["lcm", 0]
+    with pytest.raises(PromptError, match=r"ModelSamplingDiscrete is set to lcm.*remove it before TDM Sigmas"):
+        server.latents(graph, ["samples", 0])
 
 
 def test_an_epsilon_model_that_would_begin_in_pure_noise_is_refused(server: Server) -> None:

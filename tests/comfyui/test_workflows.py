@@ -80,11 +80,12 @@ def front_end(request: pytest.FixtureRequest, server: Server, models: Path) -> I
         yield FrontEnd(browser, at.address)
 
 
-@pytest.fixture(scope="module", params=["own on the canvas", "newest on the canvas", "newest in Nodes 2.0"])
+@pytest.fixture(scope="module", params=["own on the canvas", "newest in Nodes 2.0"])
 def rendering(request: pytest.FixtureRequest, server: Server, models: Path) -> Iterator[FrontEnd]:  # noqa: ARG001
-    at = server if request.param.startswith("own") else request.getfixturevalue("newest_server")
+    nodes_2 = request.param.endswith("2.0")
+    at = request.getfixturevalue("newest_server") if nodes_2 else server
     with chromium() as browser:
-        yield FrontEnd(browser, at.address, nodes_2=request.param.endswith("2.0"))
+        yield FrontEnd(browser, at.address, nodes_2=nodes_2)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,6 @@ def test_no_node_covers_another(rendering: FrontEnd, name: str) -> None:
     """Nor when it has run, and the nodes show what they have to say and their pictures."""
     rendering.open(saved(name))
     if name in BUNDLED:
-        rendering.forget()
         rendering.run()
         rendering.page.wait_for_timeout(1000)
     boxes = rendering.boxes()
