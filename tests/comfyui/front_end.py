@@ -140,7 +140,11 @@ class FrontEnd:
         return {box[0]: tuple(box[1:]) for box in self.page.evaluate(_NODE_BOXES)}
 
     def texts(self) -> list[str]:
-        """What the nodes of this pack say on their faces, and can be seen."""
+        """What the nodes of this pack say on their faces, and can be seen when all of the graph is in the window."""
+        x, y, width, height = self.page.evaluate(_BOUNDS)
+        window = self.page.viewport_size
+        self.page.evaluate(_SHOW, [x, y, min(window["width"] / width, window["height"] / height)])
+        self.page.wait_for_timeout(1000)
         shown = "each => each.readOnly && each.offsetWidth && each.offsetHeight"
         return self.page.evaluate(f"[...document.querySelectorAll('textarea')].filter({shown}).map(each => each.value)")
 

@@ -33,6 +33,7 @@ def main() -> None:
             for name, workflow in WORKFLOWS.items():
                 write(front_end, server, name, workflow)
                 if name == "tdm-bundled":
+                    front_end.page.wait_for_timeout(2000)  # until the picture has come
                     front_end.picture(REPOSITORY / "docs" / "comfyui.jpg")
         finally:
             server.stop()
