@@ -9,7 +9,6 @@ and its sample is ``sqrt(1 + s^2) * epsilon``, which is the pair (0, sqrt(1 + s^
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_sampling as core
@@ -106,14 +105,10 @@ def pairs_of(model_sampling: Any, s: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(pure, 0.0, torch.ones_like(s)), torch.where(pure, (1 + s**2).sqrt(), s)
 
 
-class _Patched:
-    """A model's sampling as a student needs it, and as it was: in a tuple, or it would become a module of this one."""
-
-    uncut: tuple[Any]
-
-
-class _FromPureNoise(_Patched):
+class _FromPureNoise:
     """A model's sampling from pure noise at a level below the model's noisiest one."""
+
+    uncut: tuple[Any]  # a tuple: a module inside a module would become part of it
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
         """The first sample. A stock flow model keeps 1 - sigma of the (empty) latents at its first level."""
@@ -147,35 +142,6 @@ def cut(model_sampling: Any, first: float) -> Any:
     return result
 
 
-class _OnTimesteps(_Patched):
-    """A vp model's sampling whose network gets the very timesteps of a grid."""
-
-    grid: tuple[Tensor, Tensor]  # levels, timesteps
-
-    def timestep(self, sigma: Tensor) -> Tensor:
-        """Of levels. ComfyUI itself gives the nearest whole timestep, also where a fraction was trained."""
-        levels, timesteps = (each.to(sigma) for each in self.grid)
-        difference, nearest = (sigma.unsqueeze(-1) / levels - 1).abs().min(-1)
-        whole = super().timestep(sigma).to(sigma)  # type: ignore[misc]
-        return torch.where(difference < 1e-6, timesteps[nearest], whole)
-
-
-def on_timesteps(model_sampling: Any, levels: Tensor, timesteps: Sequence[float]) -> Any:
-    """A copy of a `model_sampling` that knows fractional timesteps by their levels; the same if there are none.
-
-    Args:
-        model_sampling: of a MODEL.
-        levels: (K,).
-        timesteps: K of them. A flow model's are fractional everywhere.
-    """
-    if isinstance(model_sampling, core.CONST) or all(float(t).is_integer() for t in timesteps):
-        return model_sampling
-    result = copy.deepcopy(model_sampling)
-    result.uncut, result.grid = (uncut(model_sampling),), (levels, torch.tensor(timesteps, dtype=torch.float32))
-    result.__class__ = type("TDMModelSampling", (_OnTimesteps, type(result)), {})
-    return result
-
-
 def uncut(model_sampling: Any) -> Any:
-    """What `cut` or `on_timesteps` was given first, or the same if it is no product of them."""
-    return model_sampling.uncut[0] if isinstance(model_sampling, _Patched) else model_sampling
+    """Return what `cut` took, or the argument itself if it is no product of `cut`."""
+    return model_sampling.uncut[0] if isinstance(model_sampling, _FromPureNoise) else model_sampling

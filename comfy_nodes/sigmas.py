@@ -9,10 +9,10 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..errors import TDMError
-from ..pipelines.schedule import check_grid, first_step, grid_of_steps, grid_pairs
+from ..pipelines.schedule import check_grid, first_step, grid_of_steps, grid_pairs, trained_grids
 from ..pipelines.students.recipe import StudentRecipe
 from .faces import warn
-from .levels import cut, levels_of, on_timesteps, prediction_type_of, schedule_of, uncut
+from .levels import cut, levels_of, prediction_type_of, schedule_of, uncut
 from .loader import known_family_of
 from .sampler import FRESH_NOISE, GUIDANCE
 from .students import file_stamp, recipe_of, recipe_of_text, student_names
@@ -98,11 +98,12 @@ class TDMSigmas(io.ComfyNode):
         chosen: StudentRecipe | None = None
         if recipe is None and student == TYPED:
             typed = check_grid(_numbers(timesteps), schedule)
-            trained, order, by_default = {len(typed): typed}, 1, len(typed)
+            trained, order, by_default = trained_grids(typed, schedule), 1, len(typed)
         else:
             chosen = recipe_of(student) if recipe is None else recipe_of_text(recipe)
             _check_base(chosen, student if recipe is None else "this", model, prediction_type_of(sampling))
-            trained, order, by_default = chosen.trained_timesteps, chosen.solver_order, chosen.default_steps
+            trained = trained_grids(chosen.trained_timesteps, schedule)
+            order, by_default = chosen.solver_order, chosen.default_steps
         steps = steps or by_default
         grid, nearest = grid_of_steps(trained, steps, schedule)
         if nearest != steps:
@@ -112,7 +113,7 @@ class TDMSigmas(io.ComfyNode):
         patched = model.clone()
         if denoise == 1:
             sampling = cut(sampling, float(sigmas[0]))
-        patched.add_object_patch("model_sampling", on_timesteps(sampling, sigmas[:-1], grid))
+        patched.add_object_patch("model_sampling", sampling)
         first = first_step(grid, denoise, schedule)
         sigmas, grid = sigmas[first:], grid[first:]
         for option in (FRESH_NOISE, GUIDANCE):  # of another TDM Sigmas, in front of this one
