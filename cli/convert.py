@@ -18,7 +18,8 @@ from .output import check_writable
 HELP = """\
 Write a LoRA of any layout (diffusers, PEFT, kohya, native names, an EMA list of a released student; .safetensors,
 .pt, .bin or .ckpt) as a student file: one .safetensors with every scale baked in, so that it loads at strength 1.0,
-and with its recipe in the header, so that it runs right without further settings.
+and with its recipe in the header, so that it runs right without further settings. Its names are those of diffusers, or
+those of kohya with --layout kohya: ComfyUI's own Load LoRA takes an SD1.5 or SDXL student whole only under the latter.
 
 examples:
   tdm convert Luo-Yihong/TDM_sd3_lora --out sd3-student.safetensors            a released student: all is known
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "height, width, flow_shift, solver_order, num_frames, stochastic_sampling=true (fresh noise at each step), "
         "sampler={scheduler: TCDScheduler, eta: 0.3}",
     )
+    add("--layout", choices=("diffusers", "kohya"), default="diffusers", help="the names of the file's tensors")
     add("--out", type=Path, required=True, help="the student file to write (of a whole model: the folder)")
     add("--no-strict", dest="strict", action="store_false", help="leave out what of the LoRA has no place on the base")
     add("--force", action="store_true", help="replace it if it exists")
@@ -62,8 +64,10 @@ def run(args: argparse.Namespace) -> None:
     from ..pipelines.students.file import save_student
 
     if is_checkpoint(args.file):
-        if not args.base or args.recipe:
-            raise TDMError(f"{args.file} is a whole model: pass --base, what it was tuned from, and no --recipe")
+        if not args.base or args.recipe or args.layout != "diffusers":
+            raise TDMError(
+                f"{args.file} is a whole model: pass --base, what it was tuned from, and no --recipe and no --layout"
+            )
         if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir()) and not args.force):
             raise TDMError(f"{args.out} exists; choose another --out, or replace a folder with --force")
         quiet()
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = parse_recipe(args.recipe)
     check_writable(args.out, args.force)
     student = convert_lora(args.file, base=args.base, recipe=recipe, strict=args.strict)
-    print(describe(save_student(args.out, student, force=args.force)))
+    print(describe(save_student(args.out, student, layout=args.layout, force=args.force)))
 
 
 def parse_recipe(settings: Sequence[str]) -> dict[str, Any]:

@@ -20,11 +20,13 @@ async def comfy_entrypoint() -> ComfyExtension:
         TDMError: this is not ComfyUI, or one without the V3 nodes.
     """
     try:
-        import comfy_api.latest  # noqa: F401
+        from comfy_api.latest import ComfyExtension, io, ui  # noqa: F401
     except ImportError as error:
         raise TDMError(
-            f"the nodes run inside a recent ComfyUI: put this folder into its custom_nodes ({error})"
+            f"the nodes run inside ComfyUI 0.30 or newer: put this folder into its custom_nodes ({error})"
         ) from None
-    from .extension import TDMExtension
-
+    try:
+        from .extension import TDMExtension
+    except (ImportError, AttributeError) as error:
+        raise TDMError(f"the nodes need ComfyUI 0.30 or newer, or lack one of its own packages ({error})") from None
     return TDMExtension()

@@ -27,7 +27,9 @@ from torch.nn.functional import interpolate
 from ..errors import TDMError
 from ..pipelines.families import Condition, Family, Size
 from .levels import sampling_on
+from .prompts import encode
 
+_BRIDGED = "a {} of Load Diffusers Pipeline"
 _IN_CONDITIONING = {"pooled": "pooled_output", "mask": "attention_mask"}  # core's names; "mask" is an area's there
 
 
@@ -48,8 +50,36 @@ class WholePatcher(ModelPatcher):
         """Nothing: core then unloads it as a whole."""
         return 0
 
+    def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Nothing for None or the dtype that the network has.
+
+        Raises:
+            TDMError: for another one: a layer of diffusers computes in the dtype of its weights.
+        """
+        if dtype not in (None, self.model_dtype()):
+            raise TDMError(
+                f"ModelComputeDtype does not fit {_BRIDGED.format('MODEL')}, which computes in {self.model_dtype()}: "
+                "start ComfyUI with --bf16-unet, --fp16-unet or --fp32-unet"
+            )
+
 
 # ---------------------------------------------------------------------- MODEL
+
+
+class NotOurLayoutError(TDMError, AttributeError):
+    """A node asks for something that ComfyUI's own networks have. An AttributeError, so that `hasattr` says no."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"this node reads {name} of ComfyUI's own networks: it does not fit {_BRIDGED.format('MODEL')}"
+        )
+
+
+class _Config(dict[str, Any]):
+    """The `unet_config` of a MODEL, whose entries core's nodes such as FreeU look up."""
+
+    def __missing__(self, name: str) -> Any:
+        raise NotOurLayoutError(name)
 
 
 class Denoiser(nn.Module):
@@ -63,6 +93,22 @@ class Denoiser(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that the network computes in."""
         return self.network.dtype
+
+    @property
+    def in_channels(self) -> int:
+        """Of the latents: core's RenormCFG asks."""
+        return self.network.config.in_channels
+
+    def __getattr__(self, name: str) -> Any:
+        """What core's own networks have and this one lacks.
+
+        Raises:
+            NotOurLayoutError: always, but for the module's own parts.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise NotOurLayoutError(name) from None
 
     def forward(
         self,
@@ -99,6 +145,7 @@ class DiffusersModel(comfy.model_base.BaseModel):
         config = comfy.supported_models_base.BASE({"disable_unet_model_creation": True})
         config.latent_format = _latent_format(family, pipe, rgb)
         config.memory_usage_factor = 2.0 * (spatial_factor(family, pipe) / 8) ** 2  # core counts pixels of the latents
+        config.unet_config = _Config(config.unet_config)
         super().__init__(config)
         self.family, self.pipe = family, pipe
         self.diffusion_model = Denoiser(family, getattr(pipe, family.denoiser))
@@ -137,6 +184,10 @@ class DiffusersModel(comfy.model_base.BaseModel):
         cond = text | self.family.facts(self.pipe, text, size, **options)
         # Not CONDCrossAttn: it would repeat the shorter of two prompts, which masked and joint attention can tell.
         return {name: comfy.conds.CONDRegular(value) for name, value in cond.items()}
+
+    def state_dict_for_saving(self, *_: Any, **__: Any) -> Any:
+        """Raise TDMError: a checkpoint has the names of ComfyUI's own networks, and these have diffusers'."""
+        raise TDMError(f"{_BRIDGED.format('MODEL')} cannot be saved as a checkpoint: its folder is in models/diffusers")
 
     def _size(self, x: Tensor) -> Size:
         """Return the size of latents x in pixels."""
@@ -227,25 +278,34 @@ class TextEncoders(nn.Module):
         if options.get("layer") is not None:
             raise TDMError("CLIP Set Last Layer does not fit a CLIP of Load Diffusers Pipeline")
 
-    def encode_token_weights(self, tokens: dict[str, list[str]]) -> tuple[Tensor, Tensor | None, Condition]:
+    def encode_token_weights(self, tokens: dict[str, str]) -> tuple[Tensor, Tensor | None, Condition]:
         """(text [1, L, D], pooled [1, D] if there is one, the rest). No text at all is the unconditional prompt."""
-        prompts = tokens["prompt"]
-        cond = self.family.encode_text(self.pipe, prompts) if any(prompts) else self.family.encode_null(self.pipe)
+        cond = encode(self.family, self.pipe, tokens["prompt"])
         device = comfy.model_management.intermediate_device()
         cond = {_IN_CONDITIONING.get(name, name): value.to(device) for name, value in cond.items()}
         return cond.pop("text"), cond.pop("pooled_output", None), cond
+
+
+class _Tokens(dict[str, str]):
+    """A prompt in the place of tokens."""
+
+    def __missing__(self, name: str) -> Any:
+        raise TDMError(
+            f"this node has a prompt for each text encoder ({name}), and {_BRIDGED.format('CLIP')} has one for all: "
+            "use CLIP Text Encode, with FluxGuidance for Flux"
+        )
 
 
 class Prompt:
     """A stand-in for a tokenizer. The pipeline has a tokenizer and does to a prompt what its family does."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> Any:  # noqa: ARG002
-        """The text itself. A weight, such as (this:1.2), stays a part of it."""
-        return {"prompt": [text]}
+        """The text itself: its weights and embeddings are read when it is encoded."""
+        return _Tokens(prompt=text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to save."""
-        return {}
+        """Raise TDMError: core asks when a CLIP is saved."""
+        raise TDMError(f"{_BRIDGED.format('CLIP')} cannot be saved: its folder is in models/diffusers")
 
 
 def clip_of(family: Family, pipe: Any, denoiser_config: Any) -> Any:
@@ -319,6 +379,10 @@ class DiffusersVAE(comfy.sd.VAE):
         self.device, self.vae_dtype = comfy.model_management.vae_device(), pipe.vae.dtype
         self.output_device = comfy.model_management.intermediate_device()
         self.patcher = WholePatcher(self.first_stage_model, self.device, comfy.model_management.vae_offload_device())
+
+    def get_sd(self) -> Any:
+        """Raise TDMError: core asks when a VAE is saved."""
+        raise TDMError(f"{_BRIDGED.format('VAE')} cannot be saved: its folder is in models/diffusers")
 
 
 def rgb_factors(vae: DiffusersVAE, channels: int) -> tuple[list[list[float]], list[float]]:

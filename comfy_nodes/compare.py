@@ -12,7 +12,6 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io, ui
 from comfy_extras import nodes_custom_sampler as core
 from nodes import VAEDecode
-from server import PromptServer
 from torch import Tensor
 
 from ..errors import TDMError
@@ -27,7 +26,7 @@ class TDMCompare(io.ComfyNode):
         return io.Schema(
             node_id="TDMCompare",
             display_name="TDM Compare",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="Samples the teacher and its student from the same noise, and shows how many network calls and "
             "seconds each of them took.",
             search_aliases=["compare", "benchmark", "teacher and student", "side by side", "speed", "A/B"],
@@ -95,7 +94,6 @@ class TDMCompare(io.ComfyNode):
                 io.Image.Output("both", tooltip="The teacher's on the left, the student's on the right."),
                 io.String.Output("report", tooltip="Network calls and seconds of both."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -139,8 +137,6 @@ class TDMCompare(io.ComfyNode):
             lines.append(f"{name}: {meter.report()}")
             images.append(VAEDecode().decode(vae, latent)[0])
         text = "\n".join(lines)
-        if cls.hidden.unique_id:
-            PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
         return io.NodeOutput(*images, torch.cat(images, dim=2), text, ui=ui.PreviewText(text))
 
 

@@ -22,7 +22,7 @@ class CogVideoXSampling(io.ComfyNode):
         return io.Schema(
             node_id="TDMCogVideoXSampling",
             display_name="TDM CogVideoX Sampling",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="Lets any sampler run CogVideoX right: its network is given unit-variance samples (ComfyUI "
             "gives it unscaled ones), on the noise schedule that it was trained on.",
             search_aliases=["CogVideoX", "v-prediction", "snr shift", "ModelSampling"],
@@ -70,7 +70,7 @@ class PixArtAlphaLatents(io.ComfyNode):
         return io.Schema(
             node_id="TDMPixArtAlphaLatents",
             display_name="TDM PixArt-alpha Latents",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="For PixArt-alpha 512, which ComfyUI takes for PixArt-Sigma and gives the latent scale 0.13025 "
             "of the SDXL VAE: sets the 0.18215 of its own VAE, that of SD1.5.",
             search_aliases=["PixArt", "latent scale", "latent format"],

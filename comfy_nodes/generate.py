@@ -9,10 +9,10 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..errors import TDMError
-from .load_diffusers import pipelines
-from .loader import BY_ITSELF, TDMLoadStudent
+from .load_diffusers import folder_stamp, pipelines
+from .loader import BY_ITSELF
 from .sigmas import TYPED
-from .students import BUNDLED, RELEASED, recipe_of
+from .students import BUNDLED, RELEASED, file_stamp, recipe_of
 
 
 class TDMGenerate(io.ComfyNode):
@@ -24,7 +24,7 @@ class TDMGenerate(io.ComfyNode):
         return io.Schema(
             node_id="TDMGenerate",
             display_name="TDM Generate",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="Draws pictures from a checkpoint, a TDM student and a prompt, with the student's own "
             "timesteps, order, guidance and size. It runs the nodes that a longer workflow is made of, and gives the "
             "same picture as they do.",
@@ -78,9 +78,9 @@ class TDMGenerate(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, student: str, **_: Any) -> float:
-        """When the student was written, as Load TDM Student has it."""
-        return TDMLoadStudent.fingerprint_inputs(student)
+    def fingerprint_inputs(cls, student: str, checkpoint: str = BUNDLED, **_: Any) -> str:
+        """The state of the student's file, and of the files of a pipeline of diffusers."""
+        return f"{file_stamp(student)} {folder_stamp(checkpoint) if checkpoint in (BUNDLED, *pipelines()) else ''}"
 
     @classmethod
     def execute(

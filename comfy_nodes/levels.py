@@ -35,6 +35,8 @@ def prediction_type_of(model_sampling: Any) -> str:
         return "flow_prediction"
     if isinstance(model_sampling, core.V_PREDICTION_DDPM):
         raise TDMError("ComfyUI samples CogVideoX wrongly; put the node 'TDM CogVideoX Sampling' behind its loader")
+    if hasattr(model_sampling, "skip_steps"):
+        raise TDMError("ModelSamplingDiscrete is set to lcm, which leaves 50 noise levels: remove it before TDM Sigmas")
     if isinstance(model_sampling, core.ModelSamplingDiscrete) and not isinstance(model_sampling, _NOT_DDPM):
         predictions = [name for kind, name in _PREDICTIONS.items() if isinstance(model_sampling, kind)]
         if predictions:
@@ -106,7 +108,7 @@ def pairs_of(model_sampling: Any, s: Tensor) -> tuple[Tensor, Tensor]:
 class _FromPureNoise:
     """A model's sampling from pure noise at a level below the model's noisiest one."""
 
-    uncut: tuple[Any]
+    uncut: tuple[Any]  # a tuple: a module inside a module would become part of it
 
     def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
         """The first sample. A stock flow model keeps 1 - sigma of the (empty) latents at its first level."""
@@ -135,7 +137,7 @@ def cut(model_sampling: Any, first: float) -> Any:
         result.register_buffer("sigmas", s)
     else:
         result.set_sigmas(s)
-    result.uncut = (uncut(model_sampling),)  # a tuple: a module inside a module would become part of it
+    result.uncut = (uncut(model_sampling),)
     result.__class__ = type("TDMModelSampling", (_FromPureNoise, type(result)), {})
     return result
 

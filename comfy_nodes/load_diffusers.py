@@ -10,7 +10,6 @@ import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
-from server import PromptServer
 from torch import nn
 
 from ..errors import TDMError, first_line
@@ -29,7 +28,7 @@ class TDMLoadDiffusers(io.ComfyNode):
         return io.Schema(
             node_id="TDMLoadDiffusers",
             display_name="Load Diffusers Pipeline",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="Loads a pipeline in diffusers' layout, run by diffusers itself: Stable Diffusion 1.5, SDXL, "
             "SD3, PixArt, CogVideoX, Flux, Sana, Wan, Z-Image, Qwen-Image, or the small model that comes with TDM.",
             search_aliases=["diffusers", "Sana", "bundled", "teacher", "load model", "model_index.json"],
@@ -45,18 +44,18 @@ class TDMLoadDiffusers(io.ComfyNode):
                 io.Model.Output(tooltip="The denoiser. Load a student onto it with Load TDM Student."),
                 io.Clip.Output(tooltip="The text encoders, for CLIP Text Encode. Empty text is no prompt at all."),
                 io.Vae.Output(tooltip="The VAE, for VAE Decode and VAE Encode."),
+                io.String.Output("report", tooltip="What the node shows: the pipeline, its dtype and its size."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, pipeline: str) -> float:
-        """When its newest file was written."""
-        return max((file.stat().st_mtime for file in Path(folder_of(pipeline)).rglob("*") if file.is_file()), default=0)
+    def fingerprint_inputs(cls, pipeline: str) -> str:
+        """The state of its files."""
+        return folder_stamp(pipeline)
 
     @classmethod
     def execute(cls, pipeline: str) -> io.NodeOutput:
-        """(MODEL, CLIP, VAE).
+        """(MODEL, CLIP, VAE, report).
 
         Raises:
             TDMError: the folder is no pipeline, of no family that is supported, or damaged; diffusers is missing.
@@ -67,7 +66,9 @@ class TDMLoadDiffusers(io.ComfyNode):
         except ImportError as error:
             raise TDMError(f"Load Diffusers Pipeline needs diffusers (pip install diffusers): {error}") from None
         from .bridge import DiffusersVAE, clip_of, model_of
+        from .core_loras import serve_core_loaders
 
+        serve_core_loaders()
         folder = folder_of(pipeline)
         family = family_of_base(folder)
         parts = load_parts(folder, family)
@@ -79,9 +80,7 @@ class TDMLoadDiffusers(io.ComfyNode):
         text = f"{family.pipeline}, {str(network.dtype).removeprefix('torch.')}\nmade for {width} x {height}" + (
             f", {frames} frames" if frames else ""
         )
-        if cls.hidden.unique_id:
-            PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
-        return io.NodeOutput(model, clip, vae, ui=ui.PreviewText(text))
+        return io.NodeOutput(model, clip, vae, text, ui=ui.PreviewText(text))
 
 
 class Parts(NamedTuple):
@@ -116,6 +115,13 @@ def folder_of(pipeline: str) -> str:
         if os.path.isfile(os.path.join(root, pipeline, "model_index.json")):
             return os.path.join(root, pipeline)
     raise TDMError(f"{pipeline} is no pipeline in models/diffusers: it has no model_index.json")
+
+
+def folder_stamp(pipeline: str) -> str:
+    """The state of the files of one of `pipelines`: another one when one of them was written again."""
+    states = [file.stat() for file in Path(folder_of(pipeline)).rglob("*") if file.is_file()]
+    newest, size = max((each.st_mtime_ns for each in states), default=0), sum(each.st_size for each in states)
+    return f"{newest} {size} {len(states)}"
 
 
 def load_parts(folder: str, family: Family) -> Parts:

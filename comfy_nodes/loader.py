@@ -8,7 +8,6 @@ import comfy.lora
 import comfy.model_base
 import folder_paths
 from comfy_api.latest import io, ui
-from server import PromptServer
 from torch import Tensor, nn
 
 from ..errors import TDMError
@@ -18,7 +17,7 @@ from ..pipelines.loras.pairs import state_dict_of
 from ..pipelines.students.recipe import HEADER_KEY, StudentRecipe
 from ..pipelines.students.released import PRESETS, Preset, known_of
 from .bridge import DiffusersModel, TextEncoders
-from .students import BUNDLED, RELEASED, lora_path
+from .students import BUNDLED, RELEASED, file_stamp, lora_path
 
 BY_ITSELF = "by its header or name"
 
@@ -43,7 +42,7 @@ class TDMLoadStudent(io.ComfyNode):
         return io.Schema(
             node_id="TDMLoadStudent",
             display_name="Load TDM Student",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="Loads a TDM student, or any other LoRA in the layout of diffusers, PEFT, kohya or the "
             "original checkpoints, at the strength it was trained for. Every layer of it must find its place.",
             search_aliases=["LoRA loader", "trajectory distribution matching", "few-step", "distilled", "LoRA"],
@@ -75,18 +74,18 @@ class TDMLoadStudent(io.ComfyNode):
                 io.Model.Output(tooltip="The model with the student."),
                 io.Clip.Output(tooltip="The CLIP with the student's layers in it, if it has any."),
                 io.String.Output("recipe", tooltip="How the student is run, as JSON; empty if the file does not say."),
+                io.String.Output("report", tooltip="What the node shows: the layers that matched, and the recipe."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        """Return when the file was written, so that a student that was trained further is loaded anew."""
-        return lora_path(file).stat().st_mtime
+    def fingerprint_inputs(cls, file: str, **_: Any) -> str:
+        """The state of the file: a student that was trained further is loaded again."""
+        return file_stamp(file)
 
     @classmethod
     def execute(cls, model: Any, file: str, released_as: str, strength: float, clip: Any = None) -> io.NodeOutput:
-        """(MODEL, CLIP, recipe).
+        """(MODEL, CLIP, recipe, report).
 
         Raises:
             TDMError: the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a
@@ -103,7 +102,10 @@ class TDMLoadStudent(io.ComfyNode):
         family = family_of(model)
         if recipe is not None and recipe.family != family.name:
             raise TDMError(f"{file} is a student of {recipe.base_model} ({recipe.family}); this MODEL is {family.name}")
-        parts = {family.denoiser: _denoiser_of(model), **_encoders_of(clip)}
+        parts = {
+            family.denoiser: denoiser_of(model.model),
+            **encoders_of(getattr(clip, "cond_stage_model", None)),
+        }
         networks = {component: network for component, (_, network) in parts.items()}
         put = place if isinstance(model.model, DiffusersModel) else place_native
         placed = put(lora, family, networks, **(preset.placing if preset else {}))
@@ -114,13 +116,12 @@ class TDMLoadStudent(io.ComfyNode):
         own = tensors.pop(family.denoiser, {})
         others = {key: tensor for each in tensors.values() for key, tensor in each.items()}
         if own:
-            model = _patched(model, comfy.lora.model_lora_keys_unet(model.model, {}), own, strength)
+            model = _patched(model, dict(comfy.lora.model_lora_keys_unet(model.model, {})), own, strength)
         if others:
-            clip = _patched(clip, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), others, strength)
+            clip = _patched(clip, dict(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})), others, strength)
         text = _report(len(own) // 2, len(others) // 2, recipe)
-        if cls.hidden.unique_id:
-            PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
-        return io.NodeOutput(model, clip, recipe.to_metadata()[HEADER_KEY] if recipe else "", ui=ui.PreviewText(text))
+        known = recipe.to_metadata()[HEADER_KEY] if recipe else ""
+        return io.NodeOutput(model, clip, known, text, ui=ui.PreviewText(text))
 
 
 def family_of(model: Any) -> Family:
@@ -129,6 +130,15 @@ def family_of(model: Any) -> Family:
     Raises:
         TDMError: there are no students of it.
     """
+    family = known_family_of(model)
+    if family is None:
+        known = ", ".join(["sd15", "sdxl", "sd3", *sorted(set(_FAMILIES.values()))])
+        raise TDMError(f"this MODEL is a {type(model.model).__name__}; students can be for {known}")
+    return family
+
+
+def known_family_of(model: Any) -> Family | None:
+    """The family of a MODEL's network; None if there are no students of it."""
     if isinstance(model.model, DiffusersModel):
         return model.model.family
     config, kind = model.model.model_config.unet_config, type(model.model)
@@ -140,8 +150,7 @@ def family_of(model: Any) -> Family:
         return family_of_name("sd15")
     if config.get("image_model") in _FAMILIES:
         return family_of_name(_FAMILIES[config["image_model"]])
-    known = ", ".join(["sd15", "sdxl", "sd3", *sorted(set(_FAMILIES.values()))])
-    raise TDMError(f"this MODEL is a {kind.__name__}; students can be for {known}")
+    return None
 
 
 def _recipe_of(lora: LoraFile, released_as: str) -> tuple[StudentRecipe | None, Preset | None]:
@@ -159,21 +168,23 @@ def _recipe_of(lora: LoraFile, released_as: str) -> tuple[StudentRecipe | None, 
     return (StudentRecipe.from_fields(fields) if fields else None), preset
 
 
-def _denoiser_of(model: Any) -> tuple[str, nn.Module]:
-    """(what its layers' names begin with in ComfyUI, network) of a MODEL."""
-    network = model.model.diffusion_model
-    if isinstance(model.model, DiffusersModel):
+def denoiser_of(model: Any) -> tuple[str, nn.Module]:
+    """(what its layers' names begin with in ComfyUI, network) of a MODEL's BaseModel."""
+    network = model.diffusion_model
+    if isinstance(model, DiffusersModel):
         return "diffusion_model.network", network.network
     return "diffusion_model", network
 
 
-def _encoders_of(clip: Any) -> dict[str, tuple[str, nn.Module]]:
-    """Component of diffusers -> (what its layers' names begin with in ComfyUI, network) of a CLIP's text encoders."""
-    if isinstance(getattr(clip, "cond_stage_model", None), TextEncoders):
-        return {name: (f"text_encoders.{name}", e) for name, e in clip.cond_stage_model.named_children()}
-    there = [name for name in _ENCODERS if hasattr(getattr(clip, "cond_stage_model", None), name)]
+def encoders_of(model: Any) -> dict[str, tuple[str, nn.Module]]:
+    """Component of diffusers -> (what its layers' names begin with in ComfyUI, network) of the text encoders of a
+    CLIP's `cond_stage_model`; none of None.
+    """
+    if isinstance(model, TextEncoders):
+        return {name: (f"text_encoders.{name}", e) for name, e in model.named_children()}
+    there = [name for name in _ENCODERS if hasattr(model, name)]
     components = zip(("text_encoder", "text_encoder_2", "text_encoder_3"), there, strict=False)
-    encoders = {component: (name, getattr(clip.cond_stage_model, name)) for component, name in components}
+    encoders = {component: (name, getattr(model, name)) for component, name in components}
     return {
         component: (f"text_encoders.{name}.transformer", e.transformer)
         for component, (name, e) in encoders.items()
@@ -182,7 +193,7 @@ def _encoders_of(clip: Any) -> dict[str, tuple[str, nn.Module]]:
 
 
 def _patched(patcher: Any, keys: dict[str, Any], tensors: dict[str, Tensor], strength: float) -> Any:
-    """A MODEL or CLIP with a LoRA in the names of ComfyUI.
+    """A MODEL or CLIP with a LoRA in the names of ComfyUI; `keys` is core's table of them.
 
     Raises:
         TDMError: ComfyUI leaves some of it out, which it would only log.

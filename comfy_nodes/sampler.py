@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +13,16 @@ from tqdm.auto import trange
 
 from ..errors import TDMError
 from ..pipelines.schedule import ddim_step, predict_x0_eps, second_order_weights
+from .faces import warn
+from .fresh_noise import FreshNoise
 from .levels import pairs_of
 
 FRESH_NOISE = "tdm_fresh_noise"
 """In the options of the MODEL that TDM Sigmas gives, if its student was trained with fresh noise at each step: the
 levels of the whole run, by which a sampler on a part of them knows the noise that is due.
 """
+GUIDANCE = "tdm_guidance"
+"""In the options of the MODEL that TDM Sigmas gives, if its student is made for classifier-free guidance: the scale."""
 
 
 class TDMSampler(io.ComfyNode):
@@ -30,7 +34,7 @@ class TDMSampler(io.ComfyNode):
         return io.Schema(
             node_id="TDMSampler",
             display_name="TDM Sampler",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="The sampler of TDM students, for epsilon, v and flow models. Use it with TDM Sigmas in "
             "SamplerCustomAdvanced or SamplerCustom; TDM Sigmas goes last, behind ModelSampling nodes. It is "
             "deterministic, unless the student was trained with fresh noise at each step: then that follows from the "
@@ -44,7 +48,7 @@ class TDMSampler(io.ComfyNode):
                     max=2,
                     tooltip="What the student is sampled with: 1 is DDIM (Euler on flow models), 2 is DPM-Solver++ 2M "
                     "on the same timesteps. TDM Sigmas gives it for a student file: connect its output 'order'.",
-                )
+                ),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
@@ -78,8 +82,8 @@ def sample_tdm(
         order: 1, or 2 for DPM-Solver++ 2M.
 
     Raises:
-        TDMError: there is no picture to begin with, and noise of this level is not what the model has been cut at; or
-            order 2 of a student that takes fresh noise.
+        TDMError: there is no picture to begin with, and noise of this level is not what the model has been cut at; or a
+            student that takes fresh noise has order 2, or no seed.
     """
     extra_args = extra_args or {}
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
@@ -94,10 +98,15 @@ def sample_tdm(
         )
     if s[-1] > 0:  # a part of a schedule, and the weights are of a whole one
         alphas, levels = torch.cat([alphas, alphas.new_ones(1)]), torch.cat([levels, levels.new_zeros(1)])
-    run = extra_args.get("model_options", {}).get(FRESH_NOISE)
-    fresh = None if run is None else _fresh_noise(x, extra_args.get("seed"), _steps_before(float(sigmas[0]), run))
-    if fresh is not None and order == 2:
-        raise TDMError("this student takes fresh noise at each step, and order 2 goes on along its own: set order to 1")
+    options = extra_args.get("model_options", {})
+    _check_guidance(model.inner_model, options.get(GUIDANCE))
+    run, fresh = options.get(FRESH_NOISE), None
+    if run is not None:
+        if order == 2:
+            raise TDMError(
+                "this student takes fresh noise at each step, and order 2 goes on along its own: set order to 1"
+            )
+        fresh = FreshNoise(x, float(sigmas[0]), model.noise, extra_args.get("seed"), run)
     weights = second_order_weights(alphas, levels)
     each = x.new_ones(len(x))
     previous: Tensor | None = None
@@ -107,26 +116,18 @@ def sample_tdm(
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
         _, eps = predict_x0_eps("sample", x0, x, a[i], s[i])
         if fresh is not None and s[i + 1] > 0:
-            eps = next(fresh)
+            eps = fresh.draw().to(x)
         x = ddim_step(x0, eps, a[i + 1], s[i + 1])
         if order == 2:
             if previous is not None:
                 x = x + weights[i] * (x0 - previous)
             previous = x0
+    if fresh is not None and float(sigmas[-1]) > 0:
+        fresh.leave(x, float(sigmas[-1]))
     return x
 
 
-def _steps_before(level: float, run: list[float]) -> int:
-    """Count the steps of a whole run before a level; 0 if it is not one of its levels."""
-    return run.index(level) if level in run else 0
-
-
-def _fresh_noise(x: Tensor, seed: int | None, before: int) -> Iterator[Tensor]:
-    """Noise like `x` for each step, as `TDMPipeline` takes it: from the seed's generator, behind the noise that core
-    has begun with and that of the steps before.
-    """
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    for _ in range(1 + before):
-        torch.randn(x.shape, generator=generator)
-    while True:
-        yield torch.randn(x.shape, generator=generator).to(x)
+def _check_guidance(guider: Any, scale: float | None) -> None:
+    """Warn if a student that is made for guidance runs without."""
+    if scale is not None and getattr(guider, "cfg", scale) == 1:
+        warn(f"This student is made for guidance {scale:g} and runs without: use CFGGuider with cfg {scale:g}.")

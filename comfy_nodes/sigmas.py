@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import re
+import unicodedata
 from typing import Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..errors import TDMError
-from ..pipelines.schedule import check_grid, first_step, grid_of_steps, grid_pairs
+from ..pipelines.schedule import check_grid, first_step, grid_of_steps, grid_pairs, trained_grids
+from ..pipelines.students.recipe import StudentRecipe
+from .faces import warn
 from .levels import cut, levels_of, prediction_type_of, schedule_of, uncut
-from .sampler import FRESH_NOISE
-from .students import recipe_of, recipe_of_text, student_names
+from .loader import known_family_of
+from .sampler import FRESH_NOISE, GUIDANCE
+from .students import file_stamp, recipe_of, recipe_of_text, student_names
 
 TYPED = "timesteps below"
 
@@ -26,7 +29,7 @@ class TDMSigmas(io.ComfyNode):
         return io.Schema(
             node_id="TDMSigmas",
             display_name="TDM Sigmas",
-            category="sampling/TDM",
+            category="model/sampling/TDM",
             description="The exact timesteps that a TDM student was trained on. Sample the MODEL it gives: its noise "
             "begins at the first of them.",
             search_aliases=["trajectory distribution matching", "few-step", "timesteps", "scheduler", "distilled"],
@@ -77,6 +80,11 @@ class TDMSigmas(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, student: str, recipe: str | None = None, **_: Any) -> str:
+        """The state of the file that the timesteps come from: they are read again when it was written again."""
+        return file_stamp(student) if recipe is None else ""
+
+    @classmethod
     def execute(
         cls, model: Any, student: str, timesteps: str, steps: int, denoise: float, recipe: str | None = None
     ) -> io.NodeOutput:
@@ -87,38 +95,71 @@ class TDMSigmas(io.ComfyNode):
         """
         sampling = uncut(model.get_model_object("model_sampling"))
         schedule = schedule_of(sampling)
+        chosen: StudentRecipe | None = None
         if recipe is None and student == TYPED:
             typed = check_grid(_numbers(timesteps), schedule)
-            trained, order, by_default, fresh = {len(typed): typed}, 1, len(typed), False
+            trained, order, by_default = trained_grids(typed, schedule), 1, len(typed)
         else:
             chosen = recipe_of(student) if recipe is None else recipe_of_text(recipe)
-            predicts = prediction_type_of(sampling)
-            if chosen.prediction_type != predicts:
-                raise TDMError(
-                    f"{student if recipe is None else 'this'} is a student of {chosen.base_model}, which predicts "
-                    f"{chosen.prediction_type}; this model predicts {predicts}: load the student's own base"
-                )
-            trained, order, by_default = chosen.trained_timesteps, chosen.solver_order, chosen.default_steps
-            fresh = chosen.stochastic_sampling
+            _check_base(chosen, student if recipe is None else "this", model, prediction_type_of(sampling))
+            trained = trained_grids(chosen.trained_timesteps, schedule)
+            order, by_default = chosen.solver_order, chosen.default_steps
         steps = steps or by_default
         grid, nearest = grid_of_steps(trained, steps, schedule)
         if nearest != steps:
             known = ", ".join(map(str, trained))
-            logging.warning(f"TDM Sigmas: trained for {known} steps; {steps} run on the {nearest}-step grid re-spaced")
+            warn(f"The student is trained for {known} steps; {steps} run on the {nearest}-step grid, re-spaced.")
         sigmas = levels_of(schedule, *grid_pairs(schedule, grid))
         patched = model.clone()
         if denoise == 1:
             sampling = cut(sampling, float(sigmas[0]))
         patched.add_object_patch("model_sampling", sampling)
-        sigmas = sigmas[first_step(grid, denoise, schedule) :]
-        patched.model_options.pop(FRESH_NOISE, None)  # of another TDM Sigmas, in front of this one
-        if fresh:
-            patched.model_options[FRESH_NOISE] = sigmas.tolist()
-        return io.NodeOutput(patched, sigmas, order)
+        first = first_step(grid, denoise, schedule)
+        sigmas, grid = sigmas[first:], grid[first:]
+        for option in (FRESH_NOISE, GUIDANCE):  # of another TDM Sigmas, in front of this one
+            patched.model_options.pop(option, None)
+        text = f"timesteps {', '.join(f'{t:g}' for t in grid)}"
+        if chosen is not None:
+            guidance = _guidance(chosen)
+            if chosen.stochastic_sampling:
+                patched.model_options[FRESH_NOISE] = sigmas.tolist()
+            if guidance == "CFGGuider":
+                patched.model_options[GUIDANCE] = chosen.guidance_scale
+            text += f"\n{guidance} with {chosen.guidance_scale:g}" if guidance else "\nno guidance: BasicGuider"
+        return io.NodeOutput(patched, sigmas, order, ui=ui.PreviewText(text))
+
+
+def _guidance(recipe: StudentRecipe) -> str | None:
+    """The core node that gives the student its guidance; None if it has none."""
+    if recipe.family == "flux":
+        return "FluxGuidance"
+    return "CFGGuider" if recipe.guidance_scale > 1 else None
+
+
+def _check_base(recipe: StudentRecipe, student: str, model: Any, predicts: str) -> None:
+    """Raise TDMError if a MODEL is not of the student's family, or predicts something else."""
+    if recipe.prediction_type != predicts:
+        raise TDMError(
+            f"{student} is a student of {recipe.base_model}, which predicts {recipe.prediction_type}; this model "
+            f"predicts {predicts}: load the student's own base"
+        )
+    family = known_family_of(model)
+    if family is not None and family.name != recipe.family:
+        raise TDMError(
+            f"{student} is a student of {recipe.base_model} ({recipe.family}); this MODEL is {family.name}: load the "
+            "student's own base"
+        )
 
 
 def _numbers(text: str) -> list[float]:
+    """Timesteps as people write them: with commas (those of Chinese too), semicolons, spaces or lines between them, and
+    with or without brackets around them.
+
+    Raises:
+        TDMError: something in it is no number.
+    """
+    plain = unicodedata.normalize("NFKC", text).strip().removeprefix("[").removesuffix("]")
     try:
-        return [float(part) for part in re.split(r"[\s,;]+", text.strip()) if part]
+        return [float(part) for part in re.split(r"[\s,;\u3001]+", plain) if part]
     except ValueError:
         raise TDMError(f"timesteps must be numbers with commas between them, got {text!r}") from None

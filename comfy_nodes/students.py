@@ -29,10 +29,24 @@ def lora_path(name: str) -> Path:
         FileNotFoundError: there is no such file.
     """
     if name == BUNDLED:
-        from ..pipelines.students.locate import student_file
-
+        try:
+            from ..pipelines.students.locate import student_file
+        except ImportError as error:
+            raise TDMError(
+                f"the bundled student needs diffusers and peft (pip install -r requirements.txt): {error}"
+            ) from None
         return student_file(BUNDLED, {})
     return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def file_stamp(name: str) -> str:
+    """The state of a student's file, for `fingerprint_inputs`: another one when the file was written again. Empty for
+    what is no file.
+    """
+    if name != BUNDLED and name not in folder_paths.get_filename_list("loras"):
+        return ""
+    state = lora_path(name).stat()
+    return f"{state.st_mtime_ns} {state.st_size} {state.st_ino}"
 
 
 def recipe_of(name: str) -> StudentRecipe:

@@ -1,8 +1,8 @@
 """The noise of a call whose student takes fresh noise at each step.
 
 A run draws its first latents, then the noise of each step but the last, all from the call's generator: one seed, one
-picture, here as in ComfyUI. Some stock pipelines give their generator to the scheduler and some do not, and some keep
-latents in packed form; here they are all alike.
+picture, alone and in a batch, here as in ComfyUI. Some stock pipelines give their generator to the scheduler and some
+do not, and some keep latents in packed form; here they are all alike.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .families import Size
 from .noise import noise_like
+from .picture_noise import generators_of
 from .scheduler import TDMScheduler
 
 
@@ -37,8 +38,20 @@ def noise_of(pipe: Any, call: inspect.BoundArguments) -> Iterator[None]:
     step = family.multiple(pipe)
     size = Size(given["height"] // step * step, given["width"] // step * step, given.get("num_frames"))
 
+    before = None
+    if isinstance(generator, Generator) and generator.device.type == "cpu":
+        before = Generator().set_state(generator.get_state())  # without what the pipeline is about to draw
+    each: list[Generator] = []
+
     def draw(x: Tensor) -> Tensor:
-        return family.pack(noise_like(family.unpack(pipe, x, size), generator))
+        x = family.unpack(pipe, x, size)
+        noise = noise_like(x, generator)
+        if before is not None and len(x) > 1:
+            if not each:
+                first_noise = x.shape[1:] if given.get("latents") is None else None
+                each.extend(generators_of(before, range(len(x)), first_noise))
+            noise = noise_like(x, each)
+        return family.pack(noise)
 
     scheduler.noise_source = draw
     try:

@@ -12,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..errors import TDMError
 from .families import Size
+from .picture_noise import generators_of
 from .pictures import pictures_of
 from .schedule import first_step
 from .scheduler import TDMScheduler
@@ -44,7 +45,11 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
     if samples % len(x0):
         raise TDMError(f"{len(x0)} pictures do not go into {samples} samples (prompts times pictures per prompt)")
     x0 = x0.repeat_interleave(samples // len(x0), dim=0)
-    noise = randn_tensor(tuple(x0.shape), generator=call.get("generator"), device=device, dtype=torch.float32)
+    generator = call.get("generator")
+    one = isinstance(generator, torch.Generator) and generator.device.type == "cpu"
+    if one and samples > 1 and scheduler.config["stochastic_sampling"]:
+        call["generator"] = generators_of(generator, range(samples), x0.shape[1:])
+    noise = randn_tensor(tuple(x0.shape), generator=generator, device=device, dtype=torch.float32)
     alpha, sigma = scheduler.schedule.alpha_sigma(torch.tensor(left[0], dtype=torch.float64))
     latents = float(alpha) * x0.float() + float(sigma) * noise
     if family.binned_sample_sizes is not None:

@@ -62,6 +62,21 @@ def test_a_converted_file_runs_alone_as_the_original_did(
     assert "16 x 24" in capsys.readouterr().out
 
 
+def test_kohyas_names_hold_the_same_student(
+    base: Path, kohya: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["convert", str(kohya), "--base", str(base), "--recipe", *RECIPE, "--out"]
+    files = {layout: tmp_path / f"{layout}.safetensors" for layout in ("diffusers", "kohya")}
+    for layout, file in files.items():
+        assert main([*argv, str(file), "--layout", layout]) == 0
+    assert "all of its LoRA layers" in capsys.readouterr().out
+    assert {key.split("_")[1] for key in load_file(files["kohya"])} == {"unet", "te1"}
+    own, other = (short_call(load(file, base=base), "sd15") for file in files.values())
+    assert torch.equal(own, other)
+    assert main(["convert", str(files["kohya"]), "--out", str(tmp_path / "back.safetensors")]) == 0
+    assert load_file(tmp_path / "back.safetensors").keys() == load_file(files["diffusers"]).keys()
+
+
 def test_only_the_configs_of_the_base_are_read(base: Path, kohya: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     for file in base.rglob("*.json"):

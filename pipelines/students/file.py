@@ -2,7 +2,7 @@
 
 - **Tensors**: `<unet|transformer>.<layer>.lora_A.weight` (rank, in, ...) and `.lora_B.weight` (out, rank, ...), the
   layout of diffusers; text encoders' begin with `text_encoder`, `_2` or `_3`. The LoRA scale alpha / rank is
-  baked into lora_B, so the file loads at strength 1.0 everywhere, with or without metadata.
+  baked into lora_B, so the file loads at strength 1.0, with or without metadata, wherever these names are known.
 - **Header**: the recipe as JSON under `tdm_student` (see `StudentRecipe`), and diffusers' own `lora_adapter_metadata`.
   Stock loaders read the second and ignore the first.
 

@@ -36,6 +36,15 @@ def server(comfyui_installed: None, tmp_path_factory: pytest.TempPathFactory) ->
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def newest_server(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same server with the newest front end, and the same models."""
+    folder = tmp_path_factory.mktemp("comfyui") / "newest"
+    newest = Server(folder, front_end=install.newest_front_end(), models=server.models)
+    yield newest
+    newest.stop()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A small SD1.5 among the server's checkpoints, and LoRAs of it.

@@ -35,6 +35,15 @@ _LISTEN = """() => {
     failures.forEach(name => app.api.addEventListener(name, event => done(event.detail ?? name), { once: true }))
   })
 }"""
+_NODE_BOXES = """() => {
+  const { scale } = app.canvas.ds
+  const drawn = [...document.querySelectorAll('[data-node-id]')].filter(each => each.offsetWidth)
+  const boxes = drawn.map(each => [each.dataset.nodeId, each.getBoundingClientRect()])
+  if (boxes.length) {
+    return boxes.map(([id, { x, y, width, height }]) => [id, ...[x, y, width, height].map(each => each / scale)])
+  }
+  return app.graph._nodes.map(node => [String(node.id), ...node.boundingRect])
+}"""
 _NO_OVERLAYS = ".no-drag, body > :not(#vue-app) { display: none }"
 _SHOW = """([x, y, scale]) => {
   app.canvas.ds.scale = scale
@@ -51,11 +60,21 @@ class FrontEnd:
         errors: what it has written to the console as an error, and what it has thrown.
     """
 
-    def __init__(self, browser: Browser, address: str, width: int = 1600, height: int = 900) -> None:
+    def __init__(
+        self, browser: Browser, address: str, width: int = 1600, height: int = 900, *, nodes_2: bool = False
+    ) -> None:
+        """Open it.
+
+        Args:
+            browser: the browser.
+            address: of the server.
+            width, height: of the window.
+            nodes_2: nodes are rendered as elements of the page (Nodes 2.0), and not on the canvas.
+        """
         self.errors: list[str] = []
         self.page = browser.new_page(viewport={"width": width, "height": height})
         self.page.set_default_timeout(120_000)  # of a machine that does other work too
-        for setting, value in _SETTINGS.items():
+        for setting, value in {**_SETTINGS, "Comfy.VueNodes.Enabled": nodes_2}.items():
             self.page.request.post(f"http://{address}/api/settings/{setting}", data=json.dumps(value))
         # Core's own templates are 470 MB that the server goes without: the front end is told that there are none.
         for name, nothing in {"index": "[]", "index_logo": "{}", "fuse_options": "{}"}.items():
@@ -113,6 +132,21 @@ class FrontEnd:
     def saved(self) -> dict[str, Any]:
         """What it would save."""
         return json.loads(self.page.evaluate("JSON.stringify(app.graph.serialize())"))
+
+    def boxes(self) -> dict[str, tuple[float, float, float, float]]:
+        """Left, top, width and height of each node as it is drawn, with its title, by its id."""
+        self.page.evaluate(_SHOW, [*self.page.evaluate(_BOUNDS)[:2], 0.25])  # all of it: what is outside is not drawn
+        self.page.wait_for_timeout(500)
+        return {box[0]: tuple(box[1:]) for box in self.page.evaluate(_NODE_BOXES)}
+
+    def texts(self) -> list[str]:
+        """What the nodes of this pack say on their faces, and can be seen when all of the graph is in the window."""
+        x, y, width, height = self.page.evaluate(_BOUNDS)
+        window = self.page.viewport_size
+        self.page.evaluate(_SHOW, [x, y, min(window["width"] / width, window["height"] / height)])
+        self.page.wait_for_timeout(1000)
+        shown = "each => each.readOnly && each.offsetWidth && each.offsetHeight"
+        return self.page.evaluate(f"[...document.querySelectorAll('textarea')].filter({shown}).map(each => each.value)")
 
     def prompt(self) -> Graph:
         """What Run would send to the server."""

@@ -25,6 +25,9 @@ SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
 # torch: see torchvision_ops.py.
 UNUSED = ("torchvision==0.28.0", "torchaudio==2.11.0")
 LEFT_OUT = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 470 MB of pictures
+# The newest front end of the registry. The server runs with its own or with this one.
+FRONT_END = "comfyui-frontend-package==1.58.1"
+FRONT_END_SHA256 = "37912597537a731a8f421179618a736c24184c5bdbfa327f38b2fb7c291852d9"
 PINS = REPOSITORY / "constraints.txt"
 
 
@@ -50,8 +53,17 @@ def python() -> Path:
     return root() / "venv" / "bin" / "python"
 
 
+def newest_front_end() -> Path:
+    """The folder of the newest front end, which the server takes as its `--front-end-root`."""
+    return _front_end_root() / "comfyui_frontend_package" / "static"
+
+
+def _front_end_root() -> Path:
+    return cache() / f"front-end-{FRONT_END_SHA256[:12]}"
+
+
 def installed() -> bool:
-    return (root() / "complete").exists()
+    return (root() / "complete").exists() and (_front_end_root() / "complete").exists()
 
 
 def install() -> None:
@@ -61,8 +73,20 @@ def install() -> None:
     root().parent.mkdir(parents=True, exist_ok=True)
     with root().with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a process that dies lets go of it
-        if not installed():
+        if not (root() / "complete").exists():
             _install()
+        if not (_front_end_root() / "complete").exists():
+            _install_front_end()
+
+
+def _install_front_end() -> None:
+    folder = _front_end_root()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{FRONT_END} --hash=sha256:{FRONT_END_SHA256}\n")
+    _pip("install", "--no-deps", "--require-hashes", "--target", folder, "-r", pinned)
+    (folder / "complete").touch()
 
 
 def _install() -> None:

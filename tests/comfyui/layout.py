@@ -20,12 +20,15 @@ _WIDTH = {
     "SaveVideo": 460,
 }
 _HEIGHT = {
-    "TDMLoadDiffusers": 150,
-    "TDMLoadStudent": 340,
-    "TDMGenerate": 560,
-    "TDMCompare": 640,
-    "CLIPTextEncode": 140,
-    "SamplerCustomAdvanced": 320,
+    "TDMLoadDiffusers": 240,
+    "TDMLoadStudent": 400,
+    "TDMSigmas": 360,
+    "TDMSampler": 110,
+    "TDMGenerate": 600,
+    "TDMCompare": 860,
+    "CLIPTextEncode": 200,
+    "SamplerCustomAdvanced": 420,
+    "ImageScaleBy": 140,
     "SaveImage": 540,
     "PreviewImage": 420,
     "SaveVideo": 540,
@@ -64,6 +67,10 @@ class _Box:
 def laid_out(workflow: Workflow, saved: dict[str, Any]) -> dict[str, Any]:
     """What the front end has made of a workflow's prompt, in order, with the workflow's note at its upper left."""
     nodes = {str(node["id"]): node for node in saved["nodes"]}
+    for node in nodes.values():
+        own = [model for model in workflow.models if model["name"] in node.get("widgets_values", [])]
+        if own:
+            node.setdefault("properties", {})["models"] = own
     number = iter(workflow.graph)
     note = _note(workflow.note, len(nodes) + 1)
     groups: list[dict[str, Any]] = []

@@ -1,12 +1,14 @@
 """Writes what the node pack says of itself: `python -m tdm.tests.comfyui.make_help`, when a node has changed.
 
 The English of `locales` is that of the nodes' schemas on a real server, and the pictures of the help pages are the real
-front end's. The Chinese of `locales`, and the pages, are written by hand.
+front end's. The Chinese of `locales`, and the pages, are written by hand: English is `<node>.md`, which is copied to
+`<node>/en.md`, where the front end looks first.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,8 @@ def main() -> None:
             file.parent.mkdir(exist_ok=True)
             file.touch()
         ENGLISH.write_text(json.dumps(english(server), indent=2) + "\n")
+        for name in PICTURES:
+            shutil.copy(PAGES / f"{name}.md", PAGES / name / "en.md")
         with chromium() as browser:
             front_end = FrontEnd(browser, server.address)
             for name, names in PICTURES.items():

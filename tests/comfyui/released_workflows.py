@@ -11,14 +11,14 @@ from .workflow import (
     Link,
     Workflow,
     empty_latent,
+    hub_file,
     prompt_node,
+    released_file,
     sampling_nodes,
     saved_box,
     steps_nodes,
     student_node,
 )
-
-STUDENTS = f"{HUB}Luo-Yihong/"
 
 
 def _released(
@@ -37,13 +37,13 @@ def _released(
 
 _FOX = "a red fox asleep in deep snow, golden morning light, highly detailed"
 _DREAMSHAPER = {
-    "checkpoints/DreamShaper_7_pruned.safetensors": f"{HUB}Lykon/DreamShaper",
-    "loras/tdm_dreamshaper.pt": f"{STUDENTS}TDM_dreamshaper_LoRA",
+    "checkpoints/DreamShaper_7_pruned.safetensors": hub_file("Lykon/DreamShaper", "DreamShaper_7_pruned.safetensors"),
+    "loras/tdm_dreamshaper.pt": released_file("Luo-Yihong/TDM_dreamshaper_LoRA"),
 }
 _DREAMSHAPER_BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="DreamShaper_7_pruned.safetensors")}
 _DREAMSHAPER_STUDENT = ("tdm_dreamshaper.pt", "Luo-Yihong/TDM_dreamshaper_LoRA")
-_TEXT_ENCODERS = f"{HUB}Comfy-Org/stable-diffusion-3.5-fp8"
-_Z_IMAGE = f"{HUB}Comfy-Org/z_image_turbo"
+_SD35_FILES = "Comfy-Org/stable-diffusion-3.5-fp8"
+_Z_IMAGE_FILES = "Comfy-Org/z_image_turbo"
 
 
 def _dreamshaper() -> Workflow:
@@ -71,7 +71,7 @@ def _lora_stack() -> Workflow:
         "like, with any loader. Its own strength stays at 1; if colours burn out, lower yours first. `add_detail` "
         "stands for any LoRA of Stable Diffusion 1.5.",
         _released(models, student, ["student", 1], latent, ["base", 2], "lora-stack", "Base and your LoRA"),
-        {**_DREAMSHAPER, f"loras/{file}": f"{HUB}OedoSoldier/detail-tweaker-lora"},
+        {**_DREAMSHAPER, f"loras/{file}": hub_file("OedoSoldier/detail-tweaker-lora", file)},
     )
 
 
@@ -86,8 +86,8 @@ def _sd3() -> Workflow:
         "have any name: rename the one `.safetensors` of its repository.",
         _released(models, student, ["student", 1], latent, ["base", 2], "sd3"),
         {
-            f"checkpoints/{base}": f"{HUB}stabilityai/stable-diffusion-3-medium",
-            f"loras/{file}": f"{STUDENTS}TDM_sd3_lora",
+            f"checkpoints/{base}": hub_file("stabilityai/stable-diffusion-3-medium", base),
+            f"loras/{file}": released_file("Luo-Yihong/TDM_sd3_lora"),
         },
         too_large="ComfyUI builds its text encoders in full size, 11 GB",
     )
@@ -109,9 +109,9 @@ def _sd35() -> Workflow:
         "`released_as` tells which layers they are for.",
         _released(models, student, ["encoders", 0], latent, ["base", 2], "sd3.5-medium"),
         {
-            f"checkpoints/{base}": f"{HUB}stabilityai/stable-diffusion-3.5-medium",
-            **{f"text_encoders/{name}": _TEXT_ENCODERS for name in encoders},
-            f"loras/{file}": f"{STUDENTS}TDM_sd3-5_lora",
+            f"checkpoints/{base}": hub_file("stabilityai/stable-diffusion-3.5-medium", base),
+            **{f"text_encoders/{name}": hub_file(_SD35_FILES, f"text_encoders/{name}") for name in encoders},
+            f"loras/{file}": released_file("Luo-Yihong/TDM_sd3-5_lora"),
         },
         too_large="ComfyUI builds its text encoders in full size, 11 GB",
     )
@@ -133,10 +133,10 @@ def _z_image() -> Workflow:
         "which layers they are for. A quantised base from another loader, such as one for GGUF, takes it as well.",
         _released(models, student, ["encoder", 0], latent, ["vae", 0], "z-image-turbo"),
         {
-            f"diffusion_models/{base}": _Z_IMAGE,
-            f"text_encoders/{encoder}": _Z_IMAGE,
-            f"vae/{vae}": _Z_IMAGE,
-            f"loras/{file}": f"{STUDENTS}TDM-R1",
+            f"diffusion_models/{base}": hub_file(_Z_IMAGE_FILES, f"split_files/diffusion_models/{base}"),
+            f"text_encoders/{encoder}": hub_file(_Z_IMAGE_FILES, f"split_files/text_encoders/{encoder}"),
+            f"vae/{vae}": hub_file(_Z_IMAGE_FILES, f"split_files/vae/{vae}"),
+            f"loras/{file}": released_file("Luo-Yihong/TDM-R1"),
         },
         too_large="ComfyUI builds its text encoder in full size, 8 GB",
     )
@@ -158,7 +158,10 @@ def _cogvideox() -> Workflow:
         "base from ComfyUI's own loaders put `TDM CogVideoX Sampling` behind it. `released_as` tells the student's "
         "timesteps, so that its file may have any name: rename the one `.safetensors` of its repository.",
         [{"Base": models, "Student": student}, prompt, steps, samples, {"Video": video}],
-        {f"diffusers/{base}/": f"{HUB}THUDM/CogVideoX-2b", f"loras/{file}": f"{STUDENTS}TDM_CogVideoX-2B_LoRA"},
+        {
+            f"diffusers/{base}/": f"{HUB}THUDM/CogVideoX-2b",
+            f"loras/{file}": released_file("Luo-Yihong/TDM_CogVideoX-2B_LoRA"),
+        },
     )
 
 

@@ -52,12 +52,21 @@ class Run:
 class Server:
     """ComfyUI on a free port, this repository in its `custom_nodes`, with its own folders for models and pictures."""
 
-    def __init__(self, folder: Path, packs: Mapping[str, Path] = PACKS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        packs: Mapping[str, Path] = PACKS,
+        *,
+        front_end: Path | None = None,
+        models: Path | None = None,
+    ) -> None:
         """Start it, and wait until it answers.
 
         Args:
             folder: where its models, outputs and log go; it is made.
             packs: what its `custom_nodes` has.
+            front_end: the folder of its front end; None is the one that it is made with.
+            models: another server's models, which it shares; None for a folder of its own.
 
         Raises:
             RuntimeError: the server ended or did not answer within five minutes; the message has its log.
@@ -66,8 +75,12 @@ class Server:
         (folder / "custom_nodes").mkdir(parents=True)
         for name, pack in packs.items():
             (folder / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
-        for kind in ("models", "input", "output", "temp", "user"):
+        for kind in ("input", "output", "temp", "user"):
             (folder / kind).mkdir()
+        if models is None:
+            (folder / "models").mkdir()
+        else:
+            (folder / "models").symlink_to(models, target_is_directory=True)
         self.models = folder / "models"
         self.output = folder / "output"
         with socket.socket() as free:
@@ -77,6 +90,7 @@ class Server:
         command += ["--port", self.address.split(":")[1], "--base-directory", folder, "--disable-api-nodes"]
         command += ["--use-pytorch-cross-attention", "--preview-method", "latent2rgb"]
         command += ["--database-url", f"sqlite:///{folder / 'comfyui.db'}"]
+        command += [] if front_end is None else ["--front-end-root", front_end]
         self._log_file = self.log.open("w")
         self.process = subprocess.Popen(
             [str(part) for part in command],

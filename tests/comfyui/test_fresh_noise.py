@@ -19,6 +19,7 @@ from .server import Graph, PromptError, Server
 from .test_bridge import CALLS, FRAMES, GRID, Folder, loaded, size_of
 from .test_sampling import GRIDS, SCALE, SHAPE, error, scheduler
 
+ONE = (1, *SHAPE[1:])
 KINDS = {"epsilon": "sd15", "v_prediction": "sd15", "flow_prediction": "sd3"}
 
 
@@ -34,13 +35,17 @@ def fresh_graph(kind: str, grid: list[float], **options: Any) -> Graph:
 
 
 def diffused(
-    kind: str, grid: list[float], first: torch.Generator | None = None, after: torch.Generator | None = None
+    kind: str,
+    grid: list[float],
+    first: torch.Generator | None = None,
+    after: torch.Generator | None = None,
+    shape: tuple[int, ...] = ONE,
 ) -> Tensor:
     """What diffusers samples: the first latents and then the noise of each step, from one generator or from two."""
     first = first or torch.Generator().manual_seed(SEED)
     stepper = TDMScheduler.from_config(scheduler(kind, grid).config, stochastic_sampling=True)
     stepper.set_timesteps(len(grid))
-    x = torch.randn(SHAPE, generator=first)
+    x = torch.randn(shape, generator=first)
     for t in stepper.timesteps:
         x = stepper.step(network(x, t), t, x, generator=after or first).prev_sample
     return x
@@ -52,26 +57,60 @@ def test_the_nodes_sample_what_diffusers_samples(server: Server, kind: str, grid
     fresh, own = fresh_graph(kind, grid), student_graph(kind, timesteps=grid)
     found, deterministic = (server.latents(graph, ["samples", 0])[0] * SCALE for graph in (fresh, own))
     expected = diffused(kind, grid)
-    assert error(found, expected) <= 1e-5
-    assert error(deterministic, expected) > 1e-2
+    assert error(found[:1], expected) <= 1e-5  # the first of two is what is drawn alone
+    assert error(deterministic[:1], expected) > 1e-2
     own["first"] = fresh["sigmas"]
     own["sigmas"]["inputs"]["model"] = ["first", 0]  # the last TDM Sigmas says what the run is
     assert torch.equal(server.latents(own, ["samples", 0])[0] * SCALE, deterministic)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str) -> None:
-    """No noise comes twice: the second sampler goes on in the seed's noise where the first one stopped."""
-    graph = fresh_graph(kind, GRIDS[1])
-    whole = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "sampler": ["sampler", 0]}
-    whole |= {"noise_seed": SEED, "cfg": 1.0}
-    graph["parts"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
-    first = {"add_noise": True, "sigmas": ["parts", 0], "latent_image": ["latent", 0]}
-    second = {"add_noise": False, "sigmas": ["parts", 1], "latent_image": ["first", 0]}
-    graph["first"] = node("SamplerCustom", **whole, **first)
-    graph["samples"] = node("SamplerCustom", **whole, **second)
+def test_a_picture_taken_out_of_a_batch_is_the_one_in_it(server: Server, kind: str) -> None:
+    graph = fresh_graph(kind, GRIDS[0])
+    graph["latent"]["inputs"]["batch_size"] = 3
+    (batch,) = server.latents(graph, ["samples", 0])
+    graph["out"] = node("LatentFromBatch", samples=["latent", 0], batch_index=1, length=2)
+    graph["samples"]["inputs"]["latent_image"] = ["out", 0]
     (found,) = server.latents(graph, ["samples", 0])
-    assert error(found * SCALE, diffused(kind, GRIDS[1])) <= 1e-5
+    assert error(found, batch[1:]) <= 1e-5
+    assert error(batch[1], batch[2]) > 1e-2
+
+
+def parts(graph: Graph, second: str) -> Graph:
+    """The schedule of a graph in two samplers, of which the second has no noise of its own."""
+    graph["parts"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
+    same = {"guider": ["guider", 0], "sampler": ["sampler", 0]}
+    first = {"noise": ["noise", 0], "sigmas": ["parts", 0], "latent_image": ["latent", 0]}
+    graph["first"] = node("SamplerCustomAdvanced", **same, **first)
+    rest = {"sigmas": ["parts", 1], "latent_image": ["first", 0]}
+    if second == "DisableNoise":
+        graph["none"] = node("DisableNoise")
+        graph["samples"] = node("SamplerCustomAdvanced", **same, **rest, noise=["none", 0])
+    else:
+        whole = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "sampler": ["sampler", 0]}
+        own = {"noise_seed": graph["noise"]["inputs"]["noise_seed"], "cfg": 1.0, "add_noise": False}
+        graph["samples"] = node("SamplerCustom", **whole, **own, **rest)
+    return graph
+
+
+@pytest.mark.parametrize("second", ["DisableNoise", "SamplerCustom"])
+@pytest.mark.parametrize("seed", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, seed: int, second: str) -> None:
+    """No noise comes twice: the second sampler goes on in the seed's noise where the first one stopped."""
+    (whole,) = server.latents(fresh_graph(kind, GRIDS[1], seed=seed), ["samples", 0])
+    (found,) = server.latents(parts(fresh_graph(kind, GRIDS[1], seed=seed), second), ["samples", 0])
+    assert error(found, whole) <= 1e-5
+    assert error(whole[:1] * SCALE, diffused(kind, GRIDS[1], torch.Generator().manual_seed(seed))) <= 1e-5
+
+
+def test_a_second_sampler_that_cannot_know_its_noise_says_so(server: Server) -> None:
+    """Its samples are not those that the first one left."""
+    graph = parts(fresh_graph("epsilon", GRIDS[0]), "DisableNoise")
+    graph["other"] = node("LatentMultiply", samples=["first", 0], multiplier=0.5)
+    graph["samples"]["inputs"]["latent_image"] = ["other", 0]
+    with pytest.raises(PromptError, match="neither noise nor a seed for it: use SamplerCustom"):
+        server.latents(graph, ["samples", 0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +120,7 @@ def test_cores_lcm_takes_noise_of_the_same_kind_from_another_generator(server: S
     graph["sampler"] = node("KSamplerSelect", sampler_name="lcm")
     (found,) = server.latents(graph, ["samples", 0])
     first, after = (torch.Generator().manual_seed(seed) for seed in (SEED, SEED + 1))
-    assert error(found * SCALE, diffused(kind, GRIDS[0], first, after)) <= 1e-5
+    assert error(found * SCALE, diffused(kind, GRIDS[0], first, after, SHAPE)) <= 1e-5
 
 
 def test_order_2_is_refused(server: Server) -> None:
@@ -119,3 +158,23 @@ def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server,
         assert found.isfinite().all()
     else:
         assert error(found, ours.family.unpack(ours, out, size)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_batch_of_one_seed_is_that_of_diffusers(server: Server, folder: Folder, name: str) -> None:
+    folder(name)
+    pipe: Any = tiny.build(name)
+    size = size_of(name)
+    predicts = TDMScheduler.from_config(pipe.scheduler.config).config.prediction_type
+    sizes = {"height": size.height, "width": size.width}
+    made = StudentRecipe("me/tiny", name, predicts, {3: GRID}, guidance_scale=3.5, stochastic_sampling=True, **sizes)
+    graph = loaded(name, timesteps=None, batch=3)
+    graph["sigmas"]["inputs"]["recipe"] = made.to_metadata()[HEADER_KEY]
+    (found,) = server.latents(graph, ["samples", 0])
+    denoiser = getattr(pipe, "unet" if name == "sd15" else "transformer")
+    none = {key: torch.zeros_like(tensor) for key, tensor in lora_for(denoiser).items()}
+    ours = TDMPipeline.from_pipe(pipe, student=Student.from_state_dict(made, none))
+    same = {"output_type": "latent", **(ours.family.guidance(1.0) if name == "sd15" else {})}
+    seeded = torch.Generator().manual_seed(SEED)
+    out = ours(tiny.PROMPT, num_images_per_prompt=3, generator=seeded, **same)[0]
+    assert error(found, ours.family.unpack(ours, out, size)) <= 1e-5

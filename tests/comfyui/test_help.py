@@ -75,6 +75,12 @@ def test_each_node_has_a_help_page_with_all_inputs_and_outputs_and_a_picture(
                 assert given.headers["Content-Type"].startswith("image/")
 
 
+def test_the_front_end_finds_english_where_it_looks_first_and_where_it_looks_last(schemas: Texts) -> None:
+    """A language without a page of its own gets the one beside its folder."""
+    for node in schemas:
+        assert (PAGES / node / "en.md").read_bytes() == (PAGES / f"{node}.md").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def chinese_page(server: Server) -> Iterator[Page]:
     server.post("settings", {"Comfy.Locale": "zh"})
@@ -89,6 +95,15 @@ def test_the_front_end_shows_nodes_and_their_help_in_the_language_of_the_user(ch
         picture = chinese_page.locator(".node-help-content img").first
         expect(picture).to_have_js_property("complete", True)
         assert picture.evaluate("picture => picture.naturalWidth") > 0
+
+
+def test_english_help_of_the_newest_front_end_asks_for_nothing_that_is_not_there(newest_server: Server) -> None:
+    with chromium() as browser:
+        front_end = FrontEnd(browser, newest_server.address)
+        front_end.errors.clear()
+        for node, shown in texts("en").items():
+            ask_for_help(front_end.page, node, shown["display_name"])
+        assert not [error for error in front_end.errors if "/docs/" in error]
 
 
 def ask_for_help(page: Page, node: str, heading: str) -> str:

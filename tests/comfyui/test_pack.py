@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ def test_the_server_has_the_nodes_and_each_explains_itself(server: Server) -> No
     for name in NODES:
         shown = known[name]
         assert shown["display_name"] != name
-        assert shown["category"] == "sampling/TDM"
+        assert shown["category"] == "model/sampling/TDM"
         assert shown["description"]
         assert shown["search_aliases"]
         groups = (shown["input"].get(kind, {}) for kind in ("required", "optional"))
@@ -72,7 +74,12 @@ extension = asyncio.run(pack.comfy_entrypoint())
 nodes = {{node.define_schema().node_id: node for node in asyncio.run(extension.get_node_list())}}
 print(*nodes)
 print(*{{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names))
-for name, inputs in ("TDMLoadStudent", (None, "student.safetensors", "", 1.0)), ("TDMLoadDiffusers", ("bundled",)):
+calls = {{
+    "TDMLoadStudent": (None, "student.safetensors", "", 1.0),
+    "TDMLoadDiffusers": ("bundled",),
+    "TDMGenerate": ("bundled", "bundled", "by its header or name", "", 0, 0, 0, 1),
+}}
+for name, inputs in calls.items():
     try:
         nodes[name].execute(*inputs)
     except ValueError as error:
@@ -82,13 +89,28 @@ for name, inputs in ("TDMLoadStudent", (None, "student.safetensors", "", 1.0)), 
     environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    nodes, imported, student, pipeline = done.stdout.splitlines()
+    nodes, imported, student, pipeline, generate = done.stdout.splitlines()
     assert tuple(nodes.split()) == NODES
     assert imported == "pack"
     assert student.startswith("Load TDM Student needs diffusers and peft")
     assert pipeline.startswith("Load Diffusers Pipeline needs diffusers")
+    assert generate.startswith("the bundled student needs diffusers and peft (pip install -r requirements.txt)")
 
 
 def test_outside_of_comfyui_the_entry_point_says_where_it_belongs() -> None:
     with pytest.raises(TDMError, match="put this folder into its custom_nodes"):
+        asyncio.run(tdm.comfy_entrypoint())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lacks", ["comfy_api", "io", "a part of ComfyUI"])
+def test_an_older_comfyui_is_named(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    """Some have `comfy_api.latest` and no `io` in it; others have that and lack what a node imports."""
+    latest = types.ModuleType("comfy_api.latest")
+    latest.ComfyExtension = object  # type: ignore[attr-defined]
+    if lacks == "a part of ComfyUI":
+        latest.io = latest.ui = types.SimpleNamespace(ComfyNode=object)  # type: ignore[attr-defined]
+    if lacks != "comfy_api":
+        monkeypatch.setitem(sys.modules, "comfy_api", types.ModuleType("comfy_api"))
+        monkeypatch.setitem(sys.modules, "comfy_api.latest", latest)
+    with pytest.raises(TDMError, match=r"ComfyUI 0\.30 or newer"):
         asyncio.run(tdm.comfy_entrypoint())  # type: ignore[attr-defined]

@@ -64,6 +64,23 @@ def test_the_nodes_sample_what_diffusers_samples(
     assert error(found * SCALE, expected) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[999, 749, 499, 249]",
+        "999\uff0c749\uff0c499\uff0c249",
+        "\uff19\uff19\uff19 749;499\n249",
+        "999\u3001749\u3001499\u3001249",
+    ],
+)
+def test_timesteps_are_read_as_people_type_them(server: Server, text: str) -> None:
+    graph = student_graph("epsilon", timesteps=GRIDS[0])
+    (expected,) = server.latents(graph, ["samples", 0])
+    graph["sigmas"]["inputs"]["timesteps"] = text
+    (found,) = server.latents(graph, ["samples", 0])
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_model_that_core_has_patched_is_followed(server: Server, grid: list[float], order: int) -> None:
@@ -203,6 +220,7 @@ def test_each_step_sends_its_progress_and_a_preview(server: Server) -> None:
         ({"timesteps": [249, 499]}, "must strictly decrease"),
         ({"timesteps": [1000, 500]}, "timesteps must lie in [0, 999]"),
         ({"timesteps": []}, "at least one entry"),
+        ({"timesteps": [981.5, 733.25]}, "are whole numbers"),  # core would round them, and diffusers would not
         ({"timesteps": ["many"]}, "must be numbers with commas"),
         ({"student": "Luo-Yihong/TDM_sd3_lora"}, "which predicts flow_prediction; this model predicts epsilon"),
     ],
@@ -221,6 +239,14 @@ def test_a_wrong_input_says_what_to_do(server: Server, options: dict[str, object
 def test_a_model_that_no_student_can_have_is_refused(server: Server, kind: str, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         server.latents(student_graph(kind, timesteps=GRIDS[0]), ["samples", 0])
+
+
+def test_a_schedule_of_lcm_is_refused(server: Server) -> None:
+    graph = student_graph("epsilon", timesteps=[40, 30, 20, 10])
+    graph["lcm"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="lcm", zsnr=False)
+    graph["sigmas"]["inputs"]["model"] = ["lcm", 0]
+    with pytest.raises(PromptError, match=r"ModelSamplingDiscrete is set to lcm.*remove it before TDM Sigmas"):
+        server.latents(graph, ["samples", 0])
 
 
 def test_an_epsilon_model_that_would_begin_in_pure_noise_is_refused(server: Server) -> None:

@@ -11,7 +11,8 @@ from tdm.pipelines.students.file import Student, save_student
 from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.pipelines.students.released import PRESETS
 
-from .graphs import student_graph
+from .conftest import Checkpoint
+from .graphs import node, sampling, student_graph
 from .server import PromptError, Server
 from .test_sampling import SCALE, diffused, error, noise, scheduler
 
@@ -73,3 +74,47 @@ def test_a_file_that_is_no_student_is_refused(server: Server, student: Callable[
     }.items():
         with pytest.raises(PromptError, match=message):
             server.latents(student_graph("epsilon", student=name), ["samples", 0])
+
+
+def test_a_file_that_was_written_again_is_read_again(server: Server, student: Callable[..., str]) -> None:
+    """By TDM Sigmas itself, without a loader in front of it."""
+    name = student("again.safetensors")
+    graph = student_graph("epsilon", student=name) | {"show": node("TestSigmas", sigmas=["sigmas", 1])}
+    first = server.run(graph).outputs["show"]["sigmas"]
+    student(name, trained_timesteps={2: [899.0, 449.0]})
+    second = server.run(graph).outputs["show"]["sigmas"]
+    assert (len(first), len(second)) == (5, 3)
+    assert server.run(graph).outputs["show"]["sigmas"] == second
+
+
+def test_a_student_of_another_family_is_refused(
+    server: Server, checkpoint: Checkpoint, student: Callable[..., str]
+) -> None:
+    """It predicts the same: only the family tells."""
+    graph = {
+        "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint.file),
+        "prompt": node("TestPrompt", width=768),
+        **sampling(["base", 0], ["prompt", 0], student=student("sdxl.safetensors", family="sdxl")),
+    }
+    with pytest.raises(PromptError, match=r"student of me/base \(sdxl\); this MODEL is sd15"):
+        server.latents(graph, ["samples", 0])
+    graph["sigmas"]["inputs"]["student"] = student("sd15.safetensors")
+    assert server.latents(graph, ["samples", 0])
+
+
+def test_a_guided_student_without_guidance_is_a_warning(server: Server, student: Callable[..., str]) -> None:
+    name = student("guided.safetensors", guidance_scale=2.5)
+    graph = student_graph("epsilon", student=name, seed=41)
+    graph["end"] = node("SaveLatent", samples=["samples", 0], filename_prefix="guided")
+
+    def warned() -> int:
+        return server.log.read_text().count("made for guidance 2.5 and runs without: use CFGGuider with cfg 2.5")
+
+    before = warned()
+    run = server.run(graph)
+    assert warned() == before + 1
+    assert run.outputs["sigmas"]["text"][0].splitlines()[1] == "CFGGuider with 2.5"
+    prompts = {"positive": ["model", 1], "negative": ["model", 1]}
+    graph["guider"] = node("CFGGuider", model=["sigmas", 0], cfg=2.5, **prompts)
+    server.run(graph)
+    assert warned() == before + 1

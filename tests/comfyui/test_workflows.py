@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from playwright.sync_api import expect
 from safetensors.torch import save_file
 from tdm.tests import tiny
 from tdm.tests.browser import chromium
@@ -22,10 +24,11 @@ from tdm.tests.pipelines.students import lora_for
 from tdm.training.worlds.stickers.scene import Group, Scene
 from tdm.training.worlds.stickers.verify import verify
 
-from . import bundled_workflows, tiny_sd15
+from . import bundled_workflows, install, tiny_sd15
 from .conftest import Checkpoint
 from .front_end import FrontEnd
 from .server import Graph, PromptError, Server
+from .workflow import HUB
 from .workflows import FOLDER, WORKFLOWS, stand_ins
 
 STARS = Scene("night", (Group(2, "red", "star"), Group(1, "blue", "moon")), "above")
@@ -69,10 +72,20 @@ def models(server: Server, checkpoint: Checkpoint) -> Path:
     return server.models
 
 
-@pytest.fixture(scope="module")
-def front_end(server: Server, models: Path) -> Iterator[FrontEnd]:  # noqa: ARG001
+@pytest.fixture(scope="module", params=["own", "newest"])
+def front_end(request: pytest.FixtureRequest, server: Server, models: Path) -> Iterator[FrontEnd]:  # noqa: ARG001
+    """The server's own front end, and the newest one."""
+    at = server if request.param == "own" else request.getfixturevalue("newest_server")
     with chromium() as browser:
-        yield FrontEnd(browser, server.address)
+        yield FrontEnd(browser, at.address)
+
+
+@pytest.fixture(scope="module", params=["own on the canvas", "newest in Nodes 2.0"])
+def rendering(request: pytest.FixtureRequest, server: Server, models: Path) -> Iterator[FrontEnd]:  # noqa: ARG001
+    nodes_2 = request.param.endswith("2.0")
+    at = request.getfixturevalue("newest_server") if nodes_2 else server
+    with chromium() as browser:
+        yield FrontEnd(browser, at.address, nodes_2=nodes_2)
 
 
 @pytest.fixture(scope="module")
@@ -113,27 +126,77 @@ def test_its_note_names_all_of_its_files(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_no_node_covers_another(name: str) -> None:
-    title = 30
-    boxes = [(*node["pos"], *node["size"]) for node in saved(name)["nodes"]]
-    for (x, y, width, height), (left, top, w, h) in itertools.combinations(boxes, 2):
+def test_no_node_covers_another(rendering: FrontEnd, name: str) -> None:
+    """Nor when it has run, and the nodes show what they have to say and their pictures."""
+    rendering.open(saved(name))
+    if name in BUNDLED:
+        rendering.run()
+        rendering.page.wait_for_timeout(1000)
+    boxes = rendering.boxes()
+    assert len(boxes) == len(saved(name)["nodes"])
+    for (one, (x, y, width, height)), (other, (left, top, w, h)) in itertools.combinations(boxes.items(), 2):
         beside = x + width <= left or left + w <= x
-        below = y + height <= top - title or top + h <= y - title
-        assert beside or below, f"{(x, y)} and {(left, top)}"
+        below = y + height <= top or top + h <= y
+        assert beside or below, f"nodes {one} and {other}"
+
+
+def test_what_the_nodes_say_stays_and_is_there_when_they_come_from_the_cache(rendering: FrontEnd) -> None:
+    rendering.open(saved("tdm-compare"))
+    prompt = rendering.prompt()
+    for _ in range(2):
+        rendering.run()
+        rendering.page.wait_for_timeout(1000)
+        texts = "\n".join(rendering.texts())
+        for said in ("PixArtAlphaPipeline", "66 layers matched", "timesteps 1000, 857.143", "student: 4 network calls"):
+            assert texts.count(said) == 1, said
+        rendering.open(rendering.saved())  # as a page that was loaded again: the loaders are in the server's cache
+    after = rendering.prompt()
+    for number, node in prompt.items():
+        node["inputs"].pop("seed", None)
+        after[number]["inputs"].pop("seed", None)
+    assert after == prompt
+    assert "network calls" not in json.dumps([node.get("widgets_values") for node in rendering.saved()["nodes"][:-1]])
+
+
+@pytest.mark.parametrize("name", [name for name, each in WORKFLOWS.items() if each.files])
+def test_the_front_end_can_fetch_its_files(name: str) -> None:
+    """Each loader knows the address of its file, of which the front end makes a button."""
+    nodes = saved(name)["nodes"]
+    known = [model for node in nodes for model in node["properties"].get("models", [])]
+    assert [model["name"] for model in known] == [Path(file).name for file in WORKFLOWS[name].files if file[-1] != "/"]
+    for model in known:
+        assert f"{model['directory']}/{model['name']}" in WORKFLOWS[name].files
+        assert re.fullmatch(rf"{HUB}[^/]+/[^/]+/resolve/main/.+", model["url"])
+    for node in nodes:
+        own = [model["name"] for model in node["properties"].get("models", [])]
+        assert own == [value for value in node.get("widgets_values", []) if value in {model["name"] for model in known}]
+
+
+def test_files_that_are_missing_have_buttons(comfyui_installed: None, tmp_path: Path) -> None:  # noqa: ARG001
+    server = Server(tmp_path / "server", front_end=install.newest_front_end())
+    try:
+        with chromium() as browser:
+            front_end = FrontEnd(browser, server.address)
+            complaint = front_end.open_template("tdm-sd3.5-medium")
+            assert "missing" in complaint.lower()
+            front_end.page.get_by_test_id("error-overlay").get_by_role("button").last.click()
+            expect(front_end.page.get_by_text("Download all")).to_be_visible()
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_the_bundled_model_draws_what_the_prompt_says(server: Server, opened: Open, name: str) -> None:
-    for picture in pictures(server, opened(name).prompt):
+def test_the_bundled_model_draws_what_the_prompt_says(server: Server, name: str) -> None:
+    for picture in pictures(server, WORKFLOWS[name].graph):
         small = torch.from_numpy(picture[::6, ::6]).permute(2, 0, 1)  # they were enlarged six times
         halves = small.split(64, dim=2)  # teacher and student, side by side
         assert all(verdict.correct for verdict in verify(torch.stack(halves), [BUNDLED[name]] * len(halves)))
 
 
 @pytest.mark.parametrize("name", SYNTHESISED)
-def test_it_runs_on_weights_of_its_kind(server: Server, opened: Open, name: str) -> None:
+def test_it_runs_on_weights_of_its_kind(server: Server, models: Path, name: str) -> None:  # noqa: ARG001
     """Random ones of the right layout, under the right names, at a small size."""
-    prompt = copy.deepcopy(opened(name).prompt)
+    prompt = copy.deepcopy(WORKFLOWS[name].graph)
     for each in prompt.values():
         sizes = {"width": 64, "height": 64, "length": 9}
         each["inputs"] |= {key: size for key, size in sizes.items() if key in each["inputs"]}
@@ -151,10 +214,10 @@ def test_it_runs_on_weights_of_its_kind(server: Server, opened: Open, name: str)
 
 
 @pytest.mark.parametrize("name", [name for name, each in WORKFLOWS.items() if each.too_large])
-def test_the_server_takes_it_and_gets_as_far_as_the_weights(server: Server, opened: Open, name: str) -> None:
+def test_the_server_takes_it_and_gets_as_far_as_the_weights(server: Server, models: Path, name: str) -> None:  # noqa: ARG001
     """Those weights cannot be made small (`Workflow.too_large` says why): here they are empty files."""
     with pytest.raises(PromptError, match="header"):
-        server.run(opened(name).prompt)
+        server.run(WORKFLOWS[name].graph)
 
 
 def test_the_template_browser_shows_all_with_their_pictures(server: Server, front_end: FrontEnd) -> None:
@@ -163,13 +226,19 @@ def test_the_template_browser_shows_all_with_their_pictures(server: Server, fron
         f"{name}{end}" for name in WORKFLOWS for end in (".json", ".jpg")
     }
     front_end.browse_templates()
+    cards = front_end.page.locator("[data-testid^=template-workflow-tdm-]")
+    expect(cards).to_have_count(len(WORKFLOWS))
+    shown = [card.get_attribute("data-testid") for card in cards.all()]
+    first, *others = [name.removeprefix("template-workflow-") for name in shown if name]
+    assert first == "tdm-first-picture"
+    assert others == sorted(others)
     for name in WORKFLOWS:
         card = front_end.page.get_by_test_id(f"template-workflow-{name}")
         card.scroll_into_view_if_needed()
-        shown = card.locator("img").first
-        front_end.page.wait_for_function("img => img.complete", arg=shown.element_handle())
+        thumbnail = card.locator("img").first
+        front_end.page.wait_for_function("img => img.complete", arg=thumbnail.element_handle())
         with Image.open(FOLDER / f"{name}.jpg") as picture:
-            assert shown.evaluate("img => [img.naturalWidth, img.naturalHeight]") == list(picture.size)
+            assert thumbnail.evaluate("img => [img.naturalWidth, img.naturalHeight]") == list(picture.size)
         assert (FOLDER / f"{name}.jpg").stat().st_size < 150_000
     front_end.page.keyboard.press("Escape")
 

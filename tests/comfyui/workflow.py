@@ -15,6 +15,18 @@ from .server import Graph
 Link = list[Any]
 
 HUB = "https://huggingface.co/"
+_IN_REPOSITORY = "/resolve/main/"
+_DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a repository
+
+
+def hub_file(repository: str, file: str) -> str:
+    """The address of a file in a repository."""
+    return f"{HUB}{repository}{_IN_REPOSITORY}{file}"
+
+
+def released_file(repository: str) -> str:
+    """The address of a released student's file."""
+    return hub_file(repository, PRESETS[repository].file or _DEFAULT_FILE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class Workflow:
         title: the heading of its note.
         text: what its note says, in Markdown.
         columns: from left to right on the canvas, each a heading -> the nodes below it.
-        files: path in ComfyUI's `models` folder -> where it is found.
+        files: path in ComfyUI's `models` folder -> the address of the file, or of the repository of a folder.
         too_large: why no test can run it, if none can.
     """
 
@@ -51,9 +63,19 @@ class Workflow:
         }
 
     @property
+    def models(self) -> list[dict[str, str]]:
+        """The files that the front end can fetch, as `properties.models` of a loader has them."""
+        paths = {path: url for path, url in self.files.items() if _IN_REPOSITORY in url}
+        return [
+            {"name": path.rpartition("/")[2], "url": url, "directory": path.partition("/")[0]}
+            for path, url in paths.items()
+        ]
+
+    @property
     def note(self) -> str:
         """The note at its left."""
-        files = "\n".join(f"- **{path}**, from [{url.removeprefix(HUB)}]({url})" for path, url in self.files.items())
+        repositories = {path: url.partition(_IN_REPOSITORY)[0] for path, url in self.files.items()}
+        files = "\n".join(f"- **{path}**, from [{url.removeprefix(HUB)}]({url})" for path, url in repositories.items())
         return f"## {self.title}\n\n{self.text}" + (f"\n\n### Files, in `ComfyUI/models`\n\n{files}" if files else "")
 
 

@@ -66,6 +66,26 @@ def test_a_batch_with_a_generator_each_is_the_single_calls(family: str, fresh: C
         assert error(one, short_call(pipe, family, generator=seeded(seed))[0]) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "zimage"])
+def test_a_picture_of_one_generator_is_the_same_alone_and_in_any_batch(family: str, fresh: Callable[..., Any]) -> None:
+    pipe = fresh(family)
+    alone = short_call(pipe, family, generator=seeded(3))
+    two, three = (short_call(pipe, family, generator=seeded(3), num_images_per_prompt=n) for n in (2, 3))
+    assert error(two[:1], alone) < 1e-5
+    assert error(three[:2], two) < 1e-5
+    assert error(three[2], three[1]) > 1e-2
+    assert error(three[1], three[0]) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_image_to_image_draws_the_same_alone_and_in_a_batch(family: str, fresh: Callable[..., Any]) -> None:
+    pipe = fresh(family)
+    alone = redrawn(pipe, family, strength=0.75, generator=seeded(3))
+    batch = redrawn(pipe, family, strength=0.75, generator=seeded(3), num_images_per_prompt=2)
+    assert error(batch[:1], alone) < 1e-5
+    assert error(batch[1], batch[0]) > 1e-2
+
+
 @pytest.mark.parametrize("family", ["pixart", "sd3", "qwenimage"])
 def test_streams_half_precision_and_the_first_step_by_the_base(family: str, fresh: Callable[..., Any]) -> None:
     pipe = fresh(family)
