@@ -128,7 +128,7 @@ class TDMPipeline(StudentAdapter):
         loader: Any = super(TDMPipeline, on_family(TDMPipeline, family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
-        pipe._is_on(base, family)
+        pipe._set_base(base, family)
         if new is None:
             pipe._is_student(complete, sampler)
         else:
@@ -172,7 +172,7 @@ class TDMPipeline(StudentAdapter):
         network: dict[str, Any] = {family.denoiser: getattr(pipeline, family.denoiser)}
         pipe = from_pipe(TDMPipeline, on_family(TDMPipeline, family), pipeline, {**network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
-        pipe._is_on(base, family)
+        pipe._set_base(base, family)
         if student is None:
             pipe._is_student(*recipe_on_base(base, family, pipe.scheduler.config, recipe or {}))
         else:
@@ -204,7 +204,7 @@ class TDMPipeline(StudentAdapter):
         config = self.teacher_scheduler.config
         self._put_in(new, *recipe_on_base(self.base_model, self.family, config, new.fields))
 
-    def _is_on(self, base: str, family: Family) -> None:
+    def _set_base(self, base: str, family: Family) -> None:
         """The base of a pipeline that was just built."""
         if getattr(self, family.denoiser) is None:
             raise TDMError(
