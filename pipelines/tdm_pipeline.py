@@ -19,7 +19,7 @@ from .base_first import base_first
 from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
 from .explicit_sigmas import sigmas_of
 from .families import Family, TeacherCall, family_of_pipeline
-from .family_class import from_pipe, on_family, unpickled
+from .family_class import forget_output_capture, from_pipe, on_family, unpickled
 from .fresh_noise import noise_of
 from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
@@ -400,6 +400,8 @@ class TDMPipeline(StudentAdapter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made for the family, and no name leads to it.
+        for module in self._modules():
+            forget_output_capture(module)
         return unpickled, (TDMPipeline, self.family.pipeline), {k: v for k, v in vars(self).items() if k != "family"}
 
     def use_attention(self, backend: str | None = None) -> str:
