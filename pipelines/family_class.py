@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
 
 from .families import Family, family_of_pipeline
 from .loras.encoders import adaptable_encoders
@@ -38,6 +39,23 @@ def on_family(above: Any, family: Family) -> Any:
     if encoders := adaptable_encoders(stock):
         names["_lora_loadable_modules"] = [family.denoiser, *encoders]
     return type(family.pipeline, (above, stock), names)
+
+
+def forget_output_capture(module: nn.Module) -> None:
+    """Take off the hooks that transformers leaves in a text encoder after its first call, and that do not pickle.
+
+    It puts them on again at the next call.
+    """
+    for part in module.modules():
+        attributes = vars(part)
+        attributes.pop("_output_capturing_hooks_installed", None)
+        hooks = attributes["_forward_hooks"]
+        for key in [
+            key
+            for key, hook in hooks.items()
+            if getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+        ]:
+            del hooks[key]
 
 
 def unpickled(above: Any, pipeline: str) -> Any:

@@ -19,7 +19,7 @@ from .base_first import base_first
 from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
 from .explicit_sigmas import sigmas_of
 from .families import Family, TeacherCall, family_of_pipeline
-from .family_class import from_pipe, on_family, unpickled
+from .family_class import forget_output_capture, from_pipe, on_family, unpickled
 from .fresh_noise import noise_of
 from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
@@ -128,7 +128,7 @@ class TDMPipeline(StudentAdapter):
         loader: Any = super(TDMPipeline, on_family(TDMPipeline, family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
         pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
-        pipe._is_on(base, family)
+        pipe._set_base(base, family)
         if new is None:
             pipe._is_student(complete, sampler)
         else:
@@ -172,7 +172,7 @@ class TDMPipeline(StudentAdapter):
         network: dict[str, Any] = {family.denoiser: getattr(pipeline, family.denoiser)}
         pipe = from_pipe(TDMPipeline, on_family(TDMPipeline, family), pipeline, {**network, **kwargs})
         base = pipeline.config.get("_name_or_path") or type(pipeline).__name__
-        pipe._is_on(base, family)
+        pipe._set_base(base, family)
         if student is None:
             pipe._is_student(*recipe_on_base(base, family, pipe.scheduler.config, recipe or {}))
         else:
@@ -204,7 +204,7 @@ class TDMPipeline(StudentAdapter):
         config = self.teacher_scheduler.config
         self._put_in(new, *recipe_on_base(self.base_model, self.family, config, new.fields))
 
-    def _is_on(self, base: str, family: Family) -> None:
+    def _set_base(self, base: str, family: Family) -> None:
         """The base of a pipeline that was just built."""
         if getattr(self, family.denoiser) is None:
             raise TDMError(
@@ -400,6 +400,8 @@ class TDMPipeline(StudentAdapter):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made for the family, and no name leads to it.
+        for module in self._modules():
+            forget_output_capture(module)
         return unpickled, (TDMPipeline, self.family.pipeline), {k: v for k, v in vars(self).items() if k != "family"}
 
     def use_attention(self, backend: str | None = None) -> str:

@@ -226,9 +226,9 @@ def test_the_node_shows_its_counts_and_gives_the_recipe(server: Server, model: M
         "timesteps 999, 749, 499, 249",
         "order 1, guidance 1, 64 x 64",
     ]
-    save(server, "several.safetensors", model.student, replace(RECIPE, trained_timesteps={1: [899.5], 4: GRID}))
+    save(server, "several.safetensors", model.student, replace(RECIPE, trained_timesteps={1: [899], 4: GRID}))
     _, text = shown(server, loaded("several.safetensors"))
-    assert text.splitlines()[2:4] == ["1 step: 899.5", "4 steps: 999, 749, 499, 249"]
+    assert text.splitlines()[2:4] == ["1 step: 899", "4 steps: 999, 749, 499, 249"]
     raw_peft(model, server.models / "loras" / "unknown.safetensors")
     recipe, text = shown(server, loaded("unknown.safetensors"))
     assert recipe == ""

@@ -35,14 +35,14 @@ def recipe(family: str, bases: Bases) -> dict[str, Any]:
 def by_hand(pipe: TDMPipeline, base: Path, family: str, made: list[Update]) -> Tensor:
     merged, clean = plain(base), without_student(pipe)
     merge(merged, made, 1.0)
-    for component in {update.component for update in made} | {pipe.family.denoiser}:
+    for component in pipe._adaptable():
         setattr(clean, component, getattr(merged, component))
     return short_call(clean, family)
 
 
 def attention(pipe: Any, family: str, seed: int = 0) -> list[Update]:
     denoiser = family_of_name(family).denoiser
-    return updates(pipe, denoiser, {n: (n,) for n in layer_shapes(getattr(pipe, denoiser)) if "attn" in n}, seed=seed)
+    return updates(pipe, denoiser, {n: (n,) for n in layer_shapes(getattr(pipe, denoiser)) if "att" in n}, seed=seed)
 
 
 @pytest.mark.parametrize("prefix", ["lora_te3_", "text_encoders.t5xxl.transformer."])
@@ -62,7 +62,7 @@ def test_layers_of_t5_find_it_and_go_where_the_student_goes(
     assert error(found, expected) <= 1e-5
     assert error(found, by_hand(pipe, bases(family), family, made)) > 1e-4  # T5's do something
     with pipe.teacher():
-        assert torch.equal(latents(pipe, family), latents(plain(bases(family)), family))
+        assert error(latents(pipe, family), latents(plain(bases(family)), family)) <= 1e-5
     pipe.save_pretrained(tmp_path / "saved")
     assert error(short_call(load(tmp_path / "saved"), family), expected) <= 1e-5
     pipe.fuse_lora()

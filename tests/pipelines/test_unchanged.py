@@ -29,7 +29,7 @@ def structure(pipe: TDMPipeline) -> list[tuple[str, type, object]]:
 def with_style(make: Make, family: str) -> TDMPipeline:
     pipe = load(make(family))
     denoiser = family_of_name(family).denoiser
-    style = {f"{denoiser}.{key}": half for key, half in lora_for(getattr(pipe, denoiser), seed=5).items()}
+    style = {f"{denoiser}.{key}": half for key, half in lora_for(getattr(tiny.build(family), denoiser), seed=5).items()}
     pipe.load_lora_weights({key: half for key, half in style.items() if "to_q" in key}, adapter_name="style")
     pipe.set_adapters(["student", "style"], [1.0, 0.8])
     return pipe
@@ -67,7 +67,7 @@ def test_a_half_for_a_text_encoder_that_does_not_fit_takes_the_other_half_out_ag
     pipe = with_style(make, family)
     expected, before = short_call(pipe, family), structure(pipe)
     denoiser = family_of_name(family).denoiser
-    lora = {f"{denoiser}.{key}": half for key, half in lora_for(getattr(pipe, denoiser), seed=9).items()}
+    lora = {f"{denoiser}.{key}": half for key, half in lora_for(getattr(tiny.build(family), denoiser), seed=9).items()}
     layer = next(n for n, m in pipe.text_encoder.named_modules() if isinstance(m, nn.Linear) and n.endswith("q_proj"))
     lora |= {
         f"text_encoder.{layer}.lora_A.weight": torch.ones(2, 99),
