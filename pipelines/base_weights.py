@@ -133,6 +133,14 @@ def left_out(index: Mapping[str, Any]) -> dict[str, None]:
     return {name: None for name, entry in index.items() if entry in ([None, None], (None, None))}
 
 
+def require_tokenizers(folder: str, index: Mapping[str, Any]) -> None:
+    """Raise TDMError if a local base lacks a tokenizer that its index names: transformers makes an empty one then."""
+    for name, entry in index.items():
+        named = name.startswith("tokenizer") and name not in left_out(index) and isinstance(entry, list | tuple)
+        if named and Path(folder).is_dir() and not (Path(folder) / name).is_dir():
+            raise TDMError(f"the base {folder} has no folder {name}; get the whole model again")
+
+
 def components(folder: str, given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The networks of a base in a local folder, each whole, and None for those that it was saved without.
 
@@ -143,12 +151,13 @@ def components(folder: str, given: Mapping[str, Any], dtype: torch.dtype) -> dic
         dtype: of the weights.
 
     Raises:
-        TDMError: as `load_network`.
+        TDMError: as `load_network` and `require_tokenizers`.
     """
     file = Path(folder) / _INDEX
     if not file.is_file() or _OWN_WAYS & set(given):
         return {}
     index = json.loads(file.read_text(encoding="utf-8"))
+    require_tokenizers(folder, {name: entry for name, entry in index.items() if name not in given})
     classes = {name: c for name, c in network_classes(folder, index).items() if name not in given}
     absent = {name: None for name in left_out(index) if name not in given}
     return {**absent, **{name: load_network(c, folder, name, dtype) for name, c in classes.items()}}

@@ -20,7 +20,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from ...errors import TDMError
-from ...pipelines.base_weights import components, left_out, load_network, reading
+from ...pipelines.base_weights import components, left_out, load_network, reading, require_tokenizers
 from ...pipelines.bases import base_folder, family_of_base, network_without_weights, skeletons
 from ...pipelines.families import Family
 from ...pipelines.loras.file import read_lora_file
@@ -203,6 +203,7 @@ class BaseModel:
 
     def _assembled(self, dtype: torch.dtype, **parts: Any) -> Any:
         """The pipeline of these parts; the others, scheduler and tokenizers, are read here."""
+        require_tokenizers(self.folder, {name: self._index[name] for name in self._classes if name not in parts})
         with reading(f"the base {self.folder}"):
             return self.family.pipeline_class().from_pretrained(
                 self.folder, dtype=dtype, **{**left_out(self._index), **parts}
@@ -213,7 +214,8 @@ class BaseModel:
         return getattr(importlib.import_module(library), class_name)
 
     def _skeleton(self, name: str) -> Any:
-        return network_without_weights(*self._classes[name], self.folder, name, {})
+        with reading(f"the config of {name} of the base {self.folder}"):
+            return network_without_weights(*self._classes[name], self.folder, name, {})
 
     # ------------------------------------------------------------------ LoRAs
 
