@@ -1,4 +1,4 @@
-"""Bases whose files are not what they should be: read right, or refused in one line, never filled with random numbers."""
+"""Bases whose files are not what they should be: read right or refused in one line, never filled at random."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def test_a_network_that_lacks_a_tensor_is_refused(
         components(str(base), {}, torch.float32)
 
 
-def test_inference_refuses_an_incomplete_base_as_training_does(
-    bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inference_refuses_an_incomplete_base_as_training_does(bases: Bases, tmp_path: Path) -> None:
     base = copy_of(bases("sd15"), tmp_path / "base")
     without(base, "vae", "decoder.conv_in.weight")
     recipe = {"trained_timesteps": {2: [999, 500]}, "guidance_scale": 1.0, "height": 16, "width": 16}
@@ -75,12 +73,12 @@ def test_inference_refuses_an_incomplete_base_as_training_does(
     pipe.unet.add_adapter(LoraConfig(**rank))
     layers = {f"unet.{k}".replace(".default", ""): v for k, v in pipe.unet.state_dict().items() if "lora_" in k}
     save_file(layers, student)
-    with pytest.raises(TDMError, match="vae of the base .* lacks 1 of its tensors"):
+    with pytest.raises(TDMError, match=r"vae of the base .* lacks 1 of its tensors"):
         TDMPipeline.from_pretrained(base, student=student, recipe=recipe)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_base_saved_with_a_lora_in_it_is_named_so(fused: bool, bases: Bases, prompts: str, tmp_path: Path) -> None:
+def test_a_base_saved_with_a_lora_in_it_is_named_so(fused: bool, prompts: str, tmp_path: Path) -> None:
     pipe = tiny.build("sd15")
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     if fused:

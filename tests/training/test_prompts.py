@@ -79,9 +79,8 @@ def test_a_run_says_how_many_prompts_are_cut(bases: Callable[[str], Path], tmp_p
     for _ in range(2):  # also where the cache has them
         lines: list[str] = []
         task_of("sd15", bases("sd15"), str(tmp_path / "p.txt"), report=lines.append, cache=str(tmp_path / "cache"))
-        assert lines == [
-            "note: 1 of 2 prompts are longer than the 32 tokens that the text encoder reads, and are cut there"
-        ]
+        (line,) = lines
+        assert line.startswith("note: 1 of 2 prompts are longer than the 32 tokens that the text encoder reads")
 
 
 @pytest.mark.parametrize(("frames", "near"), [(16, "13 or 17"), (12, "9 or 13"), (0, "at least 1"), (-3, "at least 1")])

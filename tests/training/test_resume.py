@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tdm
 import torch
 from safetensors.torch import load_file, save_file
-from tdm.cli import main
+from tdm.cli import build_parser, main
 from tdm.errors import TDMError
 from tdm.tests.commands import refused
+from tdm.tests.test_package import tracked
 from tdm.training.card import write_card
 from tdm.training.checkpoint import read_checkpoint
 from tdm.training.curves import plot_curves
@@ -251,7 +254,7 @@ def test_a_student_that_was_never_trained_is_not_exported(settings: Callable[[st
     distill(task, config, tmp_path / "run", report=lambda _: None, stop=lambda: True)
     run = read_run(tmp_path / "run")
     assert run is not None
-    with pytest.raises(TDMError, match="every lora_B is 0 .*head_start is 3"):
+    with pytest.raises(TDMError, match=r"every lora_B is 0 .*head_start is 3"):
         export(run, "student", tmp_path / "student.safetensors")
     assert not (tmp_path / "student.safetensors").exists()
 
@@ -322,3 +325,30 @@ def test_a_card_can_be_written_again_after_a_full_disk(runs: Callable[[str], Run
     (tmp_path / "out/curves.png").write_bytes(b"")
     write_card(run, tmp_path / "out/student.safetensors", "student", force=True)
     assert (tmp_path / "out/curves.png").read_bytes() == (tmp_path / "run/curves.png").read_bytes()
+
+
+def test_settings_may_stand_behind_options() -> None:
+    parser = build_parser()
+    for argv, settings in (
+        (["distill", "mixture", "--out", "runs/x", "updates=3"], ["mixture", "updates=3"]),
+        (["distill", "--resume", "mixture", "--out", "runs/x", "updates=4"], ["mixture", "updates=4"]),
+        (["estimate", "sdxl", "--gpu", "rtx3060", "12gb"], ["sdxl", "12gb"]),
+    ):
+        assert parser.parse_args(argv).settings == settings
+    drawn = parser.parse_args(["generate", "a cat", "--seed", "3", "a dog", "--", "-a bird"])
+    assert (drawn.prompts, drawn.seed) == (["a cat", "a dog", "-a bird"], 3)
+    with pytest.raises(TDMError, match="did you mean --steps"):
+        parser.parse_args(["generate", "a cat", "--stpes", "4"])
+    with pytest.raises(TDMError, match="required: PROMPT"):
+        parser.parse_args(["generate", "--seed", "3"])
+
+
+def test_every_text_file_says_its_encoding() -> None:
+    """Where UTF-8 is not the default, a name in another alphabet would end a run."""
+    for name in tracked():
+        if not name.endswith(".py") or name.startswith("tests/"):
+            continue
+        tree = ast.parse((Path(tdm.__file__).parent / name).read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text"):
+                assert any(keyword.arg == "encoding" for keyword in call.keywords), f"{name}:{call.lineno}"
