@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import sys
@@ -42,8 +43,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise TDMError(f"{message} (see {self.prog} --help)")
 
+    _intermixed = False
+
     def parse_known_args(self, args=None, namespace=None):
-        namespace, extra = super().parse_known_args(args, namespace)
+        # argparse takes positional arguments in one place only: a setting behind an option would be unrecognized.
+        positionals = self._get_positional_actions()
+        if self._intermixed or not positionals or any(action.nargs == argparse.PARSER for action in positionals):
+            namespace, extra = super().parse_known_args(args, namespace)
+        else:
+            self._intermixed = True
+            try:
+                namespace, extra = self.parse_known_intermixed_args(args, namespace)
+            finally:
+                self._intermixed = False
+        if self._intermixed:  # it parses twice, and what the first pass leaves is for the second
+            return namespace, extra
         for option in (text.split("=")[0] for text in extra if text.startswith("-")):
             near = difflib.get_close_matches(option, list(self._option_string_actions), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -103,6 +117,9 @@ def _run(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):  # a name that the console's code page cannot write must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
         args.run(args)

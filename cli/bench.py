@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 def _cpu() -> str:
     """The processor's name."""
     if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()

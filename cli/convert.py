@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``tdm convert``."""
-    from ..pipelines.bases import convert_checkpoint, is_checkpoint
+    from ..pipelines.single_file import convert_checkpoint, is_checkpoint
     from ..pipelines.students.convert import convert_lora
     from ..pipelines.students.describe import describe
     from ..pipelines.students.file import save_student

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from ..errors import TDMError
 from .common import quiet
 from .output import check_folder
 
@@ -40,6 +41,12 @@ metrics.jsonl and .csv, curves.png, previews/ (teacher, student and the critic's
 writes the student in other forms.
 """
 
+HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
+ADVICE = (
+    "out of memory: lower micro_batch_size, then set memory.gradient_checkpointing=true, then a smaller base "
+    "(memory.base); the same command with --resume goes on from the last checkpoint, if there is one"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -61,21 +68,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether Ctrl-C or SIGTERM (a scheduler's notice) asked the run to stop.
+    """Yield a function that says whether Ctrl-C, SIGTERM (a scheduler's notice) or SIGHUP (a closed terminal) asked the
+    run to stop.
 
-    The second signal ends it at once, between any two instructions, so without a checkpoint.
+    The second Ctrl-C or SIGTERM ends it at once, between any two instructions, so without a checkpoint.
     """
     asked = False
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if number == HANG_UP:
+            for descriptor in terminals:  # whatever is written to a terminal that is gone would end the run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        elif asked:
             raise KeyboardInterrupt("stopped at once; the same command with --resume goes on from the last checkpoint")
         asked = True
-        # print is not safe in a signal handler
-        os.write(2, b"stopping after this update; press Ctrl-C once more to stop at once\n")
+        with contextlib.suppress(OSError):  # print is not safe in a signal handler
+            os.write(2, b"stopping after this update; press Ctrl-C once more to stop at once\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if HANG_UP is not None and signal.getsignal(HANG_UP) != signal.SIG_IGN:  # nohup
+        numbers.append(HANG_UP)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked
     finally:
@@ -105,14 +120,25 @@ def run(args: argparse.Namespace) -> None:
         return
     check_folder(args.out)
 
+    from ..training.cost import micro_batches
     from ..training.export import unexportable
+    from ..training.folder import check_run, held
     from ..training.loop import distill
     from ..training.processes import joined
     from ..training.progress import print_line, silent
     from ..training.tasks import build_task
 
     quiet()
-    with joined(args.device) as (processes, device), stop_signals() as stop:
+    check_run(args.out, config, resume=args.resume)
+    with (
+        _advised(),
+        joined(args.device) as (processes, device),
+        stop_signals() as stop,
+        contextlib.ExitStack() as stack,
+    ):
+        micro_batches(config, processes.size)  # a batch that cannot be shared is refused before the prompts are encoded
+        if processes.first:
+            stack.enter_context(held(args.out))
         # The first encodes the prompts; the others then find them.
         report = print_line if processes.first else silent
         task = processes.first_alone(lambda: build_task(config.task, config.memory, device, report))
@@ -126,6 +152,25 @@ def run(args: argparse.Namespace) -> None:
                     f"stopped after update {finished.step}; the same command with --resume goes on from it"
                 )
             _finish(args.out)
+
+
+@contextlib.contextmanager
+def _advised() -> Iterator[None]:
+    """Out of memory becomes one line that says what to lower.
+
+    Raises:
+        TDMError: there was not enough memory.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TDMError(ADVICE) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # main memory has no exception of its own
+            raise
+        raise TDMError(ADVICE) from error
 
 
 def _finish(folder: Path) -> None:

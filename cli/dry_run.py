@@ -31,18 +31,14 @@ def dry_run(config: DistillConfig, out: Path, *, resume: bool) -> str:
 
 
 def _check_files(config: DistillConfig, out: Path, resume: bool) -> None:
+    from ..training.folder import check_run
+
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise TDMError(
             f"cannot make the folder {out}: {there} is not a folder that can be written; choose another --out"
         )
-    written = (out / "checkpoint.pt").exists()
-    if written and not resume:
-        raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
-    if resume and not written:
-        raise TDMError(f"{out} holds no run to resume: checkpoint.pt is missing")
-    if config.start_from is not None and not Path(config.start_from).is_file():
-        raise TDMError(f"start_from: no file {config.start_from}")
+    check_run(out, config, resume=resume)
 
 
 def _check_task(config: DistillConfig) -> str:
@@ -54,6 +50,8 @@ def _check_task(config: DistillConfig) -> str:
 
         build_trajectories(config.trajectory, build_task(config.task, config.memory, "cpu").schedule)
         return "no estimate: that is for pipelines"
+    from ..pipelines.base_weights import check_files
+    from ..pipelines.bases import base_folder
     from ..training.estimate.estimator import Estimator
     from ..training.settings import from_dict
     from ..training.tasks.pipeline import PipelineTaskConfig
@@ -62,6 +60,7 @@ def _check_task(config: DistillConfig) -> str:
 
     task = from_dict(PipelineTaskConfig, config.task, "task.")
     training_prompts(task.prompts, task.prompt_count)
+    check_files(base_folder(task.model))
     return table(Estimator()(config))
 
 

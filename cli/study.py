@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"no run has {question_of.measure}; tdm study {args.name} --results NEW.jsonl trains them again")
             continue
         text = table(question_of, measured)
-        (args.out / f"{question_of.name}.md").write_text(f"{question.asks}\n\n{text}\n")
+        (args.out / f"{question_of.name}.md").write_text(f"{question.asks}\n\n{text}\n", encoding="utf-8")
         plot(question_of, measured, args.out / f"{question_of.name}.png")
         print(text)
         print(f"wrote {args.out / question_of.name}.md and .png")

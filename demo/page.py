@@ -93,9 +93,9 @@ def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
 
 def head() -> str:
     """HTML for the page's head: its script, and the style of what lies outside the blocks."""
-    return f"<script>{(HERE / 'page.js').read_text()}</script><style>{FOOTER}</style>"
+    return f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script><style>{FOOTER}</style>"
 
 
 def css() -> str:
     """The style of the page."""
-    return (HERE / "page.css").read_text()
+    return (HERE / "page.css").read_text(encoding="utf-8")

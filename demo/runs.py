@@ -151,7 +151,7 @@ class Runs:
         lines, monitor = _lines(folder / "metrics.jsonl"), Monitor()
         alarms = [alarm.message for line in lines for alarm in monitor.watch(line)]
         previews = sorted((folder / "previews").glob("*.png"))
-        text = (folder / OUTPUT).read_text(errors="replace") if (folder / OUTPUT).is_file() else ""
+        text = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace") if (folder / OUTPUT).is_file() else ""
         printed = text.replace(str(folder), name).split("\n")  # the page does not show paths of this machine
         return State(
             running=running,
@@ -193,7 +193,7 @@ class Runs:
 
     def _note(self, folder: Path) -> dict[str, Any]:
         try:
-            return json.loads((folder / NOTE).read_text())
+            return json.loads((folder / NOTE).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             raise TDMError(f"there is no run {folder.name} that was started here") from None
 
@@ -242,4 +242,6 @@ def _lines(path: Path) -> list[dict[str, float]]:
     """Read the lines of metrics.jsonl that are whole: the last may be half written."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]

@@ -1,29 +1,23 @@
-"""Bases: where they are, which family they are of, their networks without weights, and a folder from a single file."""
+"""Bases: where they are, which family they are of, and their networks without weights."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import os
-import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from torch import nn
 
 from ..errors import TDMError, first_line
-from ..files import whole_folder
 from .families import Family, TeacherCall, family_of_pipeline
 from .loras.encoders import adaptable_encoders
-from .loras.file import open_safetensors
 
 BUNDLED = "bundled"
 INDEX = "model_index.json"
@@ -63,8 +57,11 @@ def family_of_base(folder: str, **hub: Any) -> Family:
         TDMError: there is no such pipeline, its family is not supported, or it has two denoisers (Wan 2.2).
     """
     if Path(folder).is_file():
+        what = f"the base {folder} is a single file"
+        if Path(folder).suffix != ".safetensors":
+            raise TDMError(f"{what}, not a .safetensors file; get the model as .safetensors or as a folder")
         raise TDMError(
-            f"the base {folder} is a single file; write it as a folder first: tdm convert {folder} "
+            f"{what}; write it as a folder first: tdm convert {folder} "
             "--base FOLDER_OF_WHAT_IT_WAS_TUNED_FROM --out NEW_FOLDER"
         )
     try:
@@ -172,64 +169,3 @@ def _part(family: Family, name: str, library: str | None, class_name: str | None
             raise OSError(f"there is no folder {name}")
         return getattr(importlib.import_module(library), class_name).from_pretrained(folder, subfolder=name, **hub)
     return None
-
-
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a .safetensors file holds a network's own weights, and no LoRA.
-
-    Raises:
-        TDMError: it cannot be read.
-    """
-    if not Path(path).is_file() or Path(path).suffix != ".safetensors":
-        return False
-    with open_safetensors(path) as file:
-        return not any(mark in key.lower() for key in file.keys() for mark in ("lora", "lokr", "hada_"))  # noqa: SIM118
-
-
-def convert_checkpoint(source: Path, out: Path, *, base: str, force: bool = False) -> Path:
-    """Write a model that is a single .safetensors file, such as a fine-tune, as the folder of a pipeline.
-
-    The folder is a base for everything here: `task.model` of a distillation, `TDMPipeline`, `tdm generate --model`.
-
-    Args:
-        source: the file, in the names of diffusers or of the original checkpoints, as far as diffusers reads them.
-        out: the folder to write; the weights keep the dtype that most of the file has.
-        base: folder (or hub id) of what the model was tuned from: its configs are taken, and the parts that the file
-            lacks, such as text encoders and VAE.
-        force: replace a folder that is there.
-
-    Raises:
-        TDMError: diffusers reads no single files of this family; the file is for another network; parts are in neither.
-    """
-    folder = base_folder(base)
-    family = family_of_base(folder)
-    stock: Any = getattr(diffusers, family.pipeline)
-    if not hasattr(stock, "from_single_file"):
-        raise TDMError(f"diffusers reads no single files of {family.name}; get this model as a folder")
-    with open_safetensors(source) as file:
-        stored = Counter(file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored.most_common(1)[0][0], torch.float32)
-
-    with whole_folder(out, force=force) as unfinished:
-        try:
-            pipe = _from_file(stock, source, folder, family.denoiser, dtype)
-        except Exception as error:  # diffusers reads the keys of another network in any way, and fails in any
-            line = first_line(error)
-            raise TDMError(f"{source} cannot be read as a {family.name} model on {base}: {line}") from None
-        pipe.save_pretrained(str(unfinished))
-    return out
-
-
-def _from_file(stock: Any, source: Path, folder: str, denoiser: str, dtype: torch.dtype) -> Any:
-    """diffusers' `from_single_file`; each part but the denoiser that it does not find in the file is the base's."""
-    base: Any = None
-    parts: dict[str, Any] = {}
-    while True:
-        try:
-            return stock.from_single_file(str(source), config=folder, dtype=dtype, **parts)
-        except SingleFileComponentError as error:
-            missing = re.search(r"^(\w+) = ", str(error), re.MULTILINE)
-            if missing is None or missing[1] == denoiser or missing[1] in parts:
-                raise
-            base = base or stock.from_pretrained(folder, dtype=dtype)
-            parts[missing[1]] = base.components[missing[1]]

@@ -16,6 +16,7 @@ from ..errors import TDMError
 from ..files import whole_folder
 from .attention import use_attention
 from .base_first import base_first
+from .base_weights import components
 from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
 from .explicit_sigmas import sigmas_of
 from .families import Family, TeacherCall, family_of_pipeline
@@ -127,7 +128,8 @@ class TDMPipeline(StudentAdapter):
 
         loader: Any = super(TDMPipeline, on_family(TDMPipeline, family))
         # Without a dtype, diffusers loads float32, but transformers the dtype that its weights are stored in.
-        pipe = loader.from_pretrained(folder, dtype=dtype or torch_dtype or torch.float32, **kwargs)
+        dtype = dtype or torch_dtype or torch.float32
+        pipe = loader.from_pretrained(folder, dtype=dtype, **{**components(folder, kwargs, dtype), **kwargs})
         pipe._set_base(base, family)
         if new is None:
             pipe._is_student(complete, sampler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,20 +27,32 @@ class BestStudent:
     ``ema.weights``), and outlives a resume.
 
     Args:
-        resume: go on from the file that is there; False removes it, since it is of another run.
+        resume: go on from the file that is there; False removes it, since it is of another run. A file that cannot be
+            read is passed over with a line to ``report``.
 
     Raises:
         TDMError: the file is not one of this measure.
     """
 
-    def __init__(self, path: Path, measure: Measure | None, *, resume: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        measure: Measure | None,
+        *,
+        resume: bool,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.path, self.measure = path, measure
         self.step: int | None = None
         self.value = 0.0
         if not resume:
             path.unlink(missing_ok=True)
         elif measure is not None and path.exists():
-            payload = read_checkpoint(path, mmap=True)
+            try:
+                payload = read_checkpoint(path)
+            except TDMError as error:
+                report(f"note: {error}; the best student is looked for anew from here on")
+                return
             if payload["measure"] != measure.name:
                 raise TDMError(f"{path} ranks students by {payload['measure']}, not {measure.name}; move it away")
             self.step, self.value = payload["step"], payload["value"]

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ..pipelines.families import Family, family_of_name
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.students.recipe import StudentRecipe
 from .export import FinishedRun, Format
+from .log import read_metrics
 from .measure import EXPLAINED
 from .objectives import method_of
 
@@ -48,16 +48,17 @@ def write_card(run: FinishedRun, path: Path, form: Format, *, force: bool = Fals
         run: what was exported.
         path: the student's file, or the merged pipeline's folder.
         form: which of these.
-        force: replace a README.md that is there; otherwise it stays as it is.
+        force: replace a README.md that is there, and its pictures; otherwise they stay as they are.
     """
     folder = path if form == "merged" else path.parent
     card = folder / CARD_FILE
     if card.exists() and not force:
         return card
     for picture in (*_last_previews(run), *_curves(run)):
-        (folder / picture).parent.mkdir(exist_ok=True)
-        if not (folder / picture).exists():
-            shutil.copyfile(run.folder / picture, folder / picture)
+        target = folder / picture
+        if (force or not target.exists()) and not (target.exists() and target.samefile(run.folder / picture)):
+            with replacing(target, shared=True) as file:
+                file.write((run.folder / picture).read_bytes())
     with replacing(card, shared=True) as file:
         file.write(model_card(run, path.name, form).encode())
     return card
@@ -217,8 +218,7 @@ def _last_previews(run: FinishedRun) -> list[Path]:
 
 def _last_evaluation(run: FinishedRun) -> dict[str, float]:
     """The run's last line with measures of its task, {} without one."""
-    metrics = run.folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    lines = read_metrics(run.folder / "metrics.jsonl")
     evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
     last = evaluations[-1] if evaluations else {}
     return {key: value for key, value in last.items() if key == "step" or key.startswith("eval/")}

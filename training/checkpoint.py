@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ def save_checkpoint(
     ema: Ema,
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
+    identity: Mapping[str, str] | None = None,
 ) -> None:
     """Write the run after ``step`` updates; with ``output.keep`` above 1 the one that was there becomes
-    ``checkpoint-<step>.pt``, and the oldest go. ``recipe`` is for whoever exports the student.
+    ``checkpoint-<step>.pt``, and the oldest go. ``recipe`` is for whoever exports the student, ``identity`` (see
+    ``Task.identity``) for whoever resumes the run.
 
     At every moment, and if the write fails, ``path`` is a whole checkpoint: the old one or the new one.
 
@@ -54,6 +57,7 @@ def save_checkpoint(
         "ema": {"count": ema.count, "weights": ema.weights},
         "optimizers": {role: optimizer.state_dict() for role, optimizer in optimizers.items()},
         "generator": generator.get_state(),
+        "identity": dict(identity or {}),
     }
     if config.output.keep > 1 and path.exists():
         _keep_another(path)
@@ -63,9 +67,10 @@ def save_checkpoint(
 
 
 def older_checkpoints(path: Path) -> list[Path]:
-    """The ``checkpoint-<step>.pt`` beside ``checkpoint.pt``, the newest first."""
-    steps = {old: old.stem.removeprefix(f"{path.stem}-") for old in path.parent.glob(f"{path.stem}-*{path.suffix}")}
-    return sorted((old for old in steps if steps[old].isdigit()), key=lambda old: int(steps[old]), reverse=True)
+    """The ``checkpoint-<step>.pt`` next to ``checkpoint.pt``, the newest first."""
+    files = [old for old in path.parent.glob(f"{path.stem}-*{path.suffix}") if old.is_file()]
+    steps = {old: old.stem.removeprefix(f"{path.stem}-") for old in files}
+    return sorted((old for old in files if steps[old].isdigit()), key=lambda old: int(steps[old]), reverse=True)
 
 
 def _keep_another(path: Path) -> None:
@@ -87,11 +92,15 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
         mmap: leave the tensors in the file until they are asked for.
 
     Raises:
-        TDMError: no such file, or not a checkpoint of this version.
+        TDMError: no such file, damaged, or not a checkpoint of this version.
     """
     if not path.is_file():
         raise TDMError(f"no checkpoint {path}")
     try:
+        if not mmap and zipfile.is_zipfile(path):  # torch compares no checksums
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} in it is damaged")
         try:
             payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
@@ -100,7 +109,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
             import torchao.optim  # noqa: F401  # which makes its 8-bit moments known to weights_only
 
             payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise TDMError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise TDMError(f"{path} is not a checkpoint of format {FORMAT}")
@@ -116,22 +125,30 @@ def restore_checkpoint(
     optimizers: dict[Role, Optimizer],
     generator: torch.Generator,
     report: Callable[[str], None],
+    identity: Mapping[str, str] | None = None,
 ) -> int:
     """Put a run back as it was and return the number of updates done.
 
     A checkpoint that cannot be read, after a fault of the disk, is passed over with a line to ``report`` for the
     newest older one that can (see ``output.keep``).
 
+    Args:
+        identity: of the task (``Task.identity``); it is compared with that of the checkpoint.
+
     Raises:
-        TDMError: no checkpoint can be read, or it has other settings; ``output`` may differ, and so may ``updates``
-            while no learning rate decays towards its end.
+        TDMError: no checkpoint can be read, it has other settings than those that may differ (`free_settings`), or
+            prompts or base have another content than they had.
     """
     path, payload = _newest_readable(path, report)
-    differences = list(_differences(payload["config"], dataclasses.asdict(config), free=_free(config)))
-    if differences:
+    check_settings(path, payload, config)
+    saved = payload.get("identity") or {}
+    if changed := sorted(name for name, value in (identity or {}).items() if saved.get(name, value) != value):
         raise TDMError(
-            f"{path} was made with other settings: {'; '.join(differences)}; use those, or another output folder"
+            f"{path} was made with other content of: {', '.join(changed)}; put back what was there, or begin a new run "
+            f"in another folder with start_from={path}"
         )
+    if (old := payload["config"].get("memory", {}).get("base")) != config.memory.base:
+        report(f"note: memory.base was {old} and is {config.memory.base} now, which may round the base differently")
     for role in ROLES:
         roles.load(role, payload["adapters"][role])
         optimizers[role].load_state_dict(payload["optimizers"][role])
@@ -154,15 +171,45 @@ def _newest_readable(path: Path, report: Callable[[str], None]) -> tuple[Path, d
     raise AssertionError("the last candidate is returned or raises")
 
 
-def _free(config: DistillConfig) -> set[str]:
-    steady = config.student.decay == config.critic.decay == "constant"
-    return {"output", "updates"} if steady else {"output"}
+def check_settings(path: Path, payload: Mapping[str, Any], config: DistillConfig) -> None:
+    """Compare the settings of a checkpoint with those of a run that is to go on from it.
+
+    Args:
+        path: of the checkpoint, for errors.
+        payload: its content.
+
+    Raises:
+        TDMError: they differ in what is not in `free_settings`.
+    """
+    free = free_settings(config, by_content=bool(payload.get("identity")))
+    differences = list(_differences(payload["config"], dataclasses.asdict(config), free=free))
+    if differences:
+        raise TDMError(
+            f"{path} was made with other settings: {'; '.join(differences)}; use those, or another output folder"
+        )
 
 
-def _differences(old: Any, new: Any, name: str = "", free: set[str] = frozenset()) -> Iterator[str]:  # type: ignore[assignment]
+def free_settings(config: DistillConfig, *, by_content: bool) -> set[str]:
+    """The settings that may differ when a run is resumed, since what is learned does not depend on them.
+
+    Args:
+        by_content: the checkpoint knows the content of prompts and base, so that their names may differ.
+    """
+    free = {"output", "micro_batch_size", "task.cache", "task.evaluate"}
+    free |= {f"memory.{name}" for name in ("base", "gradient_checkpointing", "offload", "shard")}
+    if config.student.decay == config.critic.decay == "constant":  # no learning rate follows the number of updates
+        free.add("updates")
+    if config.precision == "auto":  # settled on the device
+        free.add("precision")
+    return free | {"task.model", "task.prompts", "task.loras"} if by_content else free
+
+
+def _differences(old: Any, new: Any, free: set[str], name: str = "") -> Iterator[str]:
     """``key: old -> new`` for every leaf that differs."""
+    if name in free:
+        return
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new} - set(free)):
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), free, f"{name}.{key}" if name else key)
     elif old != new:
         yield f"{name}: {old} there, {new} here"

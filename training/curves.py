@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from ..files import RESUME, replacing
+from .log import read_metrics
 
 _NO_CURVES = ("step", "seconds_per_update", "best/step")
 
 
 def plot_curves(folder: Path) -> Path | None:
     """``curves.png`` from ``metrics.jsonl``: one panel a measure, or None if the run wrote none."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder / "metrics.jsonl")
     names = [n for n in dict.fromkeys(key for line in lines for key in line) if n not in _NO_CURVES]
     if not names:
         return None
@@ -32,6 +34,9 @@ def plot_curves(folder: Path) -> Path | None:
         axis.axis("off")
     figure.tight_layout()
     path = folder / "curves.png"
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    try:
+        with replacing(path, remedy=RESUME) as file:
+            figure.savefig(file, format="png", dpi=80)
+    finally:
+        plt.close(figure)
     return path

@@ -53,8 +53,10 @@ class FinishedRun:
         """The student that it trained.
 
         Raises:
-            TDMError: it trained whole weights, or an embedding of the step count (see `unexportable`).
+            TDMError: it trained whole weights, or an embedding of the step count (see `unexportable`), or it has
+                learned nothing yet.
         """
+        require_learned(self)
         return student_of(self.config, self.recipe, self.weights)
 
 
@@ -69,6 +71,16 @@ def student_of(config: DistillConfig, recipe: StudentRecipe, weights: Mapping[st
     if config.full_weights:
         raise TDMError("this run trained whole weights, which are no LoRA; export it with --format merged")
     return Student.from_state_dict(recipe, weights, alpha=config.student.alpha)
+
+
+def require_learned(run: FinishedRun) -> None:
+    """Raise TDMError if a run's adapters are still those that it began with: the base itself."""
+    seconds = [weight for name, weight in run.weights.items() if "lora_B" in name]
+    if seconds and not any(bool(weight.any()) for weight in seconds):
+        raise TDMError(
+            f"the student in {run.folder} is the base itself: after {run.step} updates every lora_B is 0 "
+            f"(critic.head_start is {run.config.critic.head_start}); go on with --resume"
+        )
 
 
 def read_run(folder: Path, which: Which = "mean") -> FinishedRun | None:

@@ -6,6 +6,7 @@ all of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -51,15 +52,20 @@ class Log:
         self.alarms: list[str] = []
         self.monitor = Monitor()
         self.path = run.out_dir / "metrics.jsonl"
-        kept = []
-        if run.step:  # resuming: forget what came after the checkpoint, and a line that a killed run left half written
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step]
+        if run.step and not self.path.is_file():
+            report(f"note: {self.path} is not there; the record begins at update {run.step}")
+        # Resuming: forget what came after the checkpoint. A new run forgets all that an earlier one left.
+        kept = [line for line in read_metrics(self.path) if line["step"] <= run.step] if run.step else []
         with replacing(self.path, remedy=RESUME) as file:
-            file.write("".join(kept).encode())
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+        for picture in (run.out_dir / "previews").glob("*.png"):
+            if picture.stem.isdigit() and int(picture.stem) > run.step:
+                with writing(picture, RESUME):
+                    picture.unlink()
         for line in kept:  # what the monitor knows is in the lines
-            self.monitor.watch(json.loads(line))
-        self.best = BestStudent(run.out_dir / "best.pt", run.task.measure, resume=run.step > 0)
+            self.monitor.watch(line)
+        best = run.out_dir / "best.pt"
+        self.best = BestStudent(best, run.task.measure, resume=run.step > 0, report=report)
         self.table = Table(run.out_dir / "metrics.csv", self.path)
         self.board: Any = _board(run) if run.config.output.tensorboard else None
         self.start, self.first, self.since = time.monotonic(), run.step, time.monotonic()
@@ -97,12 +103,23 @@ class Log:
         for i, metrics in enumerate(self.window):
             for name in ("critic_loss", "critic_grad", "student_loss", "student_grad"):
                 if name in metrics and not table[name][i].isfinite():
-                    role = name.partition("_")[0]
                     self._record({"alarm/nan": float(begin + i + 1)})
+                    kept = (self.run.out_dir / "checkpoint.pt").is_file()
                     raise TDMError(
-                        f"{name} is {float(table[name][i])} at update {begin + i + 1}: lower {role}.lr, or raise "
-                        "objective.norm_min and trajectory.margin; the last checkpoint is kept"
+                        f"{name} is {float(table[name][i])} at update {begin + i + 1}: "
+                        f"{self._advice(name.partition('_')[0])}{'; the last checkpoint is kept' * kept}"
                     )
+
+    def _advice(self, role: str) -> str:
+        """What to do about a value that is not finite."""
+        config = self.run.config
+        # The other processes of a sharded base are not asked here.
+        if not config.memory.shard and not self.run.base_is_finite():
+            return (
+                f"the base's own prediction is not finite. With memory.base={config.memory.base} it may overflow: take "
+                "bf16 or fp32; or else its weights are damaged"
+            )
+        return f"lower {role}.lr, or raise objective.norm_min and trajectory.margin"
 
     def write(self, line: dict[str, float]) -> None:
         """One line to every sink, and to the monitor, whose alarms follow it."""
@@ -133,7 +150,7 @@ class Log:
 
     def _record(self, line: dict[str, float]) -> dict[str, float]:
         line = {"step": self.run.step, **line}
-        with writing(self.path, RESUME), self.path.open("a") as file:
+        with writing(self.path, RESUME), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.table.write(line)
         if self.board is not None:
@@ -144,6 +161,17 @@ class Log:
         for callback in self.callbacks:
             callback(self.run, line)
         return line
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; without those that a killed run or a power loss left torn, and [] if it is gone."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
+    return lines
 
 
 class Table:
@@ -159,7 +187,7 @@ class Table:
         self._rebuild()
 
     def _rebuild(self) -> None:
-        lines = [json.loads(line) for line in self.source.read_text().splitlines()]
+        lines = read_metrics(self.source)
         self.columns = list(dict.fromkeys(["step", *(name for line in lines for name in line)]))
         rows = [",".join(self.columns), *(self._row(line) for line in lines)]
         with replacing(self.path, remedy=RESUME) as file:
@@ -173,7 +201,7 @@ class Table:
         if not set(line) <= set(self.columns):
             self._rebuild()
             return
-        with writing(self.path, RESUME), self.path.open("a") as file:
+        with writing(self.path, RESUME), self.path.open("a", encoding="utf-8") as file:
             file.write(self._row(line) + "\n")
 
 

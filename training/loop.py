@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import TDMError
@@ -72,20 +73,24 @@ def distill(
         role: build_optimizer(run.roles.parameters(role), c, config.memory) for role, c in config.roles.items()
     }
     state: dict[str, Any] = {"config": config, "roles": run.roles, "ema": run.ema, "optimizers": optimizers}
-    state["generator"] = generator
+    state |= {"generator": generator, "identity": task.identity()}
     if resume:
         run.step = restore_checkpoint(checkpoint, **state, report=report)
     log = Log(run, callbacks, report) if processes.first else None
     draw = _draw(run, generator, processes, portions)
     while run.step < config.updates:
         _update(run, optimizers, draw, processes, log)
+        # Before previews and evaluation, so that one that fails, for memory or a full disk, loses no update.
+        saved = run.step == config.updates or run.due(config.output.checkpoint_every)
+        if saved:
+            _save(checkpoint, state, run, log)
+        _show(run, log)
         # Several processes answer together, which waits for the device.
         asked = processes.size == 1 or run.due(config.output.log_every)
         stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
-        if log is not None and (stopping or run.step == config.updates or run.due(config.output.checkpoint_every)):
-            log.flush()  # a run that diverged must not replace its last good checkpoint
-            save_checkpoint(checkpoint, step=run.step, recipe=task.recipe(run.trajectories), **state)
         if stopping:
+            if not saved:
+                _save(checkpoint, state, run, log)
             break
     processes.wait()  # for what the first one still writes
     if log is not None and log.alarmed:
@@ -124,8 +129,8 @@ def _draw(run: Run, generator: torch.Generator, processes: Processes, portions: 
 
 
 def _update(run: Run, optimizers: dict[Role, Optimizer], draw: Draw, processes: Processes, log: Log | None) -> None:
-    """One update, and what a person wants to see after it. ``log`` is None in all processes but the first."""
-    config, task = run.config, run.task
+    """One update. ``log`` is None in all processes but the first."""
+    config = run.config
     for role, c in config.roles.items():
         set_learning_rate(optimizers[role], learning_rate(c, run.step, config.updates))
     train_student = run.step >= config.critic.head_start
@@ -133,15 +138,29 @@ def _update(run: Run, optimizers: dict[Role, Optimizer], draw: Draw, processes: 
     if train_student:
         run.ema.update()
     run.step += 1
+    if log is not None:
+        log.add(metrics)
+        if run.due(config.output.log_every):
+            log.flush()
 
-    # Every process draws the pictures, for a sharded base needs them all; only the first writes.
-    evaluation = run.evaluate() if run.due(config.output.evaluate_every) else {}
-    preview = task.preview(run.student, run.teacher, run.critic) if run.due(config.output.preview_every) else None
+
+def _save(path: Path, state: dict[str, Any], run: Run, log: Log | None) -> None:
+    """Write a checkpoint, in the first process."""
+    if log is not None:
+        log.flush()  # a run that diverged must not replace its last good checkpoint
+        save_checkpoint(path, step=run.step, recipe=run.task.recipe(run.trajectories), **state)
+
+
+def _show(run: Run, log: Log | None) -> None:
+    """What a person wants to see after an update: evaluation and previews, where they are due.
+
+    Every process draws the pictures, for a sharded base needs them all; only the first writes.
+    """
+    output, task = run.config.output, run.task
+    evaluation = run.evaluate() if run.due(output.evaluate_every) else {}
+    preview = task.preview(run.student, run.teacher, run.critic) if run.due(output.preview_every) else None
     if log is None:
         return
-    log.add(metrics)
-    if run.due(config.output.log_every):
-        log.flush()
     if evaluation:
         log.evaluation(evaluation)
     if preview is not None:
@@ -220,23 +239,38 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         )
     _tell_steps(roles, task, config.trajectory)
     if config.start_from is not None:
-        _start(roles, config.critic.start, read_checkpoint(Path(config.start_from)))
+        _start(roles, config, read_checkpoint(Path(config.start_from)))
     return roles
 
 
-def _start(roles: Roles, critic: Literal["checkpoint", "student", "teacher"], saved: dict[str, Any]) -> None:
-    """The weights of an earlier run.
+def _start(roles: Roles, config: DistillConfig, saved: dict[str, Any]) -> None:
+    """The weights of an earlier run, which add the same to the base whatever alpha is now.
 
     Raises:
         TDMError: they do not fit. For a critic, such as one without an embedding of step counts, it names another way.
     """
-    roles.load("student", saved["ema"]["weights"])
-    if critic == "teacher":
+
+    def scaled(weights: dict[str, Tensor], role: Role, now: RoleConfig) -> dict[str, Tensor]:
+        before = saved["config"][role]
+        factor = _scale(before["alpha"], before["rank"]) / _scale(now.alpha, now.rank)
+        return {name: weight * factor if "lora_B" in name else weight for name, weight in weights.items()}
+
+    student = saved["ema"]["weights"]
+    roles.load("student", scaled(student, "student", config.student))
+    if config.critic.start == "teacher":
         return
     try:
-        roles.load("critic", saved["ema"]["weights"] if critic == "student" else saved["adapters"]["critic"])
+        if config.critic.start == "student":
+            roles.load("critic", scaled(student, "student", config.critic))
+        else:
+            roles.load("critic", scaled(saved["adapters"]["critic"], "critic", config.critic))
     except TDMError as error:
         raise TDMError(f"start_from: {error}; critic.start=teacher begins a new critic") from None
+
+
+def _scale(alpha: float | None, rank: int) -> float:
+    """What a LoRA's product of factors is multiplied by."""
+    return 1.0 if alpha is None else alpha / rank
 
 
 def draw_steps(trajectories: Mapping[int, Trajectory], generator: torch.Generator) -> int:

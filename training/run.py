@@ -111,6 +111,15 @@ class Run:
         cond = on_device(self.with_steps(cond, len(self.trajectory), len(x0)), x0.device)
         return self.roles.critic(self.trajectory.renoise(x0, stages, tau, xi).x_tau, tau, cond)[0]
 
+    @torch.no_grad()
+    def base_is_finite(self) -> bool:
+        """Whether the teacher's prediction for one prompt, at the student's last timestep, is finite."""
+        generator = torch.Generator().manual_seed(0)
+        cond, shape = self.task.conditions(1, generator)
+        x = torch.randn(1, *shape, generator=generator).to(self.task.device)
+        cond = on_device(cond, x.device)
+        return all(bool(part.isfinite().all()) for part in self.roles.teacher(x, self.trajectory.timesteps[-1:], cond))
+
     def due(self, every: int) -> bool:
         """Whether something that happens ``every`` so many updates (0 is never), and at the end, happens now."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.updates)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from .validation import validate
 
 T = TypeVar("T")
 _ITEMS = {float: "numbers", int: "numbers", str: "texts"}  # in errors
+# Settings that name files: taken as they are written, for YAML reads "[best].txt", "a #1.txt" or "on" otherwise.
+_NAMES = ("task.model", "task.prompts", "task.cache", "start_from")
 
 
 def read_settings(settings: Sequence[str]) -> DistillConfig:
@@ -63,10 +66,26 @@ def load_config(
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
                 raise TDMError(f"{key}: {section} is a value, not a section")
-        node[last] = yaml.safe_load(value)
+        node[last] = _setting(key, value)
     settings = from_dict(DistillConfig, data)
     validate(settings)
     return settings
+
+
+def _setting(key: str, text: str) -> Any:
+    """The value of an override ``key=text``.
+
+    Raises:
+        TDMError: it is no YAML.
+    """
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if key in _NAMES and not quoted and text not in ("", "null", "~"):
+        return os.path.expanduser(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise TDMError(f"{key}={text}: cannot read the value as YAML; put it in quotes ({line})") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -71,6 +71,10 @@ class Task(Protocol):
         """The unconditional counterpart of ``cond``, in the same shapes, on the same device."""
         ...
 
+    def identity(self) -> Mapping[str, str]:
+        """Hashes of what the run learns from ("the prompts", "the base"): it is resumed with the same content."""
+        ...
+
     def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:
         """What the three draw from fixed seeds, and how the student's samples compare with the teacher's."""
         ...

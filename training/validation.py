@@ -34,6 +34,12 @@ def _need(ok: bool, message: str) -> None:
 
 def _batch(c: DistillConfig) -> None:
     _need(c.updates > 0, f"updates must be positive, not {c.updates}")
+    _need(0 <= c.seed < 2**63, f"seed must be 0 or more and below 2^63, not {c.seed}")
+    _need(
+        c.critic.head_start < c.updates,
+        f"critic.head_start must be below updates, which is {c.updates}: otherwise the student is never trained; "
+        f"it is {c.critic.head_start}",
+    )
     _need(c.batch_size > 0, f"batch_size must be positive, not {c.batch_size}")
     micro = c.micro_batch_size
     _need(

@@ -155,6 +155,8 @@ class Family(ABC):
         step = self.multiple(pipe)
         if size.height % step or size.width % step or min(size[:2]) < step:
             raise TDMError(f"{size.height}x{size.width} does not fit {self.name}: use multiples of {step} pixels")
+        if size.num_frames is not None and size.num_frames < 1:
+            raise TDMError(f"num_frames must be at least 1, not {size.num_frames}")
 
     # ------------------------------------------------------------------ the network, as training calls it
 
@@ -182,6 +184,20 @@ class Family(ABC):
     def encode_null(self, pipe: Any, **options: Any) -> Condition:
         """`encode_text` of no prompt, for the unconditional half of guidance, [1, ...]."""
         return self.encode_text(pipe, [""], **options)
+
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        """(the tokenizer that reads the most of a prompt, how many tokens it passes on, special ones included)."""
+        return pipe.tokenizer, longest_text(pipe)
+
+    def text_as_read(self, pipe: Any, prompt: str) -> str:  # noqa: ARG002
+        """A prompt as the tokenizer of `text_limit` gets it, in its chat template if it has one."""
+        return prompt
+
+    def too_long(self, pipe: Any, prompts: Sequence[str]) -> int:
+        """How many of the prompts `encode_text` cuts, since they have more tokens than `text_limit`."""
+        tokenizer, limit = self.text_limit(pipe)
+        tokens = tokenizer([self.text_as_read(pipe, prompt) for prompt in prompts])["input_ids"]
+        return sum(len(ids) > limit for ids in tokens)
 
     def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
         """What the network is told beside the text, such as the size, [B, ...] for the `text` of B prompts."""
@@ -263,6 +279,12 @@ class Family(ABC):
 
 
 # ---------------------------------------------------------------------- shared by several families
+
+
+def num_frames(size: Size) -> int:
+    """The number of frames of a video's size."""
+    assert size.num_frames is not None, "the size of a video names its number of frames"
+    return size.num_frames
 
 
 def text_options(pipe: Any, options: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, TeacherCall, for_vae, zeros
+from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, TeacherCall, for_vae, num_frames, zeros
 
 
 class CogVideoX(Family):
@@ -34,7 +34,7 @@ class CogVideoX(Family):
         return (frames, self.latent_channels(pipe), size.height // factor, size.width // factor)
 
     def _frames(self, pipe: Any, size: Size) -> int:
-        return (_num_frames(size) - 1) // pipe.vae_scale_factor_temporal + 1
+        return (num_frames(size) - 1) // pipe.vae_scale_factor_temporal + 1
 
     def _padding(self, pipe: Any, size: Size) -> int:
         """Latent frames in front that only fill a patch (CogVideoX 1.5)."""
@@ -44,6 +44,9 @@ class CogVideoX(Family):
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:  # noqa: ARG002
         length = pipe.transformer.config.max_text_seq_length  # text and video share positions: exactly this long
         return {"text": pipe.encode_prompt(prompts, None, False, max_sequence_length=length)[0]}
+
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        return pipe.tokenizer, pipe.transformer.config.max_text_seq_length
 
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         config = pipe.transformer.config
@@ -66,11 +69,6 @@ class CogVideoX(Family):
     def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
         padding = self._padding(pipe, size)
         return latents[:, padding : padding + 1]
-
-
-def _num_frames(size: Size) -> int:
-    assert size.num_frames is not None, "the size of a video names its number of frames"
-    return size.num_frames
 
 
 def _rotary_embedding(config: Any, x: Tensor) -> Any:

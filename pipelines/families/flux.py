@@ -41,6 +41,9 @@ class Flux(PatchedFamily):
         pooled = text["pooled"]
         return {"guidance": torch.full((len(pooled),), scale, device=pooled.device, dtype=torch.float32)}
 
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        return pipe.tokenizer_2, longest_text(pipe)
+
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         config = pipe.transformer.config
         text = zeros(pipe, self.denoiser, n, longest_text(pipe), config.joint_attention_dim)

@@ -40,6 +40,9 @@ class PixArt(Family):
         text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, max_sequence_length=length)
         return {"text": text, "mask": mask}
 
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        return pipe.tokenizer, min(longest_text(pipe), pipe.tokenizer.model_max_length)
+
     def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
         if not pipe.transformer.use_additional_conditions:  # those are of the 1024 model of PixArt-alpha
             return {}

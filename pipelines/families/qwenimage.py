@@ -37,6 +37,12 @@ class QwenImage(PatchedFamily):
             mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
         return {"text": text, "mask": mask}
 
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        return pipe.tokenizer, pipe.prompt_template_encode_start_idx + longest_text(pipe)
+
+    def text_as_read(self, pipe: Any, prompt: str) -> str:
+        return pipe.prompt_template_encode.format(prompt)
+
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         text = zeros(pipe, self.denoiser, n, longest_text(pipe), pipe.transformer.config.joint_attention_dim)
         return {"text": text, "mask": text.new_zeros(text.shape[:2], dtype=torch.long)}

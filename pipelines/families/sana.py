@@ -27,6 +27,14 @@ class Sana(Family):
         text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, **given)
         return {"text": text, "mask": mask}
 
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        instruction = pipe.tokenizer.encode(self.text_as_read(pipe, ""))
+        return pipe.tokenizer, len(instruction) + longest_text(pipe) - 2  # as the pipeline counts
+
+    def text_as_read(self, pipe: Any, prompt: str) -> str:
+        (instruction,) = text_options(pipe, {}, "complex_human_instruction").values()
+        return "\n".join(instruction) + prompt
+
     def encode_null(self, pipe: Any, **options: Any) -> Condition:
         """The empty prompt, which the pipeline encodes without its instruction to the language model."""
         return super().encode_null(pipe, **{**options, "complex_human_instruction": None})

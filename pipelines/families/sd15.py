@@ -22,6 +22,9 @@ class SD15(Family):
         given = text_options(pipe, options, "clip_skip")
         return {"text": pipe.encode_prompt(prompts, pipe._execution_device, 1, False, **given)[0]}
 
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        return pipe.tokenizer, clip_tokens(pipe)
+
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         return {"text": zeros(pipe, self.denoiser, n, clip_tokens(pipe), pipe.unet.config.cross_attention_dim)}
 

@@ -26,6 +26,11 @@ class SD3(Family):
         text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **given)
         return {"text": text, "pooled": pooled}
 
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        if pipe.text_encoder_3 is None:  # CLIP alone
+            return pipe.tokenizer, pipe.tokenizer_max_length
+        return pipe.tokenizer_3, longest_text(pipe)
+
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         config, tokens = pipe.transformer.config, pipe.tokenizer_max_length + longest_text(pipe)
         text = zeros(pipe, self.denoiser, n, tokens, config.joint_attention_dim)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Condition, Size, TeacherCall, text_options, zeros
+from .base import Condition, Size, TeacherCall, clip_tokens, text_options, zeros
 from .sd15 import SD15
 
 
@@ -21,6 +21,9 @@ class SDXL(SD15):
         given = text_options(pipe, options, "clip_skip")
         text, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)
         return {"text": text, "pooled": pooled}
+
+    def text_limit(self, pipe: Any) -> tuple[Any, int]:
+        return pipe.tokenizer, clip_tokens(pipe)
 
     def encode_null(self, pipe: Any, **options: Any) -> Condition:
         """Zeros where the model's own configuration says so, the empty prompt elsewhere."""

@@ -6,7 +6,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import ATTENTION, Condition, Family, Size, TeacherCall, for_vae, longest_text, text_options, zeros
+from ...errors import TDMError
+from .base import (
+    ATTENTION,
+    Condition,
+    Family,
+    Size,
+    TeacherCall,
+    for_vae,
+    longest_text,
+    num_frames,
+    text_options,
+    zeros,
+)
 
 
 class Wan(Family):
@@ -28,10 +40,13 @@ class Wan(Family):
 
     def latent_shape(self, pipe: Any, size: Size) -> tuple[int, ...]:
         self.check_size(pipe, size)
-        assert size.num_frames is not None, "the size of a video names its number of frames"
-        frames = (size.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-        factor = pipe.vae_scale_factor_spatial
-        return (self.latent_channels(pipe), frames, size.height // factor, size.width // factor)
+        factor, step, frames = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal, num_frames(size)
+        if (frames - 1) % step:  # the pipeline rounds, and would draw another number than training sees
+            near = frames - (frames - 1) % step
+            raise TDMError(
+                f"{frames} frames do not fit wan: take 1 more than a multiple of {step}, {near} or {near + step}"
+            )
+        return (self.latent_channels(pipe), (frames - 1) // step + 1, size.height // factor, size.width // factor)
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         given = text_options(pipe, options, "max_sequence_length")

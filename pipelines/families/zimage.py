@@ -36,6 +36,12 @@ class ZImage(Family):
         lengths = torch.tensor([len(text) for text in texts])  # on the CPU: they cut, and a cut must not wait
         return {"text": pad_sequence(texts, batch_first=True), "length": lengths}
 
+    def text_as_read(self, pipe: Any, prompt: str) -> str:
+        message = [{"role": "user", "content": prompt}]
+        return pipe.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         tokens = longest_text(pipe)
         text = zeros(pipe, self.denoiser, n, tokens, pipe.transformer.config.cap_feat_dim)

@@ -16,7 +16,7 @@ from tdm import TDMPipeline, TDMScheduler
 from tdm.cli import main
 from tdm.tests.pipelines.students import load
 from tdm.training.card import model_card
-from tdm.training.export import Trained, export_student
+from tdm.training.export import FinishedRun, export_student
 from tdm.training.run import Run
 from tdm.training.settings import load_config
 
@@ -25,7 +25,7 @@ from .base_tasks import trained
 BLOCKS = {"sd15": 2, "sd3": 2, "pixart": 1, "wan": 2}  # of Python in a family's card
 
 
-def changed(run: Trained, **changes: Any) -> Trained:
+def changed(run: FinishedRun, **changes: Any) -> FinishedRun:
     """The run with other fields in its recipe."""
     return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
 

@@ -86,7 +86,7 @@ def test_killed_again_and_again_it_ends_as_the_run_that_was_left_alone(tmp_path:
     assert_the_same(whole, cut)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals
 ) -> None:

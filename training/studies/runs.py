@@ -219,7 +219,7 @@ def train(
         run = distill(task, config, folder, callbacks=[tell], resume=resume, report=said, stop=stop)
         seconds = before + time.monotonic() - begun
         if run.step < config.updates:
-            (folder / SECONDS).write_text(str(seconds))
+            (folder / SECONDS).write_text(str(seconds), encoding="utf-8")
             return None
         (folder / SECONDS).unlink(missing_ok=True)
         curve = _curve(folder / "metrics.jsonl", passes(config).total)
@@ -257,13 +257,13 @@ def unfinished(config: DistillConfig) -> Iterator[Path]:
 def _seconds_before(folder: Path) -> float:
     """What a run took before it was stopped; 0 of a new one."""
     file = folder / SECONDS
-    return float(file.read_text()) if file.is_file() else 0.0
+    return float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
 
 
 def _curve(metrics: Path, per_update: float) -> list[Point]:
     """The evaluations in a run's metrics.jsonl."""
     curve = []
-    for line in map(json.loads, metrics.read_text().splitlines()):
+    for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
         if measures := {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")}:
             curve.append(Point(line["step"], line["step"] * per_update, measures))
     return curve
@@ -340,7 +340,7 @@ def machine() -> str:
 
 def _processor() -> str:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()

@@ -6,7 +6,8 @@ import functools
 import gc
 import hashlib
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from ...errors import TDMError
+from ...pipelines.base_weights import components, left_out, load_network, reading, require_tokenizers
 from ...pipelines.bases import base_folder, family_of_base, network_without_weights, skeletons
 from ...pipelines.families import Family
 from ...pipelines.loras.file import read_lora_file
@@ -89,10 +91,14 @@ class BaseModel:
         return cls(folder, family, tuple(UserLora.parse(text) for text in loras))
 
     @functools.cached_property
+    def _index(self) -> Mapping[str, Any]:
+        config: Any = DiffusionPipeline.load_config(self.folder)
+        return config
+
+    @functools.cached_property
     def _classes(self) -> dict[str, tuple[str, str]]:
         """(library, class) of each part that the base has."""
-        index: Any = DiffusionPipeline.load_config(self.folder)
-        return {name: tuple(c) for name, c in index.items() if isinstance(c, list | tuple) and c[0] is not None}
+        return {name: tuple(c) for name, c in self._index.items() if isinstance(c, list | tuple) and c[0] is not None}
 
     # ------------------------------------------------------------------ what it is
 
@@ -104,24 +110,41 @@ class BaseModel:
         """What the base's pictures depend on, as JSON: the files of all its parts, LoRAs, versions."""
         return {**self._identity(self._classes), "torch": torch.__version__}
 
+    def content(self) -> str:
+        """A hash of the files of all its parts and of the LoRAs in it, whatever the folder's name is."""
+        text = json.dumps({"files": self._hashes(self._classes), "loras": self._lora_hashes()}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def _identity(self, parts: Iterable[str]) -> dict[str, Any]:
-        folders = [Path(self.folder) / name for name in sorted(parts)]
-        files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
         return {
             "pipeline": self.family.pipeline,
-            "files": {str(path.relative_to(self.folder)): _sha256(path) for path in files},
-            "loras": [(_sha256(lora.file), lora.strength) for lora in self.loras],
+            "files": self._hashes(parts),
+            "loras": self._lora_hashes(),
             "versions": [diffusers.__version__, transformers.__version__],
         }
+
+    def _hashes(self, parts: Iterable[str]) -> dict[str, str]:
+        folders = [Path(self.folder) / name for name in sorted(parts)]
+        files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {str(path.relative_to(self.folder)): _sha256(path) for path in files}
+
+    def _lora_hashes(self) -> list[tuple[str, float]]:
+        return [(_sha256(lora.file), lora.strength) for lora in self.loras]
 
     # ------------------------------------------------------------------ text encoders
 
     @contextmanager
     def text_encoders(self, device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
-        """The pipeline with text encoders and tokenizers alone, for the length of a `with`; their memory is freed."""
+        """The pipeline with text encoders and tokenizers alone, for the length of a `with`; their memory is freed.
+
+        Raises:
+            TDMError: an encoder cannot be read or lacks a tensor.
+        """
         encoders = [name for name in self._classes if name.startswith("text_encoder")]
         absent = {name: None for name in self._classes if not name.startswith((*_TEXT, "scheduler"))}
-        pipe = self.family.pipeline_class().from_pretrained(self.folder, dtype=dtype, **absent)
+        networks = {name: load_network(self._class(name), self.folder, name, dtype) for name in encoders}
+        pipe = self._assembled(dtype, **absent, **networks)
+        del networks
         setattr(pipe, self.family.denoiser, _ConfigOnly(self._skeleton(self.family.denoiser).config))
         for name in encoders:
             encoder = getattr(pipe, name)
@@ -145,7 +168,7 @@ class BaseModel:
         Raises:
             TDMError: a LoRA does not fit.
         """
-        pipe = self.family.pipeline_class().from_pretrained(self.folder, dtype=dtype)
+        pipe = self._assembled(dtype, **components(self.folder, left_out(self._index), dtype))
         for name, part in pipe.components.items():
             if isinstance(part, nn.Module):
                 self._merge_loras(name, part)
@@ -164,26 +187,35 @@ class BaseModel:
         denoiser, dtype = load_denoiser(self._class(name), self.folder, name, memory, device, merge_loras)
         vae = self._skeleton("vae")
         absent = {part: None for part in self._classes if part not in (name, "vae", "scheduler")}
-        pipe = self.family.pipeline_class().from_pretrained(self.folder, **{**absent, name: denoiser, "vae": vae})
+        pipe = self._assembled(dtype, **{**absent, name: denoiser, "vae": vae})
         pipe.vae = None
         pipe.set_progress_bar_config(disable=True)
         return pipe, dtype
 
     def vae(self) -> Any:
         """The VAE in float32, which decodes large pictures in tiles and batches one by one, where it can."""
-        vae = self._class("vae").from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
+        vae = load_network(self._class("vae"), self.folder, "vae", torch.float32)
         vae.eval().requires_grad_(False)
         for switch in ("enable_tiling", "enable_slicing"):
             if hasattr(vae, switch):
                 getattr(vae, switch)()
         return vae
 
+    def _assembled(self, dtype: torch.dtype, **parts: Any) -> Any:
+        """The pipeline of these parts; the others, scheduler and tokenizers, are read here."""
+        require_tokenizers(self.folder, {name: self._index[name] for name in self._classes if name not in parts})
+        with reading(f"the base {self.folder}"):
+            return self.family.pipeline_class().from_pretrained(
+                self.folder, dtype=dtype, **{**left_out(self._index), **parts}
+            )
+
     def _class(self, name: str) -> Any:
         library, class_name = self._classes[name]
         return getattr(importlib.import_module(library), class_name)
 
     def _skeleton(self, name: str) -> Any:
-        return network_without_weights(*self._classes[name], self.folder, name, {})
+        with reading(f"the config of {name} of the base {self.folder}"):
+            return network_without_weights(*self._classes[name], self.folder, name, {})
 
     # ------------------------------------------------------------------ LoRAs
 
@@ -211,5 +243,12 @@ def _sha256(path: Path) -> str:
     blob = path.resolve().name
     if path.is_symlink() and len(blob) == 64:
         return blob
+    state = path.stat()
+    return _sha256_of(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256_of(path: Path, _size: int, _changed: int) -> str:
+    """Of a file as it was when it had this size and time of change: gigabytes are read once in a process."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...errors import TDMError
+from ...pipelines.base_weights import load_network
 from ..config import MemoryConfig, Storage
 
 _PLAIN: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,11 +60,11 @@ def load_denoiser(
         merge_loras: changes the weights before they are made smaller.
 
     Raises:
-        TDMError: the storage cannot be had here, or the network cannot be offloaded.
+        TDMError: the storage cannot be had here, the network cannot be offloaded, or as `load_network`.
     """
     storage = storage_on(memory, device)
     dtype = compute_dtype(storage, device)
-    network = network_class.from_pretrained(folder, subfolder=subfolder, dtype=dtype)
+    network = load_network(network_class, folder, subfolder, dtype)
     network.eval().requires_grad_(False)
     if merge_loras is not None:
         merge_loras(network)

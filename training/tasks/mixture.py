@@ -168,6 +168,10 @@ class MixtureTask:
         """No prompts."""
         return cond
 
+    def identity(self) -> dict[str, str]:
+        """See ``Task``. The settings say it all."""
+        return {}
+
     def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:  # noqa: ARG002
         """No picture, but how far apart the student's samples are, over that of true samples."""
         generator = torch.Generator().manual_seed(2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,7 +131,7 @@ class PipelineTask:
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
         self.targets: Sequence[str] | str = self.family.lora_targets
         self.time_embedder = self.family.time_embedder
-        scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler = scheduler_of(self.pipe, self.base_model.folder)
         self.schedule: NoiseSchedule = scheduler.schedule
         self.prediction_type: PredictionType = scheduler.config.prediction_type
         self.sizes = sizes_of(config, self.family, self.pipe)
@@ -197,6 +199,11 @@ class PipelineTask:
         rng = random.Random(int(torch.randint(2**62, (), generator=generator)))
         size = rng.choice(self.sizes)
         return self.encode(rng.choices(self.prompts, k=n), size), self.family.latent_shape(self.pipe, size)
+
+    def identity(self) -> dict[str, str]:
+        """See ``Task``."""
+        prompts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+        return {"the prompts": prompts, "the base": self.base_model.content()}
 
     def null(self, cond: Condition) -> Condition:
         """See ``Task``."""
@@ -309,10 +316,24 @@ def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size
         height, width, num_frames = (*numbers, None)[:3]
         if num_frames is not None and not family.video:
             raise TDMError(f"num_frames is {num_frames}, but {family.name} makes pictures; leave it out")
-        size = Size(height or default.height, width or default.width, num_frames or default.num_frames)
+        asked = (height, width, num_frames)
+        size = Size(*(a if b is None else b for a, b in zip(default, asked, strict=True)))
         family.latent_shape(pipe, size)  # refuses what does not fit
         sizes.append(size)
     return sizes
+
+
+def scheduler_of(pipe: Any, folder: str) -> TDMScheduler:
+    """The sampler of students on a base, which has the noise schedule.
+
+    Raises:
+        TDMError: the base's scheduler has a setting that no student can have; the file that has it is named.
+    """
+    try:
+        scheduler: Any = TDMScheduler.from_config(pipe.scheduler.config)
+    except TDMError as error:
+        raise TDMError(f"{error} (in {folder}/scheduler/scheduler_config.json)") from None
+    return scheduler
 
 
 def encode_prompts(
@@ -325,10 +346,18 @@ def encode_prompts(
     @contextmanager
     def encoders() -> Iterator[TextEncoders]:
         with base.text_encoders(device, dtype) as pipe:
-            encode, null = base.family.encode_text, base.family.encode_null
-            yield TextEncoders(lambda texts: encode(pipe, texts), lambda: null(pipe))
+            family = base.family
+            yield TextEncoders(
+                lambda texts: family.encode_text(pipe, texts),
+                lambda: family.encode_null(pipe),
+                lambda texts: family.too_long(pipe, texts),
+                family.text_limit(pipe)[1],
+            )
 
     build_cache(cache, encoders, report)
+    if cache.cut:
+        limit = f"{cache.cut:,} of {len(cache.prompts):,} prompts are longer than the {cache.limit} tokens"
+        report(f"note: {limit} that the text encoder reads, and are cut there")
     return cache
 
 

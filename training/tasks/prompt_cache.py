@@ -3,9 +3,11 @@
 A cache is one folder for one text encoder and one list of prompts, named by a hash of both: another encoder, or other
 prompts, get another folder, and none ever holds what does not belong in it.
 
-    index.json           the encoder as hashes of its files, a hash of each prompt, the length of unmasked text
+    index.json           the encoder as hashes of its files, a hash of each prompt, the length of unmasked text, and how
+                         many prompts were longer than the encoder reads
     null.safetensors     no prompt, for guidance
-    00000.safetensors    256 prompts: "<i>.text" [L_i, D] and what else the encoder gives, without padding; and so on
+    00000.safetensors    256 prompts: "<i>.text" [L_i, D] and what else the encoder gives, without padding, and in the
+                         header a checksum of them, which is compared when a run first opens the file; and so on
 
 Every file is written beside its place and renamed. A build that was killed goes on with the first missing file, and as
 each file depends only on its own prompts, the result is the same to the bit.
@@ -16,14 +18,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import TDMError, first_line
@@ -32,16 +34,20 @@ from ...pipelines.families import Condition
 from ...pipelines.families.base import pad_text
 from ..progress import Progress, Report, print_line
 
-FORMAT = 1
+FORMAT = 2
 SHARD = 256  # prompts per file
 BATCH = 32  # prompts per call of the encoders
 
 
 class TextEncoders(NamedTuple):
-    """What a family's text encoders give: `Family.encode_text` and `Family.encode_null` on loaded encoders."""
+    """What a family's text encoders give: `encode_text`, `encode_null`, `too_long` and `text_limit` of `Family`, on
+    loaded encoders.
+    """
 
     prompts: Callable[[list[str]], Condition]
     null: Callable[[], Condition]
+    too_long: Callable[[list[str]], int] = lambda _: 0
+    limit: int = 0
 
 
 class PromptCache:
@@ -73,14 +79,36 @@ class PromptCache:
         return [path for path in (self.null_file, self.index, *self.shards) if not _readable(path)]
 
     @functools.cached_property
+    def _facts(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.index.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise self._damaged(self.index) from None
+
+    @property
     def _text_length(self) -> int | None:
         """The length of all texts, where padding is part of what the network sees; None where it is left out."""
-        return json.loads(self.index.read_text())["text_length"]
+        return self._facts["text_length"]
+
+    @property
+    def cut(self) -> int:
+        """How many prompts are longer than `limit`."""
+        return self._facts["cut"]
+
+    @property
+    def limit(self) -> int:
+        """How many tokens of a prompt the text encoder reads."""
+        return self._facts["limit"]
 
     @functools.cached_property
     def null(self) -> Condition:
-        """The condition of no prompt, [1, ...]."""
-        one = load_file(self.null_file)
+        """The condition of no prompt, [1, ...].
+
+        Raises:
+            TDMError: its file is gone or damaged.
+        """
+        file = self._opened(self.null_file)
+        one = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a file, not a dict)
         return _padded([one], self._text_length or len(one["text"]))
 
     def conditions(self, prompts: Sequence[str]) -> Condition:
@@ -90,7 +118,7 @@ class PromptCache:
         other text to the length that the encoder itself gives.
 
         Raises:
-            TDMError: a prompt is not in the cache.
+            TDMError: a prompt is not in the cache, or its file is gone or damaged.
         """
         ones = [self._one(prompt) for prompt in prompts]
         longest = max(self.null["text"].shape[1], *(len(one["text"]) for one in ones))
@@ -100,9 +128,28 @@ class PromptCache:
         if prompt not in self._places:
             raise TDMError(f"the prompt {prompt!r} is not among those that this run encoded")
         path, i = self._places[prompt]
+        keys = list(self.null)
+        file = self._opened(path)
+        return {key: file.get_tensor(f"{i}.{key}") for key in keys}
+
+    def _opened(self, path: Path) -> Any:
+        """A file of tensors, which is compared with its checksum when it is opened."""
         if path not in self._open:
-            self._open[path] = safe_open(path, "pt")
-        return {key: self._open[path].get_tensor(f"{i}.{key}") for key in self.null}
+            try:
+                file = safe_open(path, "pt")
+                whole = (file.metadata() or {}).get("sha256") == _sha256(file.get_tensor, file.keys())
+            except (OSError, SafetensorError):
+                whole = False
+            if not whole:
+                raise self._damaged(path)
+            self._open[path] = file
+        return self._open[path]
+
+    def _damaged(self, path: Path) -> TDMError:
+        return TDMError(
+            f"the encoded prompts in {path} are gone or damaged; delete the file if it is there, and run the same "
+            "command again: it is made anew"
+        )
 
 
 def build_cache(
@@ -129,9 +176,15 @@ def build_cache(
     with torch.no_grad(), open_encoders() as encoders:
         null = encoders.null()
         _save(cache.null_file, _unpadded(null)[0])
-        index = {**cache.identity, "text_length": None if _end(null) is not None else null["text"].shape[1]}
-        with _replacing(cache.index) as file:
-            file.write(json.dumps(index).encode())
+        if cache.index in missing:
+            index = {
+                **cache.identity,
+                "text_length": None if _end(null) is not None else null["text"].shape[1],
+                "cut": encoders.too_long(cache.prompts),
+                "limit": encoders.limit,
+            }
+            with _replacing(cache.index) as file:
+                file.write(json.dumps(index).encode())
         for path, prompts in shards.items():
             ones: list[Condition] = []
             for start in range(0, len(prompts), BATCH):
@@ -185,17 +238,26 @@ def _readable(path: Path) -> bool:
         return False
     try:
         if path.suffix == ".json":
-            return "text_length" in json.loads(path.read_text())
+            return {"text_length", "cut", "limit"} <= json.loads(path.read_text(encoding="utf-8")).keys()
         with safe_open(path, "pt"):
             return True
     except (OSError, ValueError, SafetensorError):
         return False
 
 
+def _sha256(tensor: Callable[[str], Tensor], keys: Iterable[str]) -> str:
+    """Of the names and values of tensors."""
+    digest = hashlib.sha256()
+    for key in sorted(keys):
+        digest.update(key.encode())
+        digest.update(tensor(key).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     with _replacing(path) as file:
         try:
-            save_file(tensors, file.name)
+            save_file(tensors, file.name, {"sha256": _sha256(tensors.__getitem__, tensors)})
         except SafetensorError as error:  # the system's refusal, in safetensors' words
             raise OSError(first_line(error)) from error
 

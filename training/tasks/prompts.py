@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import islice
 from pathlib import Path
@@ -11,17 +12,18 @@ from ..worlds.stickers.captions import caption
 from ..worlds.stickers.scene import Scene, random_scene, scenes
 
 STICKERS = "stickers"
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods")
 
 
 def training_prompts(source: str, count: int) -> list[str]:
     """The prompts that batches are drawn from, the same in every run.
 
     Args:
-        source: a text file with one prompt a line, which is used whole, or "stickers".
+        source: a text file in UTF-8 with one prompt a line, which is used whole, or "stickers".
         count: how many of the endless grammar's prompts (training combinations only).
 
     Raises:
-        TDMError: no such file, or nothing in it.
+        TDMError: no such file, nothing in it, a table, or text in another encoding.
     """
     if source == STICKERS:
         if count < 1:
@@ -31,10 +33,45 @@ def training_prompts(source: str, count: int) -> list[str]:
     path = Path(source)
     if not path.is_file():
         raise TDMError(f"no prompt file {source}; give a text file with one prompt a line, or {STICKERS!r}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not splitlines(): a caption may hold a line separator of Unicode.
+    lines = [line.strip() for line in _text(path).split("\n") if line.strip()]
     if not lines:
         raise TDMError(f"{source} holds no prompts")
+    if path.suffix.lower() in TABLES or _is_json(lines):
+        raise TDMError(
+            f"{source} is a table, whose lines are no prompts; write its caption column to a text file, one prompt a "
+            "line"
+        )
     return lines
+
+
+def _text(path: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        TDMError: it is not text in UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TDMError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line") from None
+    except OSError as error:
+        raise TDMError(f"cannot read {path}: {error.strerror}") from None
+    if "\0" in text:  # UTF-16 without a mark, or no text at all
+        raise TDMError(f"{path} is not UTF-8 text (it holds NUL); save it as UTF-8, one prompt a line")
+    return text
+
+
+def _is_json(lines: list[str]) -> bool:
+    """Whether a file is one JSON value, or has one in its first line."""
+    if not lines[0].startswith(("{", "[")):
+        return False
+    for text in (lines[0], "\n".join(lines)):
+        try:
+            return isinstance(json.loads(text), dict | list)
+        except ValueError:
+            continue
+    return False
 
 
 def held_out(count: int) -> tuple[list[str], list[Scene]]:

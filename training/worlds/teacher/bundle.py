@@ -26,11 +26,11 @@ def bundle(run: Path, out: Path) -> Path:
     with whole_folder(target, force=True) as unfinished:
         pipe.save_pretrained(unfinished)
         for path in unfinished.rglob("*.json"):  # diffusers notes the folder a part was loaded from
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-                path.write_text(json.dumps(content, indent=2) + "\n")
-        records = {path.stem: json.loads(path.read_text()) for path in sorted(run.glob("*.json"))}
-        (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n")
+                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.glob("*.json"))}
+        (unfinished / "training.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     return target
 
 

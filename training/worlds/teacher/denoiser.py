@@ -313,8 +313,8 @@ def _write_record(config: TeacherConfig, seconds: float) -> None:
     record: dict[str, Any] = {"updates": config.steps, "batch": config.batch, "seed": config.seed}
     record |= {"style": config.style, "minutes": round(seconds / 60, 1)}
     if config.start_from is not None and (before := config.start_from / "training.json").exists():
-        record["started_from"] = json.loads(before.read_text())
-    (config.out / "denoiser.json").write_text(json.dumps(record))
+        record["started_from"] = json.loads(before.read_text(encoding="utf-8"))
+    (config.out / "denoiser.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def main() -> None:

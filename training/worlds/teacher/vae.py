@@ -134,7 +134,7 @@ def train(out: Path, steps: int, batch: int, rate: float, shards: int, decoder_o
             with whole_folder(folder, force=True) as unfinished:
                 vae.save_pretrained(unfinished)
     record = {"updates": steps, "batch": batch, "seed": seed, "minutes": round((time.time() - start) / 60, 1)}
-    (out / f"vae{'-decoder' if decoder_only else ''}.json").write_text(json.dumps(record))
+    (out / f"vae{'-decoder' if decoder_only else ''}.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def main() -> None:
