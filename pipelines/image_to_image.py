@@ -46,8 +46,9 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
         raise TDMError(f"{len(x0)} pictures do not go into {samples} samples (prompts times pictures per prompt)")
     x0 = x0.repeat_interleave(samples // len(x0), dim=0)
     generator = call.get("generator")
-    one = isinstance(generator, torch.Generator) and generator.device.type == "cpu"
-    if one and samples > 1 and scheduler.config["stochastic_sampling"]:
+    of_cpu = isinstance(generator, torch.Generator) and generator.device.type == "cpu"
+    if of_cpu and samples > 1 and scheduler.config["stochastic_sampling"]:
+        assert isinstance(generator, torch.Generator)
         call["generator"] = generators_of(generator, range(samples), x0.shape[1:])
     noise = randn_tensor(tuple(x0.shape), generator=generator, device=device, dtype=torch.float32)
     alpha, sigma = scheduler.schedule.alpha_sigma(torch.tensor(left[0], dtype=torch.float64))
@@ -87,10 +88,12 @@ def _pictures(pipe: Any, image: Any, height: int | None, width: int | None) -> t
 
 def _samples(call: dict[str, Any]) -> int:
     """How many pictures a call makes."""
+    samples: Any
     prompt, embeddings = call.get("prompt"), call.get("prompt_embeds")
     if prompt is None and embeddings is None:
         raise TDMError("image to image needs a prompt, or prompt_embeds")
-    prompts = len(embeddings) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
+    samples = embeddings if prompt is None else prompt
+    prompts = 1 if isinstance(samples, str) else len(samples)
     return prompts * (call.get("num_images_per_prompt") or 1)
 
 

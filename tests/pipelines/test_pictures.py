@@ -113,7 +113,7 @@ def test_paths_are_read_as_they_lie(tmp_path: Path) -> None:
         (torch.randn(1, 4, 8, 8) * 4, "must lie in"),  # latents
         (Image.fromarray(FLOATS[..., 0]), "mode 'F' does not say its range"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_the_rest_is_one_line(image: Any, message: str) -> None:
     with pytest.raises(TDMError, match=message) as refusal:

@@ -15,7 +15,7 @@ from tdm.pipelines.calls import count_calls
 from tdm.pipelines.families import family_of_name
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import Make, latents, load, plain, short_call
-from tdm.training.config import load_config
+from tdm.training.settings import load_config
 from torch import Tensor
 
 Loaded = Callable[[str], TDMPipeline]

@@ -131,7 +131,7 @@ class PipelineTask:
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
         self.targets: Sequence[str] | str = self.family.lora_targets
         self.time_embedder = self.family.time_embedder
-        scheduler = scheduler_of(self.pipe, self.base_model.folder)
+        scheduler: Any = scheduler_of(self.pipe, self.base_model.folder)
         self.schedule: NoiseSchedule = scheduler.schedule
         self.prediction_type: PredictionType = scheduler.config.prediction_type
         self.sizes = sizes_of(config, self.family, self.pipe)
@@ -316,8 +316,11 @@ def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size
         height, width, num_frames = (*numbers, None)[:3]
         if num_frames is not None and not family.video:
             raise TDMError(f"num_frames is {num_frames}, but {family.name} makes pictures; leave it out")
-        asked = (height, width, num_frames)
-        size = Size(*(a if b is None else b for a, b in zip(default, asked, strict=True)))
+        size = Size(
+            default.height if height is None else height,
+            default.width if width is None else width,
+            default.num_frames if num_frames is None else num_frames,
+        )
         family.latent_shape(pipe, size)  # refuses what does not fit
         sizes.append(size)
     return sizes
