@@ -50,11 +50,11 @@ def held(folder: Path) -> Iterator[None]:
         TDMError: another run holds it, or no file can be written there.
     """
     lock = FileLock(folder / LOCK)
-    try:
-        with writing(folder / LOCK):
+    with writing(folder / LOCK):
+        try:
             lock.acquire(blocking=False)
-    except Timeout:
-        raise TDMError(f"another run is already training in {folder}; wait for it, or choose another --out") from None
+        except Timeout:
+            raise TDMError(f"another run is already training in {folder}; wait, or choose another --out") from None
     try:
         yield
     finally:

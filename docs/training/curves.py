@@ -26,7 +26,7 @@ def main() -> None:
     figure, axes = plt.subplots(*shape, figsize=(2.7 * shape[1], 1.9 * shape[0]), squeeze=False)
     for row, run in zip(axes, args.runs, strict=True):
         folder, _, title = run.partition(":")
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for axis, name in zip(row, args.measures, strict=True):
             steps, values = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
             axis.plot(steps, values, marker="." if len(steps) < 30 else None)
