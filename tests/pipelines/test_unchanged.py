@@ -20,7 +20,7 @@ WITH_TEXT = ("sd15", "sdxl", "sd3", "flux")
 def structure(pipe: TDMPipeline) -> list[tuple[str, type, object]]:
     """All modules of the networks, and what is on in the layers that peft wrapped."""
     return [
-        (name, type(module), (list(module.active_adapters), dict(module.scaling)) if hasattr(module, "scaling") else ())
+        (name, type(module), (list(module.active_adapters), dict(module.scaling)) if hasattr(module, "lora_A") else ())
         for network in pipe._adaptable().values()
         for name, module in network.named_modules()
     ]
