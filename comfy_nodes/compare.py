@@ -88,6 +88,7 @@ class TDMCompare(io.ComfyNode):
                     advanced=True,
                 ),
             ],
+            has_intermediate_output=True,  # shows its text also when it comes from the cache
             outputs=[
                 io.Image.Output("teacher_image", display_name="teacher", tooltip="The teacher's pictures."),
                 io.Image.Output("student_image", display_name="student", tooltip="The student's pictures."),

@@ -40,6 +40,7 @@ class TDMLoadDiffusers(io.ComfyNode):
                     "that comes with TDM and draws pictures of 64 x 64.",
                 )
             ],
+            has_intermediate_output=True,  # shows its text also when it comes from the cache
             outputs=[
                 io.Model.Output(tooltip="The denoiser. Load a student onto it with Load TDM Student."),
                 io.Clip.Output(tooltip="The text encoders, for CLIP Text Encode. Empty text is no prompt at all."),

@@ -70,6 +70,7 @@ class TDMLoadStudent(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Needed if the student has layers in a text encoder."),
             ],
+            has_intermediate_output=True,  # shows its text also when it comes from the cache
             outputs=[
                 io.Model.Output(tooltip="The model with the student."),
                 io.Clip.Output(tooltip="The CLIP with the student's layers in it, if it has any."),

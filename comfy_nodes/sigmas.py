@@ -72,6 +72,7 @@ class TDMSigmas(io.ComfyNode):
                     "'student' and 'timesteps'.",
                 ),
             ],
+            has_intermediate_output=True,  # shows its text also when it comes from the cache
             outputs=[
                 io.Model.Output(tooltip="The model to sample with these sigmas."),
                 io.Sigmas.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom."),

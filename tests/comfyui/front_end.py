@@ -143,6 +143,7 @@ class FrontEnd:
         """What the nodes of this pack say on their faces, and can be seen when all of the graph is in the window."""
         x, y, width, height = self.page.evaluate(_BOUNDS)
         window = self.page.viewport_size
+        assert window is not None
         self.page.evaluate(_SHOW, [x, y, min(window["width"] / width, window["height"] / height)])
         self.page.wait_for_timeout(1000)
         shown = "each => each.readOnly && each.offsetWidth && each.offsetHeight"
