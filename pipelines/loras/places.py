@@ -65,7 +65,7 @@ def warn_of_left_out(file: LoraFile, parsed: NamedLoras) -> None:
     """Say what of a file is no part of its LoRA."""
     if parsed.left_out:
         keys = ", ".join(parsed.left_out[:3]) + (", ..." if len(parsed.left_out) > 3 else "")
-        text = f"{file.path}: {len(parsed.left_out)} tensors beside the LoRA are left out: {keys}"
+        text = f"{file.path}: {len(parsed.left_out)} tensors next to the LoRA are left out: {keys}"
         warnings.warn(text, stacklevel=2)
 
 

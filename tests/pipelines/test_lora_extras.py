@@ -107,7 +107,7 @@ def test_embeddings_beside_a_lora_are_left_out_and_named(
 ) -> None:
     pipe, tensors = loaded(family), tensors_of(LAYOUTS["diffusers"], made := attention(tiny.build(family), family))
     tensors["bundle_emb.token.clip_l"] = torch.randn(1, 8)
-    with pytest.warns(UserWarning, match=r"1 tensors beside the LoRA are left out: bundle_emb.token.clip_l"):
+    with pytest.warns(UserWarning, match=r"1 tensors next to the LoRA are left out: bundle_emb.token.clip_l"):
         pipe.load_student(write(tmp_path / "lora.safetensors", tensors), recipe=recipe(family, bases))
     assert error(short_call(pipe, family), by_hand(pipe, bases(family), family, made)) <= 1e-5
 
@@ -198,7 +198,7 @@ def test_a_native_network_takes_them_as_a_pipeline_does(tmp_path: Path) -> None:
     file = read_lora_file(tmp_path / "lora.safetensors")
     with pytest.raises(TDMError, match="strict=False"):
         place_native(file, family_of_name("wan"), {"transformer": native})
-    with pytest.warns(UserWarning, match="3 tensors beside the LoRA"):
+    with pytest.warns(UserWarning, match="3 tensors next to the LoRA"):
         placed = place_native(file, family_of_name("wan"), {"transformer": native}, strict=False)
     (lora,) = placed["transformer"].values()
     assert torch.equal(lora.A, Lora(torch.ones(2, 24), torch.ones(24, 2)).A)

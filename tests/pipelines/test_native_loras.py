@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.file import read_lora_file
-from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes, parts_of_native
+from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes, parts_of_native, swapped
 from tdm.pipelines.loras.native import place_native
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
 from tdm.pipelines.loras.released import released
@@ -37,6 +37,10 @@ def deltas_by_hand(made: list[Update], pipe: Any, scale: float) -> dict[str, Ten
         for layer in update.layers:
             rows = getattr(pipe, update.component).get_submodule(layer).weight.shape[0]
             found[layer] = delta(Lora(update.A, update.B[row : row + rows])) * scale
+            if update.name.replace(".", "_") == layer.replace(".", "_") and layer in swapped(
+                getattr(pipe, update.component)
+            ):
+                found[layer] = found[layer].roll(rows // 2, 0)  # scale, shift: native ones are shift, scale
             row += rows
     return found
 
