@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,12 @@ def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, A
     pipe = TDMPipeline.from_pretrained(model or student or "bundled", student=student if model else None, recipe=recipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def terminal_line(line: str) -> None:
+    """Say in a terminal what starts, before imports and loading take their time. A pipe gets results alone."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 def quiet() -> None:

@@ -16,27 +16,13 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from torch import nn
 
 from ..errors import TDMError, first_line
+from .bundled import BUNDLED, BUNDLED_TEACHER, bundled_path
 from .families import Family, TeacherCall, family_of_pipeline
 from .loras.encoders import adaptable_encoders
 
-BUNDLED = "bundled"
-INDEX = "model_index.json"
 BUNDLED_TEACHER_CALL = TeacherCall(steps=50, guidance_scale=3.0)  # how its student was distilled and is measured
 
-_BUNDLED = Path(__file__).parents[1] / BUNDLED
-
 Source = str | os.PathLike[str]
-
-
-def bundled_path() -> Path:
-    """The folder of the model that ships with this package: `teacher/` and `student.safetensors`.
-
-    Raises:
-        TDMError: this installation has none.
-    """
-    if not (_BUNDLED / "teacher" / INDEX).is_file():
-        raise TDMError(f"this installation has no bundled model: {_BUNDLED / 'teacher'} is missing")
-    return _BUNDLED
 
 
 def base_folder(base: Source) -> str:
@@ -46,7 +32,7 @@ def base_folder(base: Source) -> str:
 
 def teacher_call(base: Source, family: Family) -> TeacherCall:
     """How a base is run as a teacher: the bundled one in its own way, any other as its family is."""
-    bundled = Path(base_folder(base)).resolve() == (_BUNDLED / "teacher").resolve()
+    bundled = Path(base_folder(base)).resolve() == BUNDLED_TEACHER.resolve()
     return BUNDLED_TEACHER_CALL if bundled else family.teacher_call
 
 
