@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TDMError
+from .prediction_types import PREDICTION_TYPES
 
 Coefficient = float | Tensor  # a number, or a tensor that broadcasts against the samples (see `expand`)
 F = TypeVar("F", float, Tensor)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Condition", "Family", "Size", "TeacherCall", "check_family_name", "family_of_name", "family_of_pipeline"]
 
-# Stock pipeline -> class. Its module is the family's name. Modules are imported when they are asked for: they need torch,
-# and what a student file says of itself can be read without.
+# Stock pipeline -> class, whose name in lower case is the family's and its module's. Modules are imported when they are
+# asked for: they need torch, and what a student file says of itself is read without.
 _CLASSES = {
     "StableDiffusionPipeline": "SD15",
     "StableDiffusionXLPipeline": "SDXL",
