@@ -29,9 +29,9 @@ from .loras.pairs import Layers
 from .scheduler import TDMScheduler
 from .stream import Step, stream
 from .students.adapter import STUDENT_ADAPTER, StudentAdapter
-from .students.file import MERGED_FILE, STUDENT_FILE, Student, read_merged, save_student
+from .students.file import MERGED_FILE, Student, read_merged, save_student
 from .students.locate import locate, student_file
-from .students.recipe import HEADER_KEY, StudentRecipe, completed
+from .students.recipe import HEADER_KEY, STUDENT_FILE, StudentRecipe, completed
 from .students.recipe_on_base import recipe_on_base
 from .students.unplaced import Unplaced, unplaced
 from .turns import Turns

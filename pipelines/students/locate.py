@@ -10,8 +10,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from ...errors import TDMError, first_line
-from ..bases import BUNDLED, INDEX, Source, bundled_path, download, offline
-from .file import MERGED_FILE, STUDENT_FILE, Student
+from ..bases import Source, download, offline
+from ..bundled import BUNDLED, INDEX, bundled_path
+from .file import MERGED_FILE, Student
+from .recipe import STUDENT_FILE
 from .released import Preset, preset_of, preset_of_id
 
 _LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
