@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def lines_of(error: str, start: str) -> list[str]:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_base_without_a_preset_gets_that_of_its_family(family: str, bases: Callable[[str], Path]) -> None:
     base, said = bases(family), []
-    given = [f"task.model={base}", "batch_size=3"]
+    given = [f"task.model={base}", "updates=3"]
     assert read_settings(["24gb", *given], said.append) == load_config([family, "24gb"], given)
     assert said == [f"{base} is a base of {family}: the preset {family} is taken, with the settings given in its place"]
     assert read_settings([family, *given], said.append) == load_config(family, given)  # named, it is not said
@@ -70,6 +71,7 @@ def test_the_line_to_try_is_of_the_users_own_prompts_and_runs(
 def test_a_terminal_has_a_bar_and_hears_at_once_what_starts(tmp_path: Path) -> None:
     """In a terminal; in a pipe there are the lines alone, as the test above has them."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
     command = [sys.executable, "-m", "tdm.cli", "distill", "mixture", "updates=3", "output.log_every=2", "batch_size=4"]
     command += ["critic.head_start=0", "output.preview_every=0", "output.evaluate_every=0", "--out", "x"]
     run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs)
