@@ -8,6 +8,19 @@ class TDMError(ValueError):
     """
 
 
+class BaseNotFoundError(TDMError):
+    """There is no base that can be read under this name.
+
+    Args:
+        reason: what was asked for and why it cannot be read.
+        remedy: how a caller names another base, in its own language: an argument of Python, or an option.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason = reason
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type where it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -9,9 +9,11 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from .. import __version__
 from ..errors import TDMError
 from ..training.launcher import launched, leave
 
@@ -38,7 +40,7 @@ CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizer
 
 
 class Parser(argparse.ArgumentParser):
-    """One line per error, exit code 2, and the nearest name for an option that does not exist."""
+    """One line per error, exit code 2, and the nearest name for an option or a command that does not exist."""
 
     def error(self, message: str) -> NoReturn:
         raise TDMError(f"{message} (see {self.prog} --help)")
@@ -61,8 +63,17 @@ class Parser(argparse.ArgumentParser):
         for option in (text.split("=")[0] for text in extra if text.startswith("-")):
             near = difflib.get_close_matches(option, list(self._option_string_actions), n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            if not near and any(action.dest == "settings" and action.nargs == "*" for action in self._actions):
+                hint = f"; settings are key=value, without dashes: {option.lstrip('-')}=..."
             self.error(f"unknown option {option}{hint}")
         return namespace, extra
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.nargs == argparse.PARSER and action.choices is not None and value not in action.choices:
+            near = difflib.get_close_matches(str(value), list(action.choices), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(action.choices)}"
+            self.error(f"there is no command {value}; {hint}")
+        super()._check_value(action, value)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"tdm {__version__}")
+    parser.set_defaults(run=lambda _: parser.print_help())
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     modules = {
         "app": app,
         "generate": generate,
@@ -120,6 +133,7 @@ def _run(argv: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a name that the console's code page cannot write must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the hub's library
     try:
         args = build_parser().parse_args(argv)
         args.run(args)

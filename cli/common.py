@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TDMError
+from ..errors import BaseNotFoundError, TDMError
+from ..pipelines.bundled import BUNDLED
 
 if TYPE_CHECKING:
     from ..pipelines.tdm_pipeline import TDMPipeline
@@ -32,9 +34,19 @@ def load_pipeline(model: str | None, student: str | None, recipe: Mapping[str, A
     from ..pipelines.tdm_pipeline import TDMPipeline
 
     quiet()
-    pipe = TDMPipeline.from_pretrained(model or student or "bundled", student=student if model else None, recipe=recipe)
+    source = model or student or BUNDLED
+    try:
+        pipe = TDMPipeline.from_pretrained(source, student=student if model else None, recipe=recipe)
+    except BaseNotFoundError as error:
+        raise BaseNotFoundError(error.reason, "name a base with --model FOLDER_OR_HUB_ID") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def terminal_line(line: str) -> None:
+    """Say in a terminal what starts, before imports and loading take their time. A pipe gets results alone."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
 
 
 def quiet() -> None:

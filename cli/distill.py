@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from ..errors import TDMError
-from .common import quiet
+from .common import quiet, terminal_line
 from .output import check_folder
 
 HELP = """\
@@ -19,10 +21,10 @@ Distil a few-step student by Trajectory Distribution Matching: prompts only, no 
 LoRA adapters on the one frozen base; the teacher is the base itself.
 
 CONFIG is a YAML file or the name of a preset (--list shows them); of several, a later one replaces what it sets: a
-model family first, then a memory class or an objective. Without one that says what to distil it is the bundled teacher
-(some minutes on two CPU cores). Any setting can be given as key=value; --settings explains each. Out of memory: lower
-micro_batch_size, then memory.gradient_checkpointing=true, then a smaller base (memory.base); `tdm estimate` says what a
-run will take before it starts.
+model family first, then a memory class or an objective. Without one that says what to distil it is the preset of
+task.model's family, or else the bundled teacher (some minutes on two CPU cores). Any setting can be given as
+key=value; --settings explains each. Out of memory: lower micro_batch_size, then memory.gradient_checkpointing=true,
+then a smaller base (memory.base); `tdm estimate` says what a run will take before it starts.
 
   tdm distill
   tdm distill seed=1 updates=200 --out runs/short
@@ -46,6 +48,9 @@ ADVICE = (
     "out of memory: lower micro_batch_size, then set memory.gradient_checkpointing=true, then a smaller base "
     "(memory.base); the same command with --resume goes on from the last checkpoint, if there is one"
 )
+
+
+EXAMPLE = "a red star above two blue moons at night"  # of the bundled world
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
 
         print(settings_reference(args.reference or None))
         return
+    if not args.dry_run:
+        terminal_line(f"tdm distill: loads {_what(args.settings)}, for {args.out}")
     from ..training.settings import read_settings
 
     config = read_settings(args.settings)
@@ -127,6 +134,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.processes import joined
     from ..training.progress import print_line, silent
     from ..training.tasks import build_task
+    from .live import LiveBar
 
     quiet()
     check_run(args.out, config, resume=args.resume)
@@ -145,7 +153,18 @@ def run(args: argparse.Namespace) -> None:
         pipeline = config.task.get("name") == "pipeline"  # the mixture's students are for looking at alone
         if pipeline and (reason := unexportable(config)) is not None:
             report(f"note: there will be nothing to export at the end: {reason}")
-        finished = distill(task, config, args.out, processes=processes, resume=args.resume, stop=stop)
+        report(f"distils {_what(args.settings)} into {args.out}: {config.updates} updates; Ctrl-C stops and keeps them")
+        with LiveBar(config.updates, processes.first) as bar:
+            finished = distill(
+                task,
+                config,
+                args.out,
+                processes=processes,
+                resume=args.resume,
+                report=bar.report,
+                stop=stop,
+                on_update=bar.on_update,
+            )
         if processes.first:
             if finished.step < config.updates:
                 raise KeyboardInterrupt(
@@ -173,11 +192,17 @@ def _advised() -> Iterator[None]:
         raise TDMError(ADVICE) from error
 
 
+def _what(settings: Sequence[str]) -> str:
+    """What is distilled, in the words of the command line."""
+    return " ".join(settings) or "the bundled teacher"
+
+
 def _finish(folder: Path) -> None:
     """Draw the curves, export the student with its card, and say where everything is."""
     from ..training.card import write_card
     from ..training.curves import plot_curves
     from ..training.export import NAMES, Format, export, read_run
+    from ..training.tasks.prompts import STICKERS, training_prompts
 
     if curves := plot_curves(folder):
         print(f"curves   {curves}")
@@ -189,5 +214,13 @@ def _finish(folder: Path) -> None:
         student = export(trained, form, folder / NAMES[form], force=True)
         print(f"student  {student}")
         print(f"card     {write_card(trained, student, form, force=True)}")
-        load = "--model" if form == "merged" else "--compare --student"
-        print(f'try it   tdm generate "a red star above two blue moons at night" {load} {student}')
+        prompts = trained.config.task.get("prompts", STICKERS)
+        prompt = EXAMPLE if prompts == STICKERS else training_prompts(prompts, 0)[0]
+        compared = [] if form == "merged" or trained.recipe.num_frames else ["--compare"]  # a video is for watching
+        load = ["--model" if form == "merged" else "--student", str(student)]
+        print(f"try it   {_quoted(['tdm', 'generate', prompt, *compared, *load])}")
+
+
+def _quoted(command: Sequence[str]) -> str:
+    """A command as this system's shell reads it."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)

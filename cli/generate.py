@@ -1,4 +1,4 @@
-"""tdm generate: draw pictures from prompts with a student."""
+"""tdm generate: draw pictures or videos from prompts with a student."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import contextlib
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TDMError
 from ..pipelines.vocabulary import unknown_words
-from .common import add_model_arguments, check_strength, load
-from .output import check_writable, save_png
+from .common import add_model_arguments, check_strength, load, terminal_line
+from .output import check_folder, check_writable, numbered, save_png, save_video
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..pipelines.students.recipe import StudentRecipe
+
 HELP = """\
-Draw a picture of each prompt with a TDM student, on exactly the timesteps it was trained on.
+Draw a picture of each prompt with a TDM student, on exactly the timesteps it was trained on. A student of a video
+model writes an .mp4; --out x.gif and x.webp are other kinds.
 
 examples:
   tdm generate "two red stars above a blue moon at night"
@@ -30,6 +34,11 @@ examples:
   tdm generate "a red heart at sea" --model my/fine-tune --student mine.safetensors --strength 0.7
   tdm generate "a red heart at sea" --solver-order 2    the same timesteps and calls, other arithmetic between them
 """
+
+
+MOST_AREA = 4  # times the student's own: beyond it a typing error takes minutes and the picture is no longer one
+VIDEOS = (".mp4", ".gif", ".webp")
+DEFAULT_FOLDER = Path("outputs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strength", type=float, help="of the student: less than 1 may suit a fine-tuned base (default 1)")
     add("--seed", type=int, default=0, help="of the first picture; the next ones count up (default 0)")
     add("--size", help="pixels, as 64 or 96x64 (width x height); default: the student's")
-    add("--out", type=Path, help="a .png file, or a folder for several prompts (default: outputs/<prompt>-<seed>.png)")
-    add("--compare", action="store_true", help="one sheet: the guided teacher beside the student")
+    add("--any-size", action="store_true", help=f"draw sizes of more than {MOST_AREA} times the student's area, too")
+    add(
+        "--out",
+        type=Path,
+        help="a file, or a folder for several prompts (default: outputs/<prompt>-<seed>.png, numbered if it exists)",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="one sheet: guided teacher next to student; of videos the middle frames",
+    )
     add("--force", action="store_true", help="replace files that exist")
 
 
@@ -68,15 +86,41 @@ def parse_size(text: str | None) -> dict[str, int]:
     return {"width": width, "height": height}
 
 
-def _file_for(prompt: str, seed: int, args: argparse.Namespace) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
-    if args.out is None:
-        return Path("outputs") / f"{slug}-{seed}.png"
-    if args.out.suffix.lower() == ".png":
-        if len(args.prompts) > 1 and not args.compare:
-            raise TDMError(f"--out {args.out} is one file for {len(args.prompts)} prompts; give a folder")
-        return args.out
-    return args.out / f"{slug}-{seed}.png"
+def _check_out(args: argparse.Namespace) -> None:
+    """Refuse a place that cannot be written, before the model is loaded."""
+    out = args.out or DEFAULT_FOLDER
+    if out.suffix.lower() not in (".png", *VIDEOS):
+        check_folder(out)
+        return
+    if len(args.prompts) > 1 and not args.compare:
+        raise TDMError(f"--out {out} is one file for {len(args.prompts)} prompts; give a folder")
+    check_writable(out, args.force)
+
+
+def _files(args: argparse.Namespace, suffixes: Sequence[str]) -> list[Path]:
+    """The file of each prompt, of one of these kinds; the first is the default. Names of our own are numbered where
+    they exist, unless --force replaces them.
+    """
+    out = args.out or DEFAULT_FOLDER
+    if out.suffix.lower() in (".png", *VIDEOS):
+        if out.suffix.lower() not in suffixes:
+            raise TDMError(f"--out {out}: what is drawn is written as {' or '.join(suffixes)}")
+        return [out]
+    files: list[Path] = []
+    for seed, prompt in enumerate(args.prompts, args.seed):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "picture"
+        file = out / f"{slug}-{seed}{suffixes[0]}"
+        files.append(file if args.force else numbered(file))
+    return files
+
+
+def _check_area(args: argparse.Namespace, size: dict[str, int], recipe: StudentRecipe) -> None:
+    """Refuse a size far above what the student was made for."""
+    if size and not args.any_size and size["width"] * size["height"] > MOST_AREA * recipe.width * recipe.height:
+        raise TDMError(
+            f"--size {args.size} is more than {MOST_AREA} times the area of {recipe.width}x{recipe.height}, which this "
+            "student was made for; --any-size draws it all the same"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -87,11 +131,15 @@ def run(args: argparse.Namespace) -> None:
     if args.strength is not None:
         check_strength(args.strength)
     size = parse_size(args.size)
-    files = [_file_for(prompt, args.seed + i, args) for i, prompt in enumerate(args.prompts)]
-    for file in files[:1] if args.compare else files:
-        check_writable(file, args.force)
+    _check_out(args)
+    terminal_line(
+        f"loading {args.model or args.student or 'the bundled model'}; writes to {args.out or DEFAULT_FOLDER}"
+    )
     chosen = {"solver_order": args.solver_order} if args.solver_order else {}
     pipe = load(args, **chosen)
+    video = pipe.family.video and not args.compare
+    files = _files(args, VIDEOS if video else (".png",))
+    _check_area(args, size, pipe.recipe)
     if args.strength is not None:
         from ..pipelines.students.adapter import STUDENT_ADAPTER
 
@@ -103,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
     steps = args.steps or pipe.recipe.default_steps
     if args.base_first and steps < 2:
         raise TDMError("--base-first needs --steps 2 or more: of one step nothing is left for the student")
+    pipe.set_progress_bar_config(disable=None, leave=False)  # None: there is a bar in a terminal alone
     with pipe.base_first() if args.base_first else contextlib.nullcontext():
         if args.compare:
             _compare(pipe, args, steps, size, files[0])
@@ -112,17 +161,25 @@ def run(args: argparse.Namespace) -> None:
             settings = {"prompt": prompt, "seed": args.seed + i, "steps": steps, **size, **chosen}
             settings |= {"base_first": True} if args.base_first else {}
             settings |= {"strength": args.strength} if args.strength is not None else {}
-            save_png(drawn.image, file, prompt=prompt, tdm=json.dumps(settings))
-            image, calls = drawn.image, _plural(drawn.calls, "network call")
-            print(f"{file}  {image.width}x{image.height}  {calls}  {drawn.seconds:.2f} s")
+            if video:
+                save_video(drawn.frames, file, pipe.family.frames_per_second, json.dumps(settings))
+            else:
+                save_png(drawn.image, file, prompt=prompt, tdm=json.dumps(settings))
+            shape = f"{drawn.image.width}x{drawn.image.height}" + f", {len(drawn.frames)} frames" * video
+            print(f"{file}  {shape}  {_plural(drawn.calls, 'network call')}  {drawn.seconds:.2f} s")
 
 
 class _Drawn(NamedTuple):
-    """A picture, and what it took: samples through the network, and seconds."""
+    """What was drawn, one frame if it is a picture, and what it took: samples through the network, and seconds."""
 
-    image: Image.Image
+    frames: list[Image.Image]
     calls: int
     seconds: float
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, or the middle frame."""
+        return self.frames[len(self.frames) // 2]
 
 
 def _draw(pipe: Any, prompt: str, seed: int, **call: Any) -> _Drawn:
@@ -132,8 +189,9 @@ def _draw(pipe: Any, prompt: str, seed: int, **call: Any) -> _Drawn:
 
     begun = time.perf_counter()
     with count_calls(getattr(pipe, pipe.family.denoiser)) as calls:
-        image = pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
-    return _Drawn(image, calls.samples, time.perf_counter() - begun)
+        output = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="pil", **call)
+    frames = output.frames[0] if pipe.family.video else output.images
+    return _Drawn(frames, calls.samples, time.perf_counter() - begun)
 
 
 def _compare(pipe: Any, args: argparse.Namespace, steps: int, size: dict[str, int], file: Path) -> None:
@@ -158,7 +216,7 @@ def _compare(pipe: Any, args: argparse.Namespace, steps: int, size: dict[str, in
     for name, row, mean in zip(("teacher", "student"), (teachers, students), seconds, strict=True):
         print(f"{name}  {row[0].calls:3d} network call{'s' * (row[0].calls != 1)}  {mean:.3f} s per picture")
     print(f"speed-up {seconds[0] / seconds[1]:.1f} x, from the same noise, on this machine")
-    print(f"picture  {file}")
+    print(f"picture  {file}" + ", the middle frame of each video" * pipe.family.video)
 
 
 def _plural(count: int, noun: str) -> str:

@@ -1,9 +1,12 @@
-"""Places for results: nothing is overwritten, and no half file is left."""
+"""Files of results: names, pictures and videos. Nothing is overwritten, and no half file is left."""
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -39,6 +42,12 @@ def check_folder(folder: Path) -> None:
         raise TDMError(f"cannot write in {folder}; choose another --out")
 
 
+def numbered(path: Path) -> Path:
+    """``path``, or the first of ``name-2``, ``name-3`` and so on that does not exist."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
 def save_png(image: Image.Image, path: Path, **text: str) -> None:
     """Write a PNG with text chunks, whole or not at all."""
     info = PngInfo()
@@ -46,3 +55,34 @@ def save_png(image: Image.Image, path: Path, **text: str) -> None:
         info.add_text(key, value)
     with replacing(path, shared=True) as file:
         image.save(file, format="PNG", pnginfo=info)
+
+
+def save_video(frames: Sequence[Image.Image], path: Path, fps: int, comment: str) -> None:
+    """Write frames as the kind of video that the suffix names, whole or not at all.
+
+    Args:
+        frames: of one size, in order; width and height are even.
+        path: ends in .mp4 (H.264), .gif or .webp.
+        fps: frames per second.
+        comment: stored in the file.
+    """
+    form = path.suffix.lower().removeprefix(".")
+    with replacing(path, shared=True) as file:
+        if form == "mp4":
+            _write_mp4(frames, file, fps, comment)
+        else:
+            options = {"save_all": True, "append_images": frames[1:], "duration": round(1000 / fps), "loop": 0}
+            frames[0].save(file, format=form, **options, **({"comment": comment.encode()} if form == "gif" else {}))
+
+
+def _write_mp4(frames: Sequence[Image.Image], file: IO[bytes], fps: int, comment: str) -> None:
+    import av
+
+    with av.open(file, "w", format="mp4") as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"  # what every browser and player shows
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())  # the frames that the encoder still holds

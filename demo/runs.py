@@ -17,7 +17,7 @@ import psutil
 
 from ..errors import TDMError
 from ..files import replacing
-from ..pipelines.students.file import STUDENT_FILE
+from ..pipelines.students.recipe import STUDENT_FILE
 from ..training.export import export_student, read_run
 from ..training.health import Monitor
 from ..training.settings import read_settings

@@ -11,32 +11,18 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from torch import nn
 
-from ..errors import TDMError, first_line
+from ..errors import BaseNotFoundError, TDMError, first_line
+from .bundled import BUNDLED, BUNDLED_TEACHER, bundled_path
 from .families import Family, TeacherCall, family_of_pipeline
 from .loras.encoders import adaptable_encoders
 
-BUNDLED = "bundled"
-INDEX = "model_index.json"
 BUNDLED_TEACHER_CALL = TeacherCall(steps=50, guidance_scale=3.0)  # how its student was distilled and is measured
 
-_BUNDLED = Path(__file__).parents[1] / BUNDLED
-
 Source = str | os.PathLike[str]
-
-
-def bundled_path() -> Path:
-    """The folder of the model that ships with this package: `teacher/` and `student.safetensors`.
-
-    Raises:
-        TDMError: this installation has none.
-    """
-    if not (_BUNDLED / "teacher" / INDEX).is_file():
-        raise TDMError(f"this installation has no bundled model: {_BUNDLED / 'teacher'} is missing")
-    return _BUNDLED
 
 
 def base_folder(base: Source) -> str:
@@ -46,7 +32,7 @@ def base_folder(base: Source) -> str:
 
 def teacher_call(base: Source, family: Family) -> TeacherCall:
     """How a base is run as a teacher: the bundled one in its own way, any other as its family is."""
-    bundled = Path(base_folder(base)).resolve() == (_BUNDLED / "teacher").resolve()
+    bundled = Path(base_folder(base)).resolve() == BUNDLED_TEACHER.resolve()
     return BUNDLED_TEACHER_CALL if bundled else family.teacher_call
 
 
@@ -54,7 +40,8 @@ def family_of_base(folder: str, **hub: Any) -> Family:
     """The family of a base folder or hub repository, by its `model_index.json`.
 
     Raises:
-        TDMError: there is no such pipeline, its family is not supported, or it has two denoisers (Wan 2.2).
+        BaseNotFoundError: there is no such pipeline.
+        TDMError: its family is not supported, or it has two denoisers (Wan 2.2).
     """
     if Path(folder).is_file():
         what = f"the base {folder} is a single file"
@@ -67,12 +54,15 @@ def family_of_base(folder: str, **hub: Any) -> Family:
     try:
         config: Any = DiffusionPipeline.load_config(folder, **hub)
     except (OSError, ValueError) as error:
-        raise TDMError(
-            f"cannot read the base {folder!r} ({first_line(error)}); pass one: (base, student=...)"
-        ) from None
+        raise BaseNotFoundError(f"cannot read the base {folder!r} ({first_line(error)}{offline()})") from None
     if (config.get("transformer_2") or [None])[0] is not None:
         raise TDMError(f"the base {folder} has two denoisers, and a student is one LoRA on one; it is not supported")
     return family_of_pipeline(str(config.get("_class_name")))
+
+
+def offline() -> str:
+    """The end of a message about something that is not on this machine, where no hub is asked."""
+    return "; HF_HUB_OFFLINE is set, so no hub is asked" if constants.HF_HUB_OFFLINE else ""
 
 
 def download(repository: Source, name: str, hub: Mapping[str, Any]) -> Path | None:
@@ -82,7 +72,7 @@ def download(repository: Source, name: str, hub: Mapping[str, Any]) -> Path | No
     except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
         return None
     except OSError as error:
-        raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)})") from None
+        raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)}{offline()})") from None
 
 
 def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:

@@ -18,15 +18,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import TDMError
-
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+from .prediction_types import PREDICTION_TYPES
 
 Coefficient = float | Tensor  # a number, or a tensor that broadcasts against the samples (see `expand`)
 F = TypeVar("F", float, Tensor)

@@ -17,10 +17,9 @@ from torch import Generator, Tensor
 
 from ..errors import TDMError
 from .noise import NONE_GIVEN, noise_like
+from .prediction_types import PREDICTION_TYPES, PredictionType
 from .schedule import (
-    PREDICTION_TYPES,
     NoiseSchedule,
-    PredictionType,
     check_grid,
     check_whole,
     ddim_step,

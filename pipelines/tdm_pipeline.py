@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-from ..errors import TDMError
+from ..errors import BaseNotFoundError, TDMError
 from ..files import whole_folder
 from .attention import use_attention
 from .base_first import base_first
@@ -29,9 +29,9 @@ from .loras.pairs import Layers
 from .scheduler import TDMScheduler
 from .stream import Step, stream
 from .students.adapter import STUDENT_ADAPTER, StudentAdapter
-from .students.file import MERGED_FILE, STUDENT_FILE, Student, read_merged, save_student
+from .students.file import MERGED_FILE, Student, read_merged, save_student
 from .students.locate import locate, student_file
-from .students.recipe import HEADER_KEY, StudentRecipe, completed
+from .students.recipe import HEADER_KEY, STUDENT_FILE, StudentRecipe, completed
 from .students.recipe_on_base import recipe_on_base
 from .students.unplaced import Unplaced, unplaced
 from .turns import Turns
@@ -111,7 +111,7 @@ class TDMPipeline(StudentAdapter):
         else:
             new = unplaced(found, recipe, strict=strict)
             fields = new.fields
-        base = base or fields.get("base_model")
+        given, base = base, base or fields.get("base_model")
         if not base:
             raise TDMError(f"{found} does not name its base; pass it: from_pretrained(base, student=...)")
         folder = base_folder(base)
@@ -119,7 +119,11 @@ class TDMPipeline(StudentAdapter):
         # A wrong pair is refused here, before gigabytes are read.
         if "revision" in kwargs:
             hub["revision"] = kwargs["revision"]
-        family = family_of_base(folder, **hub)
+        try:
+            family = family_of_base(folder, **hub)
+        except BaseNotFoundError as error:
+            reason = error.reason + ("" if given else _relative(base))
+            raise BaseNotFoundError(reason, "pass one: from_pretrained(base, student=...)") from None
         if kwargs.get("scheduler") is not None:
             config = kwargs["scheduler"].config
         else:
@@ -456,3 +460,10 @@ class TDMPipeline(StudentAdapter):
         if recipe.sampler is not None and not self._teaching:
             defaults["eta"] = recipe.sampler.eta
         return defaults
+
+
+def _relative(base: str) -> str:
+    """What to say of a base that a student names by something else than a whole path."""
+    if Path(base).is_absolute():
+        return "; the student's file names it"
+    return "; the student's file names it, a hub id or a folder relative to where the student was trained"

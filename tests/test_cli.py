@@ -35,7 +35,9 @@ def wrong_files(tmp_path: Path) -> Path:
     [
         (["generate", PROMPT, "--step", "4"], "did you mean --steps?"),
         (["generate"], "PROMPT"),
-        (["generat", PROMPT], "invalid choice: 'generat'"),
+        (["generat", PROMPT], "there is no command generat; did you mean generate?"),
+        (["nonsense"], "there are app, generate, distill"),
+        (["distill", "--updates", "3"], "settings are key=value, without dashes: updates=..."),
         (["generate", PROMPT, "--steps", "0"], "at least 1"),
         (["generate", PROMPT, "--steps", "many"], "invalid int value: 'many'"),
         (["generate", PROMPT, "--seed", "-1"], "0 or more"),
@@ -77,6 +79,27 @@ def test_wrong_input_is_one_line(
     before = {p: p.read_bytes() for p in wrong_files.iterdir() if p.is_file()}
     assert said in refused([a.replace("{tmp}", str(wrong_files)) for a in arguments], capsys)
     assert {p: p.read_bytes() for p in wrong_files.iterdir() if p.is_file()} == before
+
+
+def test_without_a_command_it_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: tdm")
+    assert "tdm distill" in printed.out
+    assert printed.err == ""
+
+
+def test_info_of_a_header_says_what_the_tensors_say(capsys: pytest.CaptureFixture[str]) -> None:
+    """The short way and the one that reads and matches all tensors."""
+    assert main(["info", "bundled"]) == 0
+    short = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace("LoRA ", "").splitlines())
+    assert main(["info", "bundled", "--base", "bundled"]) == 0
+    printed = capsys.readouterr().out.replace("LoRA ", "")
+    whole = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert short["layers"].startswith("66 of the transformer")
+    assert "all of its layers, 66 modules of bundled" in whole["matched"]
+    for name in ("rank", "alpha", "scale", "weights", "recipe", "family", "4"):
+        assert short[name] == whole[name]
 
 
 def test_an_existing_picture_is_kept_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

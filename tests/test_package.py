@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tdm
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "diffusers", "transformers", "gradio", "comfy", "matplotlib")
@@ -42,6 +43,18 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_import_is_light() -> None:
     code = f"import sys, tdm, tdm.cli, tdm.errors; print([m for m in {HEAVY} if m in sys.modules])"
     assert run(code) == "[]"
+
+
+def test_what_a_student_file_says_is_read_without_torch() -> None:
+    code = "import sys, tdm.cli; code = tdm.cli.main(['info', 'bundled']); "
+    code += f"print(code, [m for m in {HEAVY} if m in sys.modules])"
+    assert run(code).splitlines()[-1] == "0 []"
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    command = [sys.executable, "-m", "tdm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"tdm {tdm.__version__}\n")
 
 
 def test_public_names() -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import TDMError
-from ..pipelines.students.file import MERGED_FILE, STUDENT_FILE, Layout, Student, save_student
-from ..pipelines.students.recipe import StudentRecipe
+from ..pipelines.students.file import MERGED_FILE, Layout, Student, save_student
+from ..pipelines.students.recipe import STUDENT_FILE, StudentRecipe
 from .checkpoint import read_checkpoint
 from .config import DistillConfig
 from .objectives import method_of

@@ -42,6 +42,7 @@ def distill(
     resume: bool = False,
     report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
+    on_update: Callable[[int], None] = lambda _step: None,
 ) -> Run:
     """Distil ``task`` into a few-step student.
 
@@ -53,6 +54,7 @@ def distill(
         report: takes the progress lines.
         stop: asked after every update (of several processes: whenever a line is logged); True, in any process, writes
             a checkpoint and returns the run as it is.
+        on_update: called after every update with the number of updates done.
 
     Raises:
         TDMError: the settings do not fit the task, ``out_dir`` already holds a run (or none, to resume), it cannot be
@@ -80,6 +82,7 @@ def distill(
     draw = _draw(run, generator, processes, portions)
     while run.step < config.updates:
         _update(run, optimizers, draw, processes, log)
+        on_update(run.step)
         # Before previews and evaluation, so that one that fails, for memory or a full disk, loses no update.
         saved = run.step == config.updates or run.due(config.output.checkpoint_every)
         if saved:

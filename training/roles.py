@@ -23,7 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import TDMError
-from ..pipelines.schedule import NoiseSchedule, PredictionType, expand, predict_x0_eps
+from ..pipelines.prediction_types import PredictionType
+from ..pipelines.schedule import NoiseSchedule, expand, predict_x0_eps
 from .config import Role
 from .losses import guided
 from .precision import Precision, autocast

@@ -19,6 +19,7 @@ import yaml
 from ..errors import TDMError
 from .config import DistillConfig
 from .presets import BEHIND, find_config
+from .progress import Report, print_line
 from .validation import validate
 
 T = TypeVar("T")
@@ -27,17 +28,38 @@ _ITEMS = {float: "numbers", int: "numbers", str: "texts"}  # in errors
 _NAMES = ("task.model", "task.prompts", "task.cache", "start_from")
 
 
-def read_settings(settings: Sequence[str]) -> DistillConfig:
+def read_settings(settings: Sequence[str], report: Report = print_line) -> DistillConfig:
     """The configuration of a command line: names or files of configurations, merged in their order, then the
-    ``key=value`` settings. Without one that says what is distilled it is the bundled teacher.
+    ``key=value`` settings.
+
+    Without a configuration that says what is distilled it is the preset of the family of ``task.model``, or else the
+    bundled teacher.
+
+    Args:
+        settings: of the command line.
+        report: takes the line that says which preset was chosen for a base.
 
     Raises:
-        TDMError: what `load_config` refuses.
+        TDMError: what `load_config` refuses, or ``task.model`` cannot be read.
     """
     configs = [text for text in settings if "=" not in text]
+    values = [text for text in settings if "=" in text]
     if all(config in BEHIND for config in configs):
-        configs = ["bundled", *configs]
-    return load_config(configs, [text for text in settings if "=" in text])
+        models = [text.partition("=")[2] for text in values if text.startswith("task.model=")]
+        configs = [_preset_of(models[-1], report) if models else "bundled", *configs]
+    return load_config(configs, values)
+
+
+def _preset_of(model: str, report: Report) -> str:
+    """The name of the preset for a base, that of its family."""
+    from ..pipelines.bases import BUNDLED, base_folder, family_of_base  # diffusers, which no other setting needs
+
+    model = os.path.expanduser(model.strip("'\""))
+    if model == BUNDLED:
+        return BUNDLED
+    family = family_of_base(base_folder(model)).name
+    report(f"{model} is a base of {family}: the preset {family} is taken, with the settings given in its place")
+    return family
 
 
 def load_config(

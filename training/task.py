@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..pipelines.schedule import NoiseSchedule, PredictionType
+from ..pipelines.prediction_types import PredictionType
+from ..pipelines.schedule import NoiseSchedule
 from ..pipelines.students.recipe import StudentRecipe
 from .best import Measure
 from .preview import Preview

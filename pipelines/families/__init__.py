@@ -5,36 +5,39 @@ A family is recognised by the pipeline class that a base names in its `model_ind
 
 from __future__ import annotations
 
+import functools
+import importlib
+from typing import TYPE_CHECKING
+
 from ...errors import TDMError
-from .base import Condition, Family, Size, TeacherCall
-from .cogvideox import CogVideoX
-from .flux import Flux
-from .pixart import PixArt
-from .qwenimage import QwenImage
-from .sana import Sana
-from .sd3 import SD3
-from .sd15 import SD15
-from .sdxl import SDXL
-from .wan import Wan
-from .zimage import ZImage
 
-__all__ = ["Condition", "Family", "Size", "TeacherCall", "family_of_name", "family_of_pipeline"]
+if TYPE_CHECKING:
+    from .base import Condition, Family, Size, TeacherCall
 
-_FAMILIES: tuple[Family, ...] = (
-    SD15("StableDiffusionPipeline"),
-    SDXL("StableDiffusionXLPipeline"),
-    PixArt("PixArtAlphaPipeline"),
-    PixArt("PixArtSigmaPipeline"),
-    SD3("StableDiffusion3Pipeline"),
-    CogVideoX("CogVideoXPipeline"),
-    Flux("FluxPipeline"),
-    Sana("SanaPipeline"),
-    Wan("WanPipeline"),
-    ZImage("ZImagePipeline"),
-    QwenImage("QwenImagePipeline"),
-)
-_BY_PIPELINE = {family.pipeline: family for family in _FAMILIES}
-_BY_NAME = {family.name: family for family in reversed(_FAMILIES)}
+__all__ = ["Condition", "Family", "Size", "TeacherCall", "check_family_name", "family_of_name", "family_of_pipeline"]
+
+# Stock pipeline -> class, whose name in lower case is the family's and its module's. Modules are imported when they are
+# asked for: they need torch, and what a student file says of itself is read without.
+_CLASSES = {
+    "StableDiffusionPipeline": "SD15",
+    "StableDiffusionXLPipeline": "SDXL",
+    "PixArtAlphaPipeline": "PixArt",
+    "PixArtSigmaPipeline": "PixArt",
+    "StableDiffusion3Pipeline": "SD3",
+    "CogVideoXPipeline": "CogVideoX",
+    "FluxPipeline": "Flux",
+    "SanaPipeline": "Sana",
+    "WanPipeline": "Wan",
+    "ZImagePipeline": "ZImage",
+    "QwenImagePipeline": "QwenImage",
+}
+_PIPELINES = {name.lower(): pipeline for pipeline, name in reversed(_CLASSES.items())}
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Condition", "Family", "Size", "TeacherCall"):
+        return getattr(importlib.import_module(".base", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def family_of_pipeline(class_name: str) -> Family:
@@ -43,10 +46,10 @@ def family_of_pipeline(class_name: str) -> Family:
     Raises:
         TDMError: no family uses that pipeline; the message lists those that are supported.
     """
-    class_name = class_name if class_name in _BY_PIPELINE else class_name.removeprefix("TDM")
-    if class_name not in _BY_PIPELINE:
-        raise TDMError(f"pipeline class {class_name!r} is not supported; supported: {', '.join(_BY_PIPELINE)}")
-    return _BY_PIPELINE[class_name]
+    class_name = class_name if class_name in _CLASSES else class_name.removeprefix("TDM")
+    if class_name not in _CLASSES:
+        raise TDMError(f"pipeline class {class_name!r} is not supported; supported: {', '.join(_CLASSES)}")
+    return _family(class_name)
 
 
 def family_of_name(name: str) -> Family:
@@ -55,6 +58,18 @@ def family_of_name(name: str) -> Family:
     Raises:
         TDMError: an unknown name; the message lists those that are supported.
     """
-    if name not in _BY_NAME:
-        raise TDMError(f"model family {name!r} is not supported; supported: {', '.join(sorted(_BY_NAME))}")
-    return _BY_NAME[name]
+    check_family_name(name)
+    return _family(_PIPELINES[name])
+
+
+def check_family_name(name: str) -> None:
+    """Raise TDMError, which lists the names that are supported, for a name that no family has."""
+    if name not in _PIPELINES:
+        raise TDMError(f"model family {name!r} is not supported; supported: {', '.join(sorted(_PIPELINES))}")
+
+
+@functools.cache
+def _family(pipeline: str) -> Family:
+    """The one object of a row."""
+    family_class = _CLASSES[pipeline]
+    return getattr(importlib.import_module(f".{family_class.lower()}", __name__), family_class)(pipeline)

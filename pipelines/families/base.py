@@ -70,6 +70,7 @@ class Family(ABC):
         call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
         binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
         video: it makes videos.
+        frames_per_second: at which the base's videos are shown.
         frames_first: the latents of a video are [F, C, h, w], and not [C, F, h, w].
         pixel_multiple: what the stock pipeline itself asks heights and widths to be multiples of.
         float32_latents: its pipeline keeps latents in float32, whatever the weights are in.
@@ -87,6 +88,7 @@ class Family(ABC):
     call_kwargs: ClassVar[Mapping[str, Any]] = {}
     binned_sample_sizes: ClassVar[frozenset[int] | None] = None
     video: ClassVar[bool] = False
+    frames_per_second: ClassVar[int | None] = None
     frames_first: ClassVar[bool] = False
     pixel_multiple: ClassVar[int] = 8
     float32_latents: ClassVar[bool] = False

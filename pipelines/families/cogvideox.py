@@ -17,6 +17,7 @@ class CogVideoX(Family):
     time_embedder = "time_embedding"
     lora_targets = (*ATTENTION, *FEED_FORWARD)
     video = True
+    frames_per_second = 8
     frames_first = True
     home = "..fixes.batches"
 

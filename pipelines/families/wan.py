@@ -29,6 +29,7 @@ class Wan(Family):
     time_embedder = "condition_embedder.time_embedder"
     lora_targets = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
     video = True
+    frames_per_second = 16
     pixel_multiple = 16
     float32_latents = True
 

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...errors import TDMError
-from ..loras.file import LoraFile, read_lora_file
-from ..loras.layouts import NamedLoras, parse
-from .file import MERGED_FILE, read_merged
-from .recipe import VERSION, StudentRecipe, fields_of
-from .released import Preset, known_of, preset_of_id
+from ..bundled import BUNDLED, bundled_path
+from .recipe import HEADER_KEY, STUDENT_FILE, VERSION, StudentRecipe, fields_of
+
+if TYPE_CHECKING:
+    from ..loras.file import LoraFile
+    from ..loras.layouts import NamedLoras
+    from .released import Preset
+
+_LORA_A = re.compile(r"(?P<component>\w+)\.(?P<layer>.+)\.lora_A\.weight")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 
 
 def about(source: str, *, base: str | None = None) -> str:
-    """What a file, a student's folder or the id of a released student is, as lines of text.
+    """What a file, a student's folder, "bundled" or the id of a released student is, as lines of text.
+
+    A student file that `save_student` wrote says all in its header: without a base to match, torch is not imported.
 
     Raises:
         TDMError: there is nothing of this name, or as `describe`.
     """
+    if source == BUNDLED:
+        source = str(bundled_path() / STUDENT_FILE)
+    inside = os.path.join(source, STUDENT_FILE)
+    file = inside if os.path.isfile(inside) else source
+    if base is None and (rows := _header_rows(file)):
+        return _lines(rows)
+    from .file import MERGED_FILE, read_merged
+    from .released import preset_of_id
+
     if not os.path.exists(source) and (preset := preset_of_id(source)) is not None:
         return describe_preset(preset)
     path = source
@@ -54,6 +72,10 @@ def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
         TDMError: the file cannot be read, it is no LoRA, its metadata is wrong, or `base` cannot be read; layers
             that do not fit the base are told in the text.
     """
+    from ..loras.file import read_lora_file
+    from ..loras.layouts import parse
+    from .released import known_of
+
     file = read_lora_file(path)
     fields, preset = known_of(file)
     try:
@@ -70,8 +92,36 @@ def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
         rows["recipe"] = f"none: no TDM metadata; to run it, pass recipe= with {', '.join(StudentRecipe.required())}"
     rows |= _match_rows(file, named, preset, fields, base)
     if named is not None:
-        rows |= _lora_rows(named)
-    return _lines(rows | _weight_rows(file))
+        ranks = [lora.rank for lora in named.layers.values()]
+        rows |= _lora_rows(ranks, [named.scales[address] for address in named.layers])
+    tensors = [*file.tensors.values(), *(file.positional or [])]
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    return _lines(rows | _weight_rows(path, sum(tensor.numel() for tensor in tensors), dtypes))
+
+
+def _header_rows(path: str) -> dict[str, str]:
+    """The rows of a student file in the layout of diffusers, from its header alone; {} for anything else."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            stored = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (a file, not a dict)
+            shapes = {key: tensor.get_shape() for key, tensor in stored.items()}
+            dtypes = {_DTYPES.get(tensor.get_dtype(), tensor.get_dtype()) for tensor in stored.values()}
+    except (OSError, SafetensorError):
+        return {}
+    halves = {key: match for key in shapes if (match := _LORA_A.fullmatch(key))}
+    if HEADER_KEY not in metadata or {half.replace("lora_A", "lora_B") for half in halves} != shapes.keys() - halves:
+        return {}
+    components = Counter(match["component"] for match in halves.values())
+    ranks = [shapes[key][0] for key in halves]
+    layers = " and ".join(f"{count} of the {component}" for component, count in components.items())
+    rows = {"file": path, "layout": "a student file, diffusers (lora_A / lora_B); safetensors"}
+    rows |= {"recipe": f"in the file, format version {VERSION}", **_recipe_rows(fields_of(metadata))}
+    rows |= {"LoRA layers": f"{layers}; tdm info --base BASE matches them to a base"}
+    rows |= _lora_rows(ranks, [1.0] * len(ranks))  # the scale is baked into lora_B
+    return rows | _weight_rows(path, sum(math.prod(shape) for shape in shapes.values()), dtypes)
 
 
 def _lines(rows: Mapping[str, str]) -> str:
@@ -147,22 +197,16 @@ def _match_rows(
     return {"family": name, "matched": f"{known} of its {len(named.layers)} LoRA layers are in a released {name}"}
 
 
-def _lora_rows(named: NamedLoras) -> dict[str, str]:
-    layers, scales = named.layers, named.scales
+def _lora_rows(ranks: Sequence[int], scales: Sequence[float]) -> dict[str, str]:
+    """Rank, alpha and scale of the layers of a LoRA; scale is alpha / rank."""
 
-    def counted(values: list[float]) -> str:
+    def counted(values: Sequence[float]) -> str:
         return ", ".join(f"{value:g} ({count} layers)" for value, count in sorted(Counter(values).items()))
 
-    return {
-        "LoRA rank": counted([lora.rank for lora in layers.values()]),
-        "LoRA alpha": counted([scales[address] * lora.rank for address, lora in layers.items()]),
-        "LoRA scale": counted(list(scales.values())),
-    }
+    alphas = [scale * rank for rank, scale in zip(ranks, scales, strict=True)]
+    return {"LoRA rank": counted(ranks), "LoRA alpha": counted(alphas), "LoRA scale": counted(scales)}
 
 
-def _weight_rows(file: LoraFile) -> dict[str, str]:
-    tensors = [*file.tensors.values(), *(file.positional or [])]
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
-    parameters = sum(tensor.numel() for tensor in tensors)
-    size = Path(file.path).stat().st_size / 1e6
+def _weight_rows(path: str | os.PathLike[str], parameters: int, dtypes: set[str]) -> dict[str, str]:
+    size = Path(path).stat().st_size / 1e6
     return {"LoRA weights": f"{parameters:,} parameters, {', '.join(sorted(dtypes))}, {size:.2f} MB"}

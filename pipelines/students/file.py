@@ -47,7 +47,6 @@ TEXT_ENCODERS = (
     "text_encoder_2",
     "text_encoder_3",
 )  # components that may have a LoRA, as the denoiser has
-STUDENT_FILE = "student.safetensors"  # its name inside a saved pipeline, the bundled model and a hub repository
 MERGED_FILE = "student.json"  # the recipe of a student that is part of the weights of the folder it lies in
 
 Layout = Literal["diffusers", "kohya"]

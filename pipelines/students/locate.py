@@ -10,8 +10,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from ...errors import TDMError, first_line
-from ..bases import BUNDLED, INDEX, Source, bundled_path, download
-from .file import MERGED_FILE, STUDENT_FILE, Student
+from ..bases import Source, download, offline
+from ..bundled import BUNDLED, INDEX, bundled_path
+from .file import MERGED_FILE, Student
+from .recipe import STUDENT_FILE
 from .released import Preset, preset_of, preset_of_id
 
 _LORA_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -83,7 +85,7 @@ def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
         if preset.file is None:
             return _released_lora(_snapshot(preset.repository, hub), preset)
         if (file := download(preset.repository, preset.file, hub)) is None:  # alone: whole models may lie beside it
-            raise TDMError(f"{preset.repository}/{preset.file} is not in the local cache and not to be had")
+            raise TDMError(f"{preset.repository}/{preset.file} is not in the local cache and not to be had{offline()}")
         return file
     if path.suffix in _LORA_SUFFIXES:
         return _hub_file(source, hub)
@@ -103,7 +105,9 @@ def _hub_file(source: Source, hub: Mapping[str, Any]) -> Path:
     remote = len(rest) >= 2 and not Path(owner).exists()
     file = download(f"{owner}/{rest[0]}", "/".join(rest[1:]), hub) if remote else None
     if file is None:
-        raise TDMError(f"{source}: no such file" + (", and no hub repository within reach has it" if remote else ""))
+        raise TDMError(
+            f"{source}: no such file" + (f", and no hub repository within reach has it{offline()}" if remote else "")
+        )
     return file
 
 
@@ -125,10 +129,15 @@ def _snapshot(repository: str, hub: Mapping[str, Any]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[f"*{end}" for end in _LORA_SUFFIXES], **hub))
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
-        raise TDMError(f"{repository} is not in the local cache and not to be had ({first_line(error)})") from None
+        raise TDMError(
+            f"{repository} is not in the local cache and not to be had ({first_line(error)}{offline()})"
+        ) from None
     except OSError as error:
-        raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)})") from None
+        raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)}{offline()})") from None
 
 
 def _absent(source: Source) -> str:
-    return f"{source}: no such file or folder, and no hub repository within reach has a {STUDENT_FILE} under that name"
+    return (
+        f"{source}: no such file or folder, and no hub repository within reach has a {STUDENT_FILE} under that name"
+        f"{offline()}"
+    )

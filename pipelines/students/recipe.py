@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import TDMError
-from ..families import family_of_name
-from ..schedule import PREDICTION_TYPES
+from ..families import check_family_name
+from ..prediction_types import PREDICTION_TYPES
 from .samplers import Sampler
 
 HEADER_KEY = "tdm_student"
+STUDENT_FILE = "student.safetensors"  # its name inside a saved pipeline, the bundled model and a hub repository
 VERSION = 1
 
 
@@ -62,7 +63,7 @@ class StudentRecipe:
         """
         for name in ("base_model", "family"):
             self._require(name, isinstance(getattr(self, name), str) and getattr(self, name), "a name")
-        family_of_name(self.family)
+        check_family_name(self.family)
         known = ", ".join(PREDICTION_TYPES)
         self._require("prediction_type", self.prediction_type in PREDICTION_TYPES, f"one of {known}")
         object.__setattr__(self, "trained_timesteps", _timestep_table(self.trained_timesteps))

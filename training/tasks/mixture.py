@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...pipelines.schedule import NoiseSchedule, PredictionType, predict_output
+from ...pipelines.prediction_types import PredictionType
+from ...pipelines.schedule import NoiseSchedule, predict_output
 from ..best import Measure
 from ..metrics import energy_distance
 from ..preview import Preview

@@ -21,7 +21,8 @@ from ...files import user_cache
 from ...pipelines.bases import BUNDLED
 from ...pipelines.families import Condition, Family, Size
 from ...pipelines.families.base import null_like, on_device
-from ...pipelines.schedule import NoiseSchedule, PredictionType
+from ...pipelines.prediction_types import PredictionType
+from ...pipelines.schedule import NoiseSchedule
 from ...pipelines.scheduler import TDMScheduler
 from ...pipelines.students.recipe import StudentRecipe
 from ...sheet import contact_sheet
