@@ -161,8 +161,8 @@ def run(args: argparse.Namespace) -> None:
             settings = {"prompt": prompt, "seed": args.seed + i, "steps": steps, **size, **chosen}
             settings |= {"base_first": True} if args.base_first else {}
             settings |= {"strength": args.strength} if args.strength is not None else {}
-            if video:
-                save_video(drawn.frames, file, pipe.family.frames_per_second, json.dumps(settings))
+            if (rate := pipe.family.frames_per_second) is not None:
+                save_video(drawn.frames, file, rate, json.dumps(settings))
             else:
                 save_png(drawn.image, file, prompt=prompt, tdm=json.dumps(settings))
             shape = f"{drawn.image.width}x{drawn.image.height}" + f", {len(drawn.frames)} frames" * video
