@@ -236,7 +236,7 @@ def build(
         base_model="random weights",
         family=family.name,
         prediction_type=getattr(scheduler.config, "prediction_type", "flow_prediction"),
-        trained_timesteps={steps: [999.0 * (steps - i) / steps for i in range(steps)]},
+        trained_timesteps={steps: [float(999 * (steps - i) // steps) for i in range(steps)]},
         guidance_scale=1.0,
         height=height,
         width=width,

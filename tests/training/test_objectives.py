@@ -393,13 +393,13 @@ def test_every_objective_trains_the_mixture_through_the_same_loop(name: str, tmp
 
 
 def drawn_and_expected(pipe: TDMPipeline, run: Run, task: PipelineTask) -> tuple[Tensor, Tensor]:
-    """What the pipeline draws from a seed, and what the trainer's sampler does with the noise of that seed."""
+    """What the pipeline draws from three seeds, and what the trainer's sampler does with the noise of those seeds."""
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"}
+    call = {"generator": [torch.Generator().manual_seed(i) for i in range(3)], "output_type": "latent"}
     drawn = torch.stack(list(pipe(prompt=list(PROMPTS), **call)[0]))
-    noise = torch.randn(3, *task.latent_shape, generator=generator)
-    fresh = torch.stack([torch.randn(noise.shape, generator=generator) for _ in range(4)], 1)
+    own = [torch.Generator().manual_seed(i) for i in range(3)]
+    noise = torch.stack([torch.randn(task.latent_shape, generator=generator) for generator in own])
+    fresh = torch.stack([torch.randn(4, *task.latent_shape, generator=generator) for generator in own])
     grid, cond = run.trajectory.timesteps.tolist(), task.encode(PROMPTS)
     return drawn, sample(with_fresh_noise(run.roles.student, fresh), task.schedule, grid, noise, cond)
 
