@@ -72,9 +72,13 @@ class Layout(NamedTuple):
 
 
 def kohya(update: Update) -> str:
-    prefix = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}.get(update.component, "lora_unet")
+    numbers = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"}
+    t5 = update.component.startswith("text_encoder") and ".block." in f".{update.name}"
+    if t5:  # the third one for kohya, of Flux, too
+        numbers["text_encoder_2"] = "te3"
+    prefix = f"lora_{numbers.get(update.component, 'unet')}"
     name = update.name
-    if "te" in prefix and not name.startswith("text_model."):
+    if "te" in prefix and not t5 and not name.startswith("text_model."):
         name = f"text_model.{name}"  # as all files have it
     return f"{prefix}_{name.replace('.', '_')}"
 

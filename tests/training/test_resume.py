@@ -221,8 +221,9 @@ def test_out_of_memory_is_one_line_of_advice(
         raise error
 
     monkeypatch.setattr("tdm.training.loop.distill", fail)
-    line = refused(["distill", "mixture", *MIXTURE, "--device", "cpu", "--out", str(tmp_path)], capsys)
-    assert "out of memory: lower micro_batch_size" in line
+    assert main(["distill", "mixture", *MIXTURE, "--device", "cpu", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tdm: out of memory: lower micro_batch_size")
     assert "--resume" in line
 
 
