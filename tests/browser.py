@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, Playwright, expect, sync_playwright
 
 expect.set_options(timeout=60_000)  # of a machine that does other work too; without failures nothing waits so long
+_RUNNING: list[Playwright] = []
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -28,9 +29,10 @@ def chromium() -> Iterator[Browser]:
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        try:
-            yield browser
-        finally:
-            browser.close()
+    with ExitStack() as stack:
+        if not _RUNNING:  # playwright runs once in a process, whoever else has a browser open
+            _RUNNING.append(stack.enter_context(sync_playwright()))
+            stack.callback(_RUNNING.clear)
+        browser = _RUNNING[0].chromium.launch(executable_path=path, args=["--no-sandbox"])
+        stack.callback(browser.close)
+        yield browser

@@ -316,6 +316,7 @@ def test_stop_and_errors_of_a_table_say_so(open_page: Open) -> None:
     page.wait_for_selector("#explored .status:has-text('of 16 pictures,')")
     page.click("#stop-table")
     expect(page.locator("#explored .status")).to_contain_text(re.compile(r"Stopped at \d+ of 16 pictures."))
+    page.wait_for_timeout(2000)  # the stopped drawing leaves the queue
     page.fill("#prompts textarea", "")
     page.click("#table")
     expect(page.locator("#explored .status")).to_have_text("Not drawn: the prompt is empty; say what to draw")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from tdm import TDMPipeline, TDMScheduler
-from tdm.pipelines.families import Condition, Size
+from tdm.pipelines.families import Condition, Size, family_of_name
 from tdm.pipelines.schedule import expand, predict_x0_eps
 from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests import tiny
@@ -66,6 +66,13 @@ def plain(folder: Path) -> DiffusionPipeline:
 def latents(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
     out = pipe(**{**tiny.call_kwargs(family), **kwargs})[0]
     return out if isinstance(out, Tensor) else torch.stack(list(out))
+
+
+def guided(family: str) -> dict[str, Any]:
+    """A call with guidance, as a stock pipeline and a teacher take it alike."""
+    rows = family_of_name(family)
+    call = rows.guidance(3.0)
+    return call | rows.negative_prompt({**call, "prompt": tiny.PROMPT})
 
 
 def short_call(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:

@@ -190,7 +190,9 @@ def test_layers_of_text_encoders_go_off_in_the_teacher_and_survive_saving(
     assert torch.equal(latents(plain(tmp_path / "saved"), family), latents(plain(bases(family)), family))
     stock = plain(bases(family))
     stock.load_lora_weights(tmp_path / "saved" / "student.safetensors")
-    for component in pipe._adaptable():
+    for component in set(pipe._adaptable()) & {"transformer", "unet", "text_encoder", "text_encoder_2"}:
+        if (family, component) == ("flux", "text_encoder_2"):
+            continue  # T5, which stock pipelines load no LoRA into, as SD3's third encoder
         ours, theirs = lora_of(getattr(pipe, component), "student"), lora_of(getattr(stock, component), "default_0")
         assert ours.keys() == theirs.keys()
 

@@ -16,6 +16,7 @@ from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, te
 from tdm.tests.pipelines.students import (
     Make,
     error,
+    guided,
     latents,
     load,
     plain,
@@ -117,7 +118,8 @@ def test_a_student_that_is_gone_is_an_error_and_not_the_base_in_disguise(
         with pytest.raises(TDMError, match="no longer loaded; call load_student"):
             short_call(pipe, "sd15")
     with pipe.teacher():
-        assert torch.equal(latents(pipe, "sd15"), latents(plain(bases("sd15")), "sd15"))
+        call = guided("sd15")
+        assert torch.equal(latents(pipe, "sd15", **call), latents(plain(bases("sd15")), "sd15", **call))
     own = TDMScheduler.from_config(pipe.scheduler.config)
     sampler, pipe.scheduler = pipe.scheduler, own  # a scheduler of the caller's own is the caller's choice
     assert not torch.equal(short_call(pipe, "sd15"), expected)
