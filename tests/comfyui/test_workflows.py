@@ -179,8 +179,8 @@ def test_files_that_are_missing_have_buttons(comfyui_installed: None, tmp_path: 
         with chromium() as browser:
             front_end = FrontEnd(browser, server.address)
             complaint = front_end.open_template("tdm-sd3.5-medium")
-            assert "missing" in complaint.lower()
-            front_end.page.get_by_test_id("error-overlay").get_by_role("button").last.click()
+            assert "issues found" in complaint.lower()
+            front_end.page.get_by_test_id("error-overlay").get_by_role("button", name="View details").click()
             expect(front_end.page.get_by_text("Download all")).to_be_visible()
     finally:
         server.stop()
