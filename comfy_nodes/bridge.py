@@ -103,7 +103,7 @@ class Denoiser(nn.Module):
         """What core's own networks have and this one lacks.
 
         Raises:
-            NotOurLayoutError: always, but for the module's own parts.
+            NotOurLayoutError: always, except for the module's own attributes.
         """
         try:
             return super().__getattr__(name)

@@ -77,7 +77,7 @@ class FreshNoise:
 
 
 def _known(sample: Tensor, level: float) -> _Left | None:
-    """What was left at this level and is this sample, but for what scaling there and back does to float32."""
+    """The sample that was left at this level, up to the float32 rounding of scaling it there and back."""
     sample = sample.to("cpu", torch.float32)
     norm = float(sample.norm())
     for left in reversed(_left):
