@@ -41,6 +41,7 @@ class Log:
 
     Attributes:
         alarms: the messages of all alarms since the start or the resume.
+        recorded: the kinds of lines (``eval``, ``health``) that the record has of the update that a run resumes from.
 
     Raises:
         TDMError: TensorBoard is asked for and not installed, or the folder cannot be written.
@@ -62,6 +63,8 @@ class Log:
             if picture.stem.isdigit() and int(picture.stem) > run.step:
                 with writing(picture, RESUME):
                     picture.unlink()
+        last = [line for line in kept if line["step"] == run.step]
+        self.recorded = {name.partition("/")[0] for line in last for name in line}
         for line in kept:  # what the monitor knows is in the lines
             self.monitor.watch(line)
         best = run.out_dir / "best.pt"
@@ -124,10 +127,10 @@ class Log:
     def write(self, line: dict[str, float]) -> None:
         """One line to every sink, and to the monitor, whose alarms follow it."""
         line = self._record(line)
-        pace = (time.monotonic() - self.start) / (self.run.step - self.first)
-        left = pace * (self.run.config.updates - self.run.step)
+        done, left = self.run.step - self.first, self.run.config.updates - self.run.step
+        eta = f"  ETA {duration((time.monotonic() - self.start) / done * left)}" if done else ""
         shown = "  ".join(f"{k} {v:.3g}" for k, v in line.items() if k != "step" and not k.startswith("gap_"))
-        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}  ETA {duration(left)}")
+        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}{eta}")
         for alarm in self.monitor.watch(line):
             self._record({f"alarm/{alarm.name}": alarm.value})
             self.alarms.append(alarm.message)

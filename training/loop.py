@@ -79,6 +79,8 @@ def distill(
     if resume:
         run.step = restore_checkpoint(checkpoint, **state, report=report)
     log = Log(run, callbacks, report) if processes.first else None
+    if resume:
+        _show_what_is_missing(run, log, processes)
     draw = _draw(run, generator, processes, portions)
     while run.step < config.updates:
         _update(run, optimizers, draw, processes, log)
@@ -87,7 +89,7 @@ def distill(
         saved = run.step == config.updates or run.due(config.output.checkpoint_every)
         if saved:
             _save(checkpoint, state, run, log)
-        _show(run, log)
+        _show(run, log, evaluation=run.due(config.output.evaluate_every), preview=run.due(config.output.preview_every))
         # Several processes answer together, which waits for the device.
         asked = processes.size == 1 or run.due(config.output.log_every)
         stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
@@ -154,20 +156,34 @@ def _save(path: Path, state: dict[str, Any], run: Run, log: Log | None) -> None:
         save_checkpoint(path, step=run.step, recipe=run.task.recipe(run.trajectories), **state)
 
 
-def _show(run: Run, log: Log | None) -> None:
-    """What a person wants to see after an update: evaluation and previews, where they are due.
+def _show(run: Run, log: Log | None, *, evaluation: bool, preview: bool) -> None:
+    """Evaluate the student and draw previews, whichever of the two is asked for.
 
     Every process draws the pictures, for a sharded base needs them all; only the first writes.
     """
-    output, task = run.config.output, run.task
-    evaluation = run.evaluate() if run.due(output.evaluate_every) else {}
-    preview = task.preview(run.student, run.teacher, run.critic) if run.due(output.preview_every) else None
+    measures = run.evaluate() if evaluation else {}
+    sheet = run.task.preview(run.student, run.teacher, run.critic) if preview else None
     if log is None:
         return
-    if evaluation:
-        log.evaluation(evaluation)
-    if preview is not None:
-        log.preview(preview)
+    if measures:
+        log.evaluation(measures)
+    if sheet is not None:
+        log.preview(sheet)
+
+
+def _show_what_is_missing(run: Run, log: Log | None, processes: Processes) -> None:
+    """Evaluate and preview the checkpoint's own update if the run ended after the checkpoint and before them."""
+
+    def missing(every: int, kind: str) -> bool:
+        return run.due(every) and processes.any(log is not None and kind not in log.recorded, run.task.device)
+
+    output = run.config.output
+    _show(
+        run,
+        log,
+        evaluation=missing(output.evaluate_every, "eval"),
+        preview=missing(output.preview_every, "health"),
+    )
 
 
 def _portions(config: DistillConfig, processes: Processes) -> int:

@@ -71,7 +71,8 @@ def test_a_record_that_is_gone_or_torn_does_not_stop_a_resume(tail: bytes | None
         log.write_bytes(log.read_bytes() + tail)
     assert train(run_folder, MIXTURE, "updates=3", resume=True, lines=lines).step == 3
     after = read_metrics(log)
-    assert [line["step"] for line in after] == [line["step"] for line in (before if tail is not None else [])] + [3, 3]
+    # A record that is gone begins with the evaluation of the checkpoint's own update.
+    assert [line["step"] for line in after] == [*([2] if tail is None else [line["step"] for line in before]), 3, 3]
     assert any("record begins at update 2" in line for line in lines) == (tail is None)
     assert plot_curves(run_folder) is not None
 
@@ -192,18 +193,27 @@ def test_an_earlier_student_begins_as_it_was_whatever_alpha_is(
 
 
 @pytest.mark.parametrize("step", ["preview", "evaluate"])
-def test_a_preview_or_evaluation_that_fails_loses_no_update(
+def test_a_preview_or_evaluation_that_fails_loses_no_update_and_is_made_on_resume(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(MixtureTask, step, fail)
     every = [f"output.{name}_every={3 * (name == step)}" for name in ("preview", "evaluate")]
-    own = [*MIXTURE, "updates=6", "output.checkpoint_every=3", *every]
-    with pytest.raises(torch.OutOfMemoryError):
-        train(tmp_path / "run", own)
+    settings = [*MIXTURE, "updates=6", "output.checkpoint_every=3", *every]
+    with monkeypatch.context() as patch:
+        patch.setattr(MixtureTask, step, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(tmp_path / "run", settings)
     assert read_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 3
+    train(tmp_path / "run", settings, resume=True)
+    train(tmp_path / "whole", settings)
+    record, whole = (
+        [{k: v for k, v in line.items() if k != "seconds_per_update"} for line in read_metrics(out / "metrics.jsonl")]
+        for out in (tmp_path / "run", tmp_path / "whole")
+    )
+    assert record == whole
+    assert [line["step"] for line in record if any(f"{kind}/" in name for kind in ("eval", "health") for name in line)]
 
 
 @pytest.mark.parametrize(
