@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.loop import distill
     from ..training.processes import joined
     from ..training.progress import print_line, silent
+    from ..training.stages import total_updates
     from ..training.tasks import build_task
     from .live import LiveBar
 
@@ -153,8 +154,9 @@ def run(args: argparse.Namespace) -> None:
         pipeline = config.task.get("name") == "pipeline"  # the mixture's students are for looking at alone
         if pipeline and (reason := unexportable(config)) is not None:
             report(f"note: there will be nothing to export at the end: {reason}")
-        report(f"distils {_what(args.settings)} into {args.out}: {config.updates} updates; Ctrl-C stops and keeps them")
-        with LiveBar(config.updates, processes.first) as bar:
+        updates = total_updates(config)
+        report(f"distils {_what(args.settings)} into {args.out}: {updates} updates; Ctrl-C stops and keeps them")
+        with LiveBar(updates, processes.first) as bar:
             finished = distill(
                 task,
                 config,
@@ -166,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
                 on_update=bar.on_update,
             )
         if processes.first:
-            if finished.step < config.updates:
+            if finished.step < updates:
                 raise KeyboardInterrupt(
                     f"stopped after update {finished.step}; the same command with --resume goes on from it"
                 )

@@ -43,12 +43,15 @@ def _check_files(config: DistillConfig, out: Path, resume: bool) -> None:
 
 def _check_task(config: DistillConfig) -> str:
     """Describe what the run will take. Building task and trajectory in outline checks them."""
+    from ..training.stages import stages_of
     from ..training.trajectory import build_trajectories
 
     if config.task.get("name") != "pipeline":
         from ..training.tasks import build_task
 
-        build_trajectories(config.trajectory, build_task(config.task, config.memory, "cpu").schedule)
+        task = build_task(config.task, config.memory, "cpu")
+        for stage in stages_of(config):
+            build_trajectories(stage.config.trajectory, task.schedule)
         return "no estimate: that is for pipelines"
     from ..pipelines.base_weights import check_files
     from ..pipelines.bases import base_folder
@@ -58,9 +61,9 @@ def _check_task(config: DistillConfig) -> str:
     from ..training.tasks.prompts import training_prompts
     from .estimate import table
 
-    task = from_dict(PipelineTaskConfig, config.task, "task.")
-    training_prompts(task.prompts, task.prompt_count)
-    check_files(base_folder(task.model))
+    pipeline = from_dict(PipelineTaskConfig, config.task, "task.")
+    training_prompts(pipeline.prompts, pipeline.prompt_count)
+    check_files(base_folder(pipeline.model))
     return table(Estimator()(config))
 
 

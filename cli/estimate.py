@@ -73,6 +73,7 @@ def table(estimate: Estimate, gpus: list[Gpu] | None = None) -> str:
     """An estimate for people; ``gpus`` are the rows at its end, None all that are known."""
     from ..training.cost import micro_batch_size
     from ..training.estimate.estimator import CONTEXT, GIB, GPUS, USABLE, UTILISATION
+    from ..training.stages import total_updates
 
     c, p, f = estimate.config, estimate.passes, estimate.flops
     trained = estimate.trained
@@ -92,24 +93,37 @@ def table(estimate: Estimate, gpus: list[Gpu] | None = None) -> str:
         f"passes       {p.forwards:g} forwards, {p.backwards} backwards: prefix {p.prefix:g}, student {p.student}, "
         f"critic {p.critic}, teacher {p.teacher}, critic again {p.score}",
         f"FLOPs        student forward {_flops(f['student'])}, backward {_flops(f['student_backward'])}; "
-        f"an update of {c.batch_size} samples {_flops(estimate.flops_per_update)}",
+        f"an update of {estimate.batch_size} samples {_flops(estimate.flops_per_update)}",
         "memory, GiB" + (" on each device" if estimate.processes > 1 else ""),
         *(f"  {part:10} {size / GIB:7.2f}  {details[part]}" for part, size in estimate.memory.items()),
         f"  {'total':10} {estimate.total / GIB:7.2f}  and up to {estimate.prompt / 1e6:.2f} MB of main memory a prompt",
-        f"{'GPU':12} {'GiB':>4}  fits  s per update    hours for {c.updates} updates",
+        *_stages(estimate),
+        f"{'GPU':12} {'GiB':>4}  fits  s per update    hours for {total_updates(c)} updates",
     ]
     for gpu in gpus or GPUS.values():
         least, most = estimate.seconds(gpu)
-        hours = c.updates / 3600
+        shortest, longest = (seconds / 3600 for seconds in estimate.run_seconds(gpu))
         lines.append(
             f"  {gpu.name:10} {gpu.memory:4g}  {'yes' if estimate.fits(gpu) else 'no':4}  "
-            f"{f'{least:.3g} to {most:.3g}':14}  {least * hours:.3g} to {most * hours:.3g}"
+            f"{f'{least:.3g} to {most:.3g}':14}  {shortest:.3g} to {longest:.3g}"
         )
     lines.append(
         f"assumed: {UTILISATION[0]:.0%} to {UTILISATION[1]:.0%} of a GPU's peak, {USABLE:.0%} of its memory usable, "
         f"{CONTEXT / GIB:g} GiB for CUDA; not checked against measurements on GPUs yet"
     )
     return "\n".join(lines)
+
+
+def _stages(estimate: Estimate) -> list[str]:
+    """A line a stage: its share of the run's work."""
+    if not estimate.stages:
+        return []
+    rows = [
+        f"  {name:28} {updates:6} updates  {_flops(of.run_flops):>12}  {of.run_flops / estimate.run_flops:4.0%} of the "
+        f"work, {of.total / 2**30:.2f} GiB"
+        for name, updates, of in estimate.stages
+    ]
+    return ["stages       all above is of the one that takes most memory", *rows]
 
 
 def _flops(count: float) -> str:

@@ -21,12 +21,13 @@ from ..pipelines.students.recipe import STUDENT_FILE
 from ..training.export import export_student, read_run
 from ..training.health import Monitor
 from ..training.settings import read_settings
+from ..training.stages import total_updates
 from . import APP
 
 NOTE = "demo.json"  # in the run's folder: how it was started, and its process
 OUTPUT = "output.txt"  # what it prints
 # What a visitor may set. Not what is distilled, nor where anything lies: those are paths.
-OPEN = ("updates", "seed", "batch_size", "trajectory", "objective", "student", "critic", "ema", "output")
+OPEN = ("updates", "stages", "seed", "batch_size", "trajectory", "objective", "student", "critic", "ema", "output")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Runs:
             if key.split(".")[0] not in OPEN:
                 raise TDMError(f"{setting[:60]!r} cannot be set here; only {', '.join(OPEN)} and what is below them")
         arguments = [self.configs[config], *settings]
-        updates = read_settings(arguments).updates
+        updates = total_updates(read_settings(arguments))
         with self._starting:
             self._require_idle()
             if folder.exists():

@@ -191,6 +191,17 @@ def ddim_step(x0: Tensor, eps: Tensor, alpha_next: Coefficient, sigma_next: Coef
     return alpha_next * x0 + sigma_next * eps
 
 
+def mixed_noise(eps: Tensor, fresh: Tensor, eta: float) -> Tensor:
+    """The noise of a stochastic step, ``sqrt(1 - eta^2) eps + eta fresh``, of unit variance as both are.
+
+    Args:
+        eps: the model's own noise ``[B, ...]``.
+        fresh: standard normal noise of that shape.
+        eta: 0 (the model's own noise alone) to 1 (fresh noise alone), as in DDIM and TCD.
+    """
+    return fresh if eta == 1 else math.sqrt(1 - eta * eta) * eps + eta * fresh
+
+
 def renoise_coefficients(
     alpha_m: Tensor, sigma_m: Tensor, alpha_tau: Tensor, sigma_tau: Tensor
 ) -> tuple[Tensor, Tensor]:

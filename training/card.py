@@ -23,10 +23,11 @@ from ..pipelines.bases import BUNDLED, base_folder
 from ..pipelines.families import Family, family_of_name
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.students.recipe import StudentRecipe
-from .export import FinishedRun, Format
+from .export import FinishedRun, Format, stage_notes
 from .log import read_metrics
 from .measure import EXPLAINED
 from .objectives import method_of
+from .stages import stage_of_update, stages_of
 
 CARD_FILE = "README.md"
 
@@ -247,8 +248,12 @@ def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
 
 
 def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:
-    c = run.config
+    stages = stages_of(run.config)
+    c = stage_of_update(stages, run.step).config
     yield "updates", str(run.step)
+    if run.config.stages:
+        for i, text in enumerate(stage_notes(stages, run.step), 1):
+            yield f"stage {i}", text
     yield "samples per update", str(c.batch_size)
     yield "prompts", run.recipe.notes["prompts"]
     if "weights" in run.recipe.notes:

@@ -116,18 +116,10 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     return payload
 
 
-def restore_checkpoint(
-    path: Path,
-    *,
-    config: DistillConfig,
-    roles: Roles,
-    ema: Ema,
-    optimizers: dict[Role, Optimizer],
-    generator: torch.Generator,
-    report: Callable[[str], None],
-    identity: Mapping[str, str] | None = None,
-) -> int:
-    """Put a run back as it was and return the number of updates done.
+def read_for_resume(
+    path: Path, config: DistillConfig, identity: Mapping[str, str], report: Callable[[str], None]
+) -> dict[str, Any]:
+    """The content of a checkpoint that a run with these settings can go on from.
 
     A checkpoint that cannot be read, after a fault of the disk, is passed over with a line to ``report`` for the
     newest older one that can (see ``output.keep``).
@@ -142,13 +134,20 @@ def restore_checkpoint(
     path, payload = _newest_readable(path, report)
     check_settings(path, payload, config)
     saved = payload.get("identity") or {}
-    if changed := sorted(name for name, value in (identity or {}).items() if saved.get(name, value) != value):
+    if changed := sorted(name for name, value in identity.items() if saved.get(name, value) != value):
         raise TDMError(
             f"{path} was made with other content of: {', '.join(changed)}; put back what was there, or begin a new run "
             f"in another folder with start_from={path}"
         )
     if (old := payload["config"].get("memory", {}).get("base")) != config.memory.base:
         report(f"note: memory.base was {old} and is {config.memory.base} now, which may round the base differently")
+    return payload
+
+
+def restore(
+    payload: dict[str, Any], roles: Roles, ema: Ema, optimizers: dict[Role, Optimizer], generator: torch.Generator
+) -> int:
+    """Put a run back as a checkpoint's content has it, and return the number of updates done."""
     for role in ROLES:
         roles.load(role, payload["adapters"][role])
         optimizers[role].load_state_dict(payload["optimizers"][role])

@@ -7,12 +7,12 @@ on ``memory.gradient_checkpointing``, then store the base smaller (``memory.base
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from .losses import CriticWeight, Rho
 
-Band = Literal["separate", "overlap", "full"]
+Band = Literal["separate", "overlap", "full", "below"]
 Role = Literal["student", "critic"]
 Storage = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "llm_int8", "nf4"]
 
@@ -46,19 +46,27 @@ class TrajectoryConfig:
     sampler: Literal["deterministic", "stochastic"] = "deterministic"
     """The noise of the next state: the student's own (DDIM, Euler), or fresh noise (consistency models, DMD2)."""
 
+    eta: float = 1.0
+    """For sampler=stochastic: how fresh the noise is, as in DDIM and TCD. 1: fresh only. Below 1: ``sqrt(1 - eta^2)``
+    of the student's own and ``eta`` of fresh noise. BLADE keeps 0.9 of its own, which is eta=0.436."""
+
     renoise: Literal["state", "clean"] = "state"
     """What is diffused up to tau: the state x_m that a stage ends in, or the clean prediction x0 (the paper's key
     ablation)."""
 
     bands: Band = "separate"
     """Where tau lies. separate: in [t_{k-1}, t_k], so that one critic serves all stages. overlap: in [t_{k-1}, T].
-    full: anywhere, for renoise=clean."""
+    full: anywhere. below: anywhere up to t_k. The last two are for renoise=clean."""
 
     tau_min: float = 0.02
     """The lowest tau, as a share of the unshifted time range. Both scores are well defined above it."""
 
     tau_max: float = 0.98
     """The highest tau, as a share of the unshifted time range. Both scores are well defined below it."""
+
+    tau_law: Literal["uniform", "logit_normal"] = "uniform"
+    """How tau is drawn within its band of unshifted time: evenly, or from a logit-normal law (mean 0, deviation 1) cut
+    to the band, which favours the middle noise levels."""
 
     margin: float = 0.02
     """How far tau stays above the stage's end, as a share of the range; a subinterval target would blow up there."""
@@ -91,18 +99,26 @@ class ObjectiveConfig:
     """w, the teacher's guidance scale. 1 is no guidance and saves one of 6.5 passes."""
 
     stage_guidance: tuple[float, ...] | None = None
-    """w of each stage, the noisiest first. None: guidance_scale in all. Previews and evaluation keep guidance_scale. A
-    unified student's other step counts take the w at the same share of their steps."""
+    """w by noise level: one for each stage of the grid of `trajectory.steps`, the noisiest first. A tau takes the w of
+    the stage that it lies in, whichever stage is trained. None: guidance_scale everywhere. Previews and evaluation keep
+    guidance_scale."""
 
     guidance_term: Literal["coupled", "decoupled"] = "coupled"
-    """coupled: the teacher's prediction is the guided one. decoupled: (w - 1)(x0(c) - x0(uncond)) is a term of its own,
-    with its own tau and weight (Decoupled DMD); one pass more."""
+    """coupled: the teacher's prediction is the guided one. decoupled: (w - 1)(x0(c) - x0(uncond)) is a separate term,
+    with its own tau and weight (Decoupled DMD). It costs one pass more and needs rho=mse: the gradient of a Huber is a
+    sign, which cancels w."""
 
-    guidance_band: Band = "overlap"
-    """For guidance_term=decoupled: the band of that term's tau, as `trajectory.bands`."""
+    guidance_band: Band = "below"
+    """For guidance_term=decoupled: the band of that term's tau, as `trajectory.bands`. below is the published one:
+    guidance acts where the step has yet to decide. For below and full the clean prediction is diffused, whatever
+    `trajectory.renoise` says."""
 
     guidance_weight: float = 1.0
     """For guidance_term=decoupled: the weight of that term."""
+
+    guided_critic: bool = False
+    """For gradient=sid: the critic is guided as the teacher is, where it learns and where it is asked (SiD-LSG). Each
+    of its passes becomes two."""
 
     rho: Rho = "pseudo_huber"
     """The penalty: pseudo_huber (elementwise), vector_huber (of the whole sample) or mse."""
@@ -116,9 +132,12 @@ class ObjectiveConfig:
     norm_min: float = 0.01
     """The smallest number that `normalise` divides by. Raise it if the loss spikes."""
 
+    norm_max: float | None = None
+    """The largest number that `normalise` divides by. None: no limit. 5 in BLADE (video)."""
+
     @property
     def teacher_guidance(self) -> str:
-        """For people: the scale that the student learned from, or one for each of its steps."""
+        """For people: the scale that the student learned from, or one for each stage of the grid."""
         return ", ".join(f"{w:g}" for w in self.stage_guidance or (self.guidance_scale,))
 
 
@@ -175,6 +194,17 @@ class CriticConfig(RoleConfig):
     weight_limit: float = 5.0
     """The most that an error may weigh."""
 
+    same_rate: bool = False
+    """Learn at the student's rate, as DMD2 does. `critic.lr` is then not used."""
+
+    leash: float = 0.0
+    """How strongly the critic is held near the unguided teacher: the weight of the square of their difference, next to
+    its errors, and weighted by noise level as they are. 0.02 in TDM-R1, 0.5 in BLADE; one pass more. 0: not at all."""
+
+    skip_above: float | None = None
+    """Skip a step of the critic whose loss is above this: 2 in BLADE. Each update then waits for the device once. None:
+    skip none."""
+
     per_student: int = 1
     """Critic updates per student update. Each beyond the first costs about 3.5 passes."""
 
@@ -183,7 +213,8 @@ class CriticConfig(RoleConfig):
     one pass less of 6.5."""
 
     head_start: int = 0
-    """Critic updates before the student's first, so that the student never follows an untrained critic."""
+    """Critic updates before the student's first, so that the student never follows an untrained critic. They come on
+    top of `updates`, and the student's warm-up begins after them."""
 
     start: Literal["checkpoint", "student", "teacher"] = "checkpoint"
     """The adapter that it starts from when `start_from` gives the student one: the earlier run's critic, its student,
@@ -263,7 +294,14 @@ class DistillConfig:
     """The seed of all randomness. On a CPU the same seed is the same run, bit for bit."""
 
     updates: int = 1000
-    """Student updates."""
+    """Student updates. With `stages` each stage has a number of its own, or a share of this one."""
+
+    stages: tuple[dict[str, Any], ...] = ()
+    """Stages that follow one another on the same student: settings in the place of the run's own, and `updates` (a
+    number, or a share such as 0.25). A stage may set batch_size, micro_batch_size, trajectory, objective, student,
+    critic and ema, but no rank, alpha or targets, and have a name. `optimizers: continue` keeps those of the stage
+    before, fresh (the default) begins anew; `critic: {start: student}` or `{start: teacher}` begins a new critic
+    there."""
 
     batch_size: int = 16
     """Samples per update, over all processes. Best a multiple of trajectory.steps."""
@@ -291,4 +329,5 @@ class DistillConfig:
     @property
     def roles(self) -> dict[Role, RoleConfig]:
         """The settings of each trained role."""
-        return {"student": self.student, "critic": self.critic}
+        critic = replace(self.critic, lr=self.student.lr) if self.critic.same_rate else self.critic
+        return {"student": self.student, "critic": critic}

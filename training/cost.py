@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..errors import TDMError
 from .config import DistillConfig
 from .objectives import objective_of
 from .objectives.passes import Passes
+from .stages import stages_of, total_updates
 
 
 def passes(config: DistillConfig, processes: int = 1) -> Passes:
@@ -19,6 +22,33 @@ def passes(config: DistillConfig, processes: int = 1) -> Passes:
         TDMError: the batch cannot be split evenly.
     """
     return objective_of(config.objective).passes(config, micro_batches(config, processes) > 1)
+
+
+def head_start_passes(config: DistillConfig, processes: int = 1) -> Passes:
+    """The passes per sample of an update that trains the critic alone (``critic.head_start``)."""
+    once = replace(config, critic=replace(config.critic, per_student=1, share_noise=False))
+    whole, leash = passes(once, processes), int(config.critic.leash > 0)
+    return replace(whole, student=1, teacher=leash, score=0, student_backward=0, looked_through=0)
+
+
+def passes_after(config: DistillConfig, step: int, processes: int = 1) -> float:
+    """What the first ``step`` updates of a run cost per sample, in forward passes, over all its stages."""
+    total = 0.0
+    for stage in stages_of(config):
+        head = min(max(step, stage.begin), stage.student_from) - stage.begin
+        whole = min(max(step, stage.student_from), stage.end) - stage.student_from
+        if head:
+            total += head * head_start_passes(stage.config, processes).total
+        total += whole * passes(stage.config, processes).total
+    return total
+
+
+def mean_passes(config: DistillConfig, processes: int = 1) -> float:
+    """What an update of a run costs per sample, in forward passes: the mean over the run."""
+    if not config.stages and not config.critic.head_start:
+        return passes(config, processes).total  # to the last digit
+    updates = total_updates(config)
+    return passes_after(config, updates, processes) / updates
 
 
 def micro_batch_size(config: DistillConfig, processes: int = 1) -> int:

@@ -7,7 +7,7 @@ merged with.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from .checkpoint import read_checkpoint
 from .config import DistillConfig
 from .objectives import method_of
 from .settings import from_dict
+from .stages import Stage, stage_of_update, stages_of
 
 Which = Literal["mean", "best", "last"]
 """The running mean of the student's weights at the end, the mean at its best evaluation, or the last weights."""
@@ -119,14 +120,27 @@ def read_run(folder: Path, which: Which = "mean") -> FinishedRun | None:
 
 def training_notes(config: DistillConfig, step: int, weights: str | None = None) -> dict[str, str]:
     """What a student's recipe says of its training: method, weights (if they are not the mean ones) and updates."""
-    notes = {"method": method_of(config)}
+    stages = stages_of(config)
+    last = stage_of_update(stages, step).config
+    notes = {"method": method_of(last)}
     if weights is not None:
         notes["weights"] = weights
     notes["training"] = (
-        f"{step} updates of {config.batch_size} prompts, seed {config.seed}, "
-        f"teacher guidance {config.objective.teacher_guidance}"
+        f"{step} updates of {last.batch_size} prompts, seed {config.seed}, "
+        f"teacher guidance {last.objective.teacher_guidance}"
     )
+    if config.stages:
+        notes["stages"] = "; ".join(stage_notes(stages, step))
     return notes
+
+
+def stage_notes(stages: Sequence[Stage], step: int) -> list[str]:
+    """The stages that a run has begun after ``step`` updates, a line each: name, updates done, and method."""
+    return [
+        f"{stage.name} ({min(step, stage.end) - stage.begin} updates): {method_of(stage.config)}"
+        for stage in stages
+        if step > stage.begin
+    ]
 
 
 def _recipe(fields: dict[str, Any], config: DistillConfig) -> StudentRecipe:

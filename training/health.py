@@ -77,7 +77,12 @@ class Monitor:
         self._standing: set[str] = set()
 
     def watch(self, line: dict[str, float]) -> list[Alarm]:
-        """The alarms that this line raises."""
+        """The alarms that this line raises. A line of a new stage forgets the critic: with another objective or grid it
+        has other losses.
+        """
+        if "stage" in line:
+            self._losses, self._gaps = [], {}
+            self._standing -= {"critic_loss", "gap"}
         raised = []
         for key, alarm in [*self._previews(line), *self._loss(line), *self._gap(line)]:
             if alarm is None:

@@ -41,7 +41,6 @@ class Log:
 
     Attributes:
         alarms: the messages of all alarms since the start or the resume.
-        recorded: the kinds of lines (``eval``, ``health``) that the record has of the update that a run resumes from.
 
     Raises:
         TDMError: TensorBoard is asked for and not installed, or the folder cannot be written.
@@ -64,7 +63,7 @@ class Log:
                 with writing(picture, RESUME):
                     picture.unlink()
         last = [line for line in kept if line["step"] == run.step]
-        self.recorded = {name.partition("/")[0] for line in last for name in line}
+        self._recorded = {name.partition("/")[0] for line in last for name in line}
         for line in kept:  # what the monitor knows is in the lines
             self.monitor.watch(line)
         best = run.out_dir / "best.pt"
@@ -77,6 +76,12 @@ class Log:
     def alarmed(self) -> bool:
         """Whether an alarm is to stop the run."""
         return self.run.config.output.stop_on_alarm and bool(self.alarms)
+
+    def lacks(self, kind: str) -> bool:
+        """Whether a kind of line (``eval``, ``health``, ``stage``) of this update is still to be written. A resumed run
+        may have it from before.
+        """
+        return self.run.step > self.first or kind not in self._recorded
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Take in the metrics of one update, 0-dim tensors."""
@@ -127,19 +132,29 @@ class Log:
     def write(self, line: dict[str, float]) -> None:
         """One line to every sink, and to the monitor, whose alarms follow it."""
         line = self._record(line)
-        done, left = self.run.step - self.first, self.run.config.updates - self.run.step
+        done, left = self.run.step - self.first, self.run.updates - self.run.step
         eta = f"  ETA {duration((time.monotonic() - self.start) / done * left)}" if done else ""
         shown = "  ".join(f"{k} {v:.3g}" for k, v in line.items() if k != "step" and not k.startswith("gap_"))
-        self.report(f"update {self.run.step}/{self.run.config.updates}  {shown}{eta}")
+        self.report(f"update {self.run.step}/{self.run.updates}  {shown}{eta}")
         for alarm in self.monitor.watch(line):
             self._record({f"alarm/{alarm.name}": alarm.value})
             self.alarms.append(alarm.message)
             self.report(f"ALARM  {alarm.message}")
 
     def evaluation(self, measures: dict[str, float]) -> None:
-        """The task's measures as a line, and the student as best.pt if it is the best so far."""
-        kept = self.best.keep(self.run.step, self.run.ema.weights, measures)
+        """The task's measures as a line, and the student as best.pt if it is the best so far of the last stage, whose
+        settings are those of the student file.
+        """
+        last = self.run.stage.end == self.run.updates
+        kept = self.best.keep(self.run.step, self.run.ema.weights, measures) if last else {}
         self.write({f"eval/{name}": value for name, value in measures.items()} | kept)
+
+    def stage(self, stages: int) -> None:
+        """A line for the stage that begins, and one in the record."""
+        stage = self.run.stage
+        self.report(f"stage {stage.index + 1} of {stages}: {stage.name}, {stage.end - stage.begin} updates")
+        if stage.index and self.run.step == stage.begin and self.lacks("stage"):
+            self.monitor.watch(self._record({"stage": float(stage.index)}))
 
     def preview(self, preview: Preview) -> None:
         """The sheet of previews as a file, and how the student's samples compare with the teacher's as a line."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..errors import TDMError
 from .batch import Batch, draw_batch
-from .checkpoint import read_checkpoint, restore_checkpoint, save_checkpoint
+from .checkpoint import read_checkpoint, read_for_resume, restore, save_checkpoint
 from .config import DistillConfig, Role, RoleConfig, TrajectoryConfig
 from .cost import micro_batches
 from .log import Log
@@ -26,6 +26,7 @@ from .processes import Processes, shard
 from .progress import Report, print_line
 from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Roles
 from .run import Callback, Run
+from .stages import Stage, stage_of_update, stages_of
 from .task import Task
 from .trajectory import Trajectory, build_trajectories
 from .update import Draw, update
@@ -68,35 +69,45 @@ def distill(
     config = settled(task, config)
     if processes.first and config.precision == "bf16" and best_precision(task.device.type) == "fp32":
         report(f"note: this {task.device.type} has no bf16 units: precision=bf16 is no faster than fp32 here")
-    portions = _portions(config, processes)
+    stages = stages_of(config)
+    for stage in stages:
+        _portions(stage.config, processes)
+        _trajectories(task, stage)
     generator = torch.Generator().manual_seed(config.seed)
-    run = _begin(task, config, out, generator)
-    optimizers = {
-        role: build_optimizer(run.roles.parameters(role), c, config.memory) for role, c in config.roles.items()
-    }
+    run = _begin(task, config, stages[0], out, generator)
+    payload = None
+    if resume:
+        payload = read_for_resume(checkpoint, config, task.identity(), report)
+        _prepare(run, stage_of_update(stages, payload["step"]))
+    optimizers = _optimizers(run)
     state: dict[str, Any] = {"config": config, "roles": run.roles, "ema": run.ema, "optimizers": optimizers}
     state |= {"generator": generator, "identity": task.identity()}
-    if resume:
-        run.step = restore_checkpoint(checkpoint, **state, report=report)
+    if payload is not None:
+        run.step = restore(payload, run.roles, run.ema, optimizers, generator)
     log = Log(run, callbacks, report) if processes.first else None
     if resume:
         _show_what_is_missing(run, log, processes)
-    draw = _draw(run, generator, processes, portions)
-    while run.step < config.updates:
-        _update(run, optimizers, draw, processes, log)
-        on_update(run.step)
-        # Before previews and evaluation, so that one that fails, for memory or a full disk, loses no update.
-        saved = run.step == config.updates or run.due(config.output.checkpoint_every)
-        if saved:
-            _save(checkpoint, state, run, log)
-        _show(run, log, evaluation=run.due(config.output.evaluate_every), preview=run.due(config.output.preview_every))
-        # Several processes answer together, which waits for the device.
-        asked = processes.size == 1 or run.due(config.output.log_every)
-        stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
-        if stopping:
-            if not saved:
+    stopping = False
+    for stage in stages[run.stage.index :]:
+        if stage is not run.stage and not stopping:
+            _enter(run, stage, optimizers)
+        if log is not None and config.stages and not stopping:
+            log.stage(len(stages))
+        draw = _draw(run, generator, processes)
+        while run.step < stage.end and not stopping:
+            _update(run, optimizers, draw, processes, log)
+            on_update(run.step)
+            # Before previews and evaluation, so that one that fails, for memory or a full disk, loses no update.
+            saved = run.step == stage.end or run.due(config.output.checkpoint_every)
+            if saved:
                 _save(checkpoint, state, run, log)
-            break
+            output = config.output
+            _show(run, log, evaluation=run.due(output.evaluate_every), preview=run.due(output.preview_every))
+            # Several processes answer together, which waits for the device.
+            asked = processes.size == 1 or run.due(output.log_every)
+            stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
+            if stopping and not saved:
+                _save(checkpoint, state, run, log)
     processes.wait()  # for what the first one still writes
     if log is not None and log.alarmed:
         raise TDMError(
@@ -106,18 +117,53 @@ def distill(
     return run
 
 
-def _begin(task: Task, config: DistillConfig, out: Path, generator: torch.Generator) -> Run:
+def _begin(task: Task, config: DistillConfig, stage: Stage, out: Path, generator: torch.Generator) -> Run:
     """The run before its first update."""
-    trajectories = build_trajectories(config.trajectory, task.schedule)
-    roles = build_roles(task, config, generator)
+    roles = build_roles(task, stage.config, generator)
     if config.memory.shard:
         shard(task.base, [weight for role in ROLES for weight in roles.parameters(role)])
-    return Run(task, config, out, roles, trajectories, Ema(roles, decay=config.ema.decay, warmup=config.ema.warmup))
+    ema = Ema(roles, decay=stage.config.ema.decay, warmup=stage.config.ema.warmup)
+    return Run(task, config, out, roles, _trajectories(task, stage), ema, stage)
 
 
-def _draw(run: Run, generator: torch.Generator, processes: Processes, portions: int) -> Draw:
-    """How a run draws its batches: whole, in every process alike, of which each takes its micro batches."""
-    task, n, objective = run.task, run.config.batch_size, run.config.objective
+def _trajectories(task: Task, stage: Stage) -> dict[int, Trajectory]:
+    """The grids of a stage, checked for what its critic learns on them."""
+    config = stage.config
+    trajectories = build_trajectories(config.trajectory, task.schedule)
+    if "critic" in objective_of(config.objective).trains and config.critic.target == "subinterval":
+        for trajectory in trajectories.values():
+            trajectory.require_finite_targets()
+    return trajectories
+
+
+def _prepare(run: Run, stage: Stage) -> None:
+    """Put a run's grids, running mean and step counts in order for a stage. No trained weight changes."""
+    run.stage, run.trajectories = stage, _trajectories(run.task, stage)
+    run.ema.decay, run.ema.warmup = stage.config.ema.decay, stage.config.ema.warmup
+    _tell_steps(run.roles, run.task, stage.config.trajectory)
+
+
+def _optimizers(run: Run) -> dict[Role, Optimizer]:
+    """Fresh optimisers of what a run's stage trains."""
+    config = run.stage.config
+    return {role: build_optimizer(run.roles.parameters(role), c, config.memory) for role, c in config.roles.items()}
+
+
+def _enter(run: Run, stage: Stage, optimizers: dict[Role, Optimizer]) -> None:
+    """Go on from the end of one stage into the next, on the same student."""
+    _prepare(run, stage)
+    if stage.critic == "teacher":
+        run.roles.reset("critic")
+    elif stage.critic == "student":
+        run.roles.load("critic", _scaled(run.ema.weights, run.config.student, run.config.critic))
+    if stage.optimizers == "fresh":
+        optimizers |= _optimizers(run)
+
+
+def _draw(run: Run, generator: torch.Generator, processes: Processes) -> Draw:
+    """How a run's stage draws its batches: whole, in every process alike, of which each takes its micro batches."""
+    config = run.stage.config
+    task, n, objective, portions = run.task, config.batch_size, config.objective, _portions(config, processes)
     guidance_band = objective_of(objective).guidance_band(objective)
 
     def draw(student: bool) -> list[Batch]:
@@ -135,10 +181,11 @@ def _draw(run: Run, generator: torch.Generator, processes: Processes, portions: 
 
 def _update(run: Run, optimizers: dict[Role, Optimizer], draw: Draw, processes: Processes, log: Log | None) -> None:
     """One update. ``log`` is None in all processes but the first."""
-    config = run.config
+    stage, config = run.stage, run.stage.config
+    train_student = run.step >= stage.student_from
     for role, c in config.roles.items():
-        set_learning_rate(optimizers[role], learning_rate(c, run.step, config.updates))
-    train_student = run.step >= config.critic.head_start
+        first = stage.student_from if role == "student" else stage.begin
+        set_learning_rate(optimizers[role], learning_rate(c, max(0, run.step - first), stage.end - first))
     metrics = update(run.roles, config, draw, optimizers, processes, train_student=train_student)
     if train_student:
         run.ema.update()
@@ -175,7 +222,7 @@ def _show_what_is_missing(run: Run, log: Log | None, processes: Processes) -> No
     """Evaluate and preview the checkpoint's own update if the run ended after the checkpoint and before them."""
 
     def missing(every: int, kind: str) -> bool:
-        return run.due(every) and processes.any(log is not None and kind not in log.recorded, run.task.device)
+        return run.due(every) and processes.any(log is not None and log.lacks(kind), run.task.device)
 
     output = run.config.output
     _show(
@@ -268,28 +315,31 @@ def _start(roles: Roles, config: DistillConfig, saved: dict[str, Any]) -> None:
     Raises:
         TDMError: they do not fit. For a critic, such as one without an embedding of step counts, it names another way.
     """
+    student, before = saved["ema"]["weights"], {role: saved["config"][role] for role in ROLES}
 
-    def scaled(weights: dict[str, Tensor], role: Role, now: RoleConfig) -> dict[str, Tensor]:
-        before = saved["config"][role]
-        factor = _scale(before["alpha"], before["rank"]) / _scale(now.alpha, now.rank)
-        return {name: weight * factor if "lora_B" in name else weight for name, weight in weights.items()}
+    def of(role: Role) -> RoleConfig:
+        return RoleConfig(rank=before[role]["rank"], alpha=before[role]["alpha"])
 
-    student = saved["ema"]["weights"]
-    roles.load("student", scaled(student, "student", config.student))
+    roles.load("student", _scaled(student, of("student"), config.student))
     if config.critic.start == "teacher":
         return
     try:
         if config.critic.start == "student":
-            roles.load("critic", scaled(student, "student", config.critic))
+            roles.load("critic", _scaled(student, of("student"), config.critic))
         else:
-            roles.load("critic", scaled(saved["adapters"]["critic"], "critic", config.critic))
+            roles.load("critic", _scaled(saved["adapters"]["critic"], of("critic"), config.critic))
     except TDMError as error:
         raise TDMError(f"start_from: {error}; critic.start=teacher begins a new critic") from None
 
 
-def _scale(alpha: float | None, rank: int) -> float:
-    """What a LoRA's product of factors is multiplied by."""
-    return 1.0 if alpha is None else alpha / rank
+def _scaled(weights: dict[str, Tensor], before: RoleConfig, now: RoleConfig) -> dict[str, Tensor]:
+    """Adapter weights of one role for another: they add the same to the base, whatever alpha was and is."""
+
+    def scale(role: RoleConfig) -> float:
+        return 1.0 if role.alpha is None else role.alpha / role.rank
+
+    factor = scale(before) / scale(now)
+    return {name: weight * factor if "lora_B" in name else weight for name, weight in weights.items()}
 
 
 def draw_steps(trajectories: Mapping[int, Trajectory], generator: torch.Generator) -> int:
@@ -299,8 +349,10 @@ def draw_steps(trajectories: Mapping[int, Trajectory], generator: torch.Generato
 
 
 def _tell_steps(roles: Roles, task: Task, config: TrajectoryConfig) -> None:
-    """Add embeddings of the step count to those roles of a unified student's run that know it by one."""
-    if config.unify is None or config.tell_steps == "none":
-        return
-    with_embedding: tuple[Role, ...] = ROLES if config.tell_steps == "embedding" else ("critic",)
-    roles.tell_steps(with_embedding, len(config.unify), task.time_embedder)
+    """Give embeddings of the step count to those roles of a unified student's run that know it by one, and to no
+    other.
+    """
+    with_embedding: tuple[Role, ...] = ()
+    if config.unify is not None and config.tell_steps != "none":
+        with_embedding = ROLES if config.tell_steps == "embedding" else ("critic",)
+    roles.tell_steps(with_embedding, len(config.unify or ()), task.time_embedder)

@@ -56,12 +56,13 @@ def generator_loss(
     c: float | None = None,
     normalise: bool = True,
     norm_min: float = 1e-2,
+    norm_max: float | None = None,
 ) -> Tensor:
     """Move the student's ``x0`` along the difference of the two scores at ``x_tau`` (TDM, arXiv 2503.06674).
 
         direction = x0_teacher - x0_critic          (the teacher's with guidance)
         target    = stop_grad(x0 + direction)
-        norm      = max(mean |x0 - x0_teacher|, norm_min)      per sample, no gradient
+        norm      = mean |x0 - x0_teacher|, kept in [norm_min, norm_max]      per sample, no gradient
         loss      = mean( rho(x0 - target) / norm )
 
     The value is that of ``rho(direction)``; only its gradient, through ``x0`` alone, means anything. ``norm`` evens
@@ -72,7 +73,7 @@ def generator_loss(
         ``x_tau``.
     """
     with torch.no_grad():
-        norm = _norm(x0, x0_teacher, norm_min) if normalise else x0.new_ones(len(x0))
+        norm = _norm(x0, x0_teacher, norm_min, norm_max) if normalise else x0.new_ones(len(x0))
     return _move(x0, x0_teacher - x0_critic, norm, kind, c)
 
 
@@ -86,6 +87,7 @@ def guidance_loss(
     c: float | None = None,
     normalise: bool = True,
     norm_min: float = 1e-2,
+    norm_max: float | None = None,
 ) -> Tensor:
     """The guidance of :func:`generator_loss` as a separate term (Decoupled DMD, arXiv 2511.22677): ``x0`` moves along
     ``(w - 1)(x0_cond - x0_uncond)``. ``norm`` is ``mean |x0 - x0_guided|``, as in the coupled form.
@@ -100,12 +102,18 @@ def guidance_loss(
     """
     direction = guided(x0_cond, x0_uncond, guidance_scale) - x0_cond
     with torch.no_grad():
-        norm = _norm(x0, x0_cond + direction, norm_min) if normalise else x0.new_ones(len(x0))
+        norm = _norm(x0, x0_cond + direction, norm_min, norm_max) if normalise else x0.new_ones(len(x0))
     return _move(x0, direction, norm, kind, c)
 
 
 def sid_loss(
-    x0: Tensor, x0_teacher: Tensor, x0_critic: Tensor, *, alpha: float = 1.0, norm_min: float = 1e-2
+    x0: Tensor,
+    x0_teacher: Tensor,
+    x0_critic: Tensor,
+    *,
+    alpha: float = 1.0,
+    norm_min: float = 1e-2,
+    norm_max: float | None = None,
 ) -> Tensor:
     """Score identity distillation (SiD, arXiv 2404.04057, equation 23 in x0): the Fisher divergence of the two scores.
 
@@ -123,7 +131,7 @@ def sid_loss(
         A scalar.
     """
     with torch.no_grad():
-        norm = _norm(x0, x0_teacher, norm_min)
+        norm = _norm(x0, x0_teacher, norm_min, norm_max)
     apart = x0_teacher - x0_critic
     return (sample_mean(apart * (x0_teacher - x0) - alpha * apart.square()) / norm).mean()
 
@@ -133,8 +141,8 @@ def regression_loss(x0: Tensor, x0_target: Tensor, *, kind: Rho = "pseudo_huber"
     return rho(x0 - x0_target.detach(), kind, c).mean()
 
 
-def _norm(x0: Tensor, x0_teacher: Tensor, norm_min: float) -> Tensor:
-    return sample_mean((x0 - x0_teacher).abs()).clamp_min(norm_min)
+def _norm(x0: Tensor, x0_teacher: Tensor, norm_min: float, norm_max: float | None) -> Tensor:
+    return sample_mean((x0 - x0_teacher).abs()).clamp(norm_min, norm_max)
 
 
 def _move(x0: Tensor, direction: Tensor, norm: Tensor, kind: Rho, c: float | None) -> Tensor:
@@ -165,16 +173,19 @@ def critic_loss(x0_critic: Tensor, x0_target: Tensor, weight: Tensor) -> Tensor:
     return (weight.to(x0_critic.dtype) * sample_mean((x0_critic - x0_target).square())).mean()
 
 
-def subinterval_target(x_tau: Tensor, xi: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def subinterval_target(
+    x_tau: Tensor, xi: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor, alpha_m: Tensor
+) -> tuple[Tensor, Tensor]:
     """The critic's target when ``x_tau = r x_m + b xi`` started from the trajectory's own state ``x_m`` (Phased DMD).
 
     Given ``x_m`` the score of ``x_tau`` is ``-xi / b``, so the epsilon target is ``sigma xi / b`` and in x0 space
     ``(x_tau - sigma^2 xi / b) / alpha``. Its mean over ``xi`` given ``x_tau`` is the exact score of the student's
     states; the clean target is exact only where ``x_m`` is clean, and leaves intermediate states too wide.
 
-    Returns ``(x0_target, factor)``: ``factor = (b / sigma)^2`` ``[B]`` multiplies the critic's weight, for the target's
-    variance grows as its inverse near ``b = 0``. At the last stage ``b = sigma``: target and weight equal the clean
-    ones.
+    Returns ``(x0_target, factor)``: ``factor = (alpha_m b / sigma)^2`` ``[B]`` multiplies the critic's weight. The
+    target's variance grows as the inverse of ``(b / sigma)^2`` near ``b = 0``, and with ``1 / alpha_m^2`` towards the
+    noisy stages: with both the irreducible loss is about the same in all stages. At the last stage ``b = sigma`` and
+    ``alpha_m = 1``: target and weight equal the clean ones.
     """
     x0_target = (x_tau - expand(sigma.square() / b, x_tau) * xi) / expand(alpha, x_tau)
-    return x0_target, (b / sigma).square()
+    return x0_target, (alpha_m * b / sigma).square()

@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import TDMError
 from ..pipelines.prediction_types import PredictionType
@@ -28,7 +29,7 @@ from ..pipelines.schedule import NoiseSchedule, expand, predict_x0_eps
 from .config import Role
 from .losses import guided
 from .precision import Precision, autocast
-from .trajectory import Condition
+from .trajectory import Condition, Predict
 
 ROLES: tuple[Role, ...] = get_args(Role)
 Denoiser = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
@@ -70,22 +71,32 @@ class Roles(ABC):
     ) -> None:
         self.base, self.call, self.schedule, self.prediction_type = base, call, schedule, prediction_type
         self.precision: Precision = precision
+        self._step_hooks: list[RemovableHandle] = []
         base.eval().requires_grad_(False)
 
     def tell_steps(self, roles: Sequence[Role], count: int, embedder: str) -> None:
-        """Give roles a trained vector for each of ``count`` step counts, which is added to the time embedding; it
-        starts at 0. A call tells which by ``cond[STEPS]``, indices ``[B]``; without that entry nothing is added.
+        """Give roles, and no others, a trained vector for each of ``count`` step counts, which is added to the time
+        embedding; it starts at 0. A role that has as many keeps them. A call tells which by ``cond[STEPS]``, indices
+        ``[B]``; without that entry nothing is added.
 
         Args:
             embedder: the base's module whose output ``[B, D]`` is the time embedding.
         """
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []
+        for role in ROLES:
+            if role not in roles:
+                self._weights[role].pop(STEPS, None)
         for network in dict.fromkeys(self._network(role) for role in roles):
             module = network.get_submodule(embedder)
-            module.register_forward_hook(self._add_steps)
-        width = [m for m in module.modules() if isinstance(m, nn.Linear)][-1].out_features
-        weight = next(iter(self.parameters(roles[0])))
+            self._step_hooks.append(module.register_forward_hook(self._add_steps))
         for role in roles:
-            self._weights[role][STEPS] = nn.Parameter(torch.zeros(count, width, device=weight.device))
+            vectors = self._weights[role].get(STEPS)
+            if vectors is None or len(vectors) != count:
+                width = [m for m in module.modules() if isinstance(m, nn.Linear)][-1].out_features
+                device = next(iter(self.parameters(role))).device
+                self._weights[role][STEPS] = nn.Parameter(torch.zeros(count, width, device=device))
 
     def _add_steps(self, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         return output if self._step_vectors is None else output + self._step_vectors.to(output.dtype)
@@ -135,24 +146,40 @@ class Roles(ABC):
         self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """The teacher's ``(x0, eps)``, each ``[B, ...]``, with the prompt and without it, from one batch of 2 B."""
-        both = {key: torch.cat([cond[key], null[key]]) for key in cond}
-        x0, eps = self.teacher(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both)
-        n = len(x)
-        return (x0[:n], eps[:n]), (x0[n:], eps[n:])
+        return _pair(self.teacher, x, timesteps, cond, null)
 
     def guided_teacher(
         self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition, guidance_scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The teacher's ``(x0, eps)``, each ``[B, ...]``, with classifier-free guidance. The scale is a number, or one
-        for each sample, ``[B]`` on the CPU. The number 1 is one pass; any other is two, in one batch of 2 B.
+        """The teacher's ``(x0, eps)``, each ``[B, ...]``, with classifier-free guidance (see `guided`)."""
+        return self.guided(self.teacher, x, timesteps, cond, null, guidance_scale)
+
+    def guided(
+        self,
+        predict: Predict,
+        x: Tensor,
+        timesteps: Tensor,
+        cond: Condition,
+        null: Condition,
+        guidance_scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """A role's ``(x0, eps)``, each ``[B, ...]``, with classifier-free guidance. The scale is a number, or one for
+        each sample, ``[B]`` on the CPU. The number 1 is one pass; any other is two, in one batch of 2 B.
+
+        Args:
+            predict: of the role, such as `teacher`.
         """
         if isinstance(guidance_scale, Tensor):
             guidance_scale = expand(guidance_scale, x)
         elif guidance_scale == 1:
-            return self.teacher(x, timesteps, cond)
-        with_prompt, without = self.teacher_pair(x, timesteps, cond, null)
+            return predict(x, timesteps, cond)
+        with_prompt, without = _pair(predict, x, timesteps, cond, null)
         x0, eps = (guided(c, u, guidance_scale) for c, u in zip(with_prompt, without, strict=True))
         return x0, eps
+
+    @abstractmethod
+    def reset(self, role: Role) -> None:
+        """Make a role the teacher again."""
 
     def parameters(self, role: Role) -> list[nn.Parameter]:
         """The trained weights of a role, and of no other."""
@@ -177,6 +204,16 @@ class Roles(ABC):
             raise TDMError(f"these {role} weights are for other layers or another rank than this run trains")
         for name, weight in weights.items():
             weight.copy_(state[name])
+
+
+def _pair(
+    predict: Predict, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``(x0, eps)`` with the prompt and without it, from one batch of 2 B."""
+    both = {key: torch.cat([cond[key], null[key]]) for key in cond}
+    x0, eps = predict(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both)
+    n = len(x)
+    return (x0[:n], eps[:n]), (x0[n:], eps[n:])
 
 
 class AdapterRoles(Roles):
@@ -234,6 +271,13 @@ class AdapterRoles(Roles):
                     nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
                     weight.data.copy_(drawn)
 
+    @torch.no_grad()
+    def reset(self, role: Role) -> None:
+        """Make a role the teacher again: the second factors of its adapter, and what it knows of step counts, are 0."""
+        for name, weight in self._weights[role].items():
+            if "lora_B" in name or name == STEPS:
+                weight.zero_()
+
     def _find(self, role: Role) -> dict[str, nn.Parameter]:
         mark = f".{role}."
         return {
@@ -261,6 +305,13 @@ class CopyRoles(Roles):
         super().__init__(base, call, schedule=schedule, prediction_type=prediction_type, precision=precision)
         self._copies = {role: copy.deepcopy(base).float().requires_grad_(True) for role in ROLES}
         self._weights = {role: dict(network.named_parameters()) for role, network in self._copies.items()}
+
+    @torch.no_grad()
+    def reset(self, role: Role) -> None:
+        """Make a role the teacher again: a copy of the base, and nothing known of step counts."""
+        base = dict(self.base.named_parameters())
+        for name, weight in self._weights[role].items():
+            weight.zero_() if name == STEPS else weight.copy_(base[name])
 
     def _network(self, role: Role | None) -> nn.Module:
         return self.base if role is None else self._copies[role]

@@ -18,6 +18,7 @@ from ..pipelines.students.file import Student
 from .config import DistillConfig
 from .export import student_of, training_notes
 from .roles import STEPS, Ema, Roles
+from .stages import Stage, total_updates
 from .task import Task, Teacher
 from .trajectory import Condition, Predict, Trajectory, sample, with_fresh_noise
 
@@ -26,7 +27,9 @@ CRITIC_SEED = 1_000  # of the noise in Run.critic: not that of any task's previe
 
 @dataclass
 class Run:
-    """A run as callbacks and callers see it. ``step`` counts updates done; `as_student` is the student to use."""
+    """A run as callbacks and callers see it. ``step`` counts updates done, and ``stage`` is the one that it is in;
+    `as_student` is the student to use.
+    """
 
     task: Task
     config: DistillConfig
@@ -34,16 +37,22 @@ class Run:
     roles: Roles
     trajectories: dict[int, Trajectory]
     ema: Ema
+    stage: Stage
     step: int = 0
 
     @property
     def trajectory(self) -> Trajectory:
-        """The trajectory of ``config.trajectory.steps``, on which previews and evaluation are made."""
-        return self.trajectories[self.config.trajectory.steps]
+        """The trajectory of the stage's ``trajectory.steps``, on which previews and evaluation are made."""
+        return self.trajectories[self.stage.config.trajectory.steps]
+
+    @property
+    def updates(self) -> int:
+        """All updates of the run."""
+        return total_updates(self.config)
 
     def with_steps(self, cond: Condition, steps: int, n: int) -> Condition:
         """The condition of ``n`` samples, for a unified student with their step count (`STEPS`)."""
-        if len(self.trajectories) == 1 or self.config.trajectory.tell_steps == "none":
+        if len(self.trajectories) == 1 or self.stage.config.trajectory.tell_steps == "none":
             return cond
         return {**cond, STEPS: torch.full((n,), list(self.trajectories).index(steps))}
 
@@ -62,11 +71,11 @@ class Run:
         return student_of(self.config, replace(recipe, notes=notes), weights)
 
     def student(self, noise: Tensor, cond: Condition, steps: int | None = None) -> Tensor:
-        """Samples of the student (mean weights) on its grid of ``steps``; None is ``config.trajectory.steps``."""
+        """Samples of the student (mean weights) on its grid of ``steps``; None is `trajectory`."""
         trajectory = self.trajectory if steps is None else self.trajectories[steps]
         predict: Predict = self.roles.student
         if trajectory.config.sampler == "stochastic":
-            predict = with_fresh_noise(predict, _fresh(noise, len(trajectory)))
+            predict = with_fresh_noise(predict, _fresh(noise, len(trajectory)), trajectory.config.eta)
         cond = on_device(self.with_steps(cond, len(trajectory), len(noise)), noise.device)
         with self.ema.applied():
             return sample(predict, self.task.schedule, trajectory.timesteps.tolist(), noise, cond)
@@ -83,9 +92,9 @@ class Run:
 
     @property
     def teacher(self) -> Teacher:
-        """Samples of the teacher with the run's guidance on ``output.teacher_steps`` uniform steps."""
-        w = self.config.objective.guidance_scale
-        grid = uniform_grid(self.config.output.teacher_steps, self.task.schedule, self.config.trajectory.shift)
+        """Samples of the teacher with the stage's guidance on ``output.teacher_steps`` uniform steps."""
+        w, shift = self.stage.config.objective.guidance_scale, self.stage.config.trajectory.shift
+        grid = uniform_grid(self.config.output.teacher_steps, self.task.schedule, shift)
 
         def draw(noise: Tensor, cond: Condition) -> Tensor:
             null = self.task.null(cond)
@@ -121,8 +130,10 @@ class Run:
         return all(bool(part.isfinite().all()) for part in self.roles.teacher(x, self.trajectory.timesteps[-1:], cond))
 
     def due(self, every: int) -> bool:
-        """Whether something that happens ``every`` so many updates (0 is never), and at the end, happens now."""
-        return every > 0 and (self.step % every == 0 or self.step == self.config.updates)
+        """Whether something that happens ``every`` so many updates (0 is never), and at the end of each stage, happens
+        now.
+        """
+        return every > 0 and (self.step % every == 0 or self.step == self.stage.end)
 
 
 def _fresh(noise: Tensor, steps: int) -> Tensor:

@@ -169,7 +169,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if not isinstance(value, list | tuple) or (args[-1] is not ... and len(value) != len(args)):
             items = _ITEMS.get(args[0], "lists") if args[-1] is ... else len(args)
             raise TDMError(f"{name} must be a list of {items}, not {value!r}")
-        return tuple(_coerce(item, args[0], name) for item in value)
+        return tuple(_coerce(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
     if origin is dict or hint is dict:
         if not isinstance(value, dict):
             raise TDMError(f"{name} is a section with its own keys, not {value!r}")

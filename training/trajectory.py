@@ -24,6 +24,7 @@ from ..pipelines.schedule import (
     ddim_step,
     expand,
     grid_pairs,
+    mixed_noise,
     renoise_coefficients,
     shift_sigma,
     uniform_grid,
@@ -31,22 +32,26 @@ from ..pipelines.schedule import (
 )
 from .config import Band, TrajectoryConfig
 
+BANDS_BELOW_THE_STATE = ("full", "below")  # reach below the state that a stage ends in: only x0 can be diffused there
 Predict = Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]  # (x [B, ...], timesteps [B], cond) -> (x0, eps)
 
 
 class Noised(NamedTuple):
-    """``x_tau = r x_m + b xi`` at ``(alpha, sigma)`` of tau; the coefficients are ``[B]`` float64 on the CPU."""
+    """``x_tau = r x_m + b xi`` at ``(alpha, sigma)`` of tau, from a state at ``alpha_m``; the coefficients are ``[B]``
+    float64 on the CPU.
+    """
 
     x_tau: Tensor
     xi: Tensor
     b: Tensor
     alpha: Tensor
     sigma: Tensor
+    alpha_m: Tensor
 
 
-def with_fresh_noise(predict: Predict, fresh: Tensor) -> Predict:
+def with_fresh_noise(predict: Predict, fresh: Tensor, eta: float = 1.0) -> Predict:
     """``predict`` for a stochastic sampler (consistency models, DMD2), whose next state has fresh noise in the place of
-    the predicted one.
+    the predicted one, or mixed with it (`mixed_noise`).
 
     Args:
         fresh: ``[B, K, ...]``, the noise of the i-th call for each sample; a call takes the head of the batch.
@@ -54,8 +59,8 @@ def with_fresh_noise(predict: Predict, fresh: Tensor) -> Predict:
     calls = itertools.count()
 
     def stochastic(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        x0, _ = predict(x, timesteps, cond)
-        return x0, fresh[: len(x), next(calls)]
+        x0, eps = predict(x, timesteps, cond)
+        return x0, mixed_noise(eps, fresh[: len(x), next(calls)], eta)
 
     return stochastic
 
@@ -108,12 +113,32 @@ class Trajectory:
 
     def _bands(self, kind: Band) -> Tensor:
         c, start = self.config, self._time(self.timesteps)
-        if kind == "full":
-            return torch.tensor([[c.tau_min, c.tau_max]] * len(self), dtype=torch.float64)
+        if kind in BANDS_BELOW_THE_STATE:
+            high = torch.ones_like(start) if kind == "full" else start
+            return torch.stack([torch.full_like(start, c.tau_min), high.clamp_max(c.tau_max)], 1)
         end = torch.cat([start[1:], start.new_zeros(1)])
         low = (end + c.margin).clamp_min(c.tau_min)
         high = (start if kind == "separate" else torch.ones_like(start)).clamp_max(c.tau_max)
         return torch.stack([low, high], 1)
+
+    def require_finite_targets(self) -> None:
+        """Check that the subinterval target is finite at every tau (see `losses.subinterval_target`).
+
+        Raises:
+            TDMError: rounding can close ``margin``, or the highest tau is pure noise.
+        """
+        c, n = self.config, self.schedule.num_train_timesteps
+        if self.schedule.kind != "flow" and c.margin * n < 1:
+            raise TDMError(
+                f"trajectory.margin is {c.margin:g}, less than one of {n} timesteps: a tau may round to the end of its "
+                f"stage; set it to at least {1 / n:g}"
+            )
+        highest = self._timesteps(torch.tensor([c.tau_max], dtype=torch.float64))
+        if self.schedule.alpha_sigma(highest)[0] <= 0:
+            raise TDMError(
+                f"trajectory.tau_max is {c.tau_max:g}, which rounds to timestep {float(highest):g}: it is pure noise "
+                f"there; set it to at most {1 - 2 / n:g}"
+            )
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -133,13 +158,22 @@ class Trajectory:
         return stages.sort(descending=True).values
 
     def draw_tau(self, stages: Tensor, generator: torch.Generator, band: Band | None = None) -> Tensor:
-        """Timesteps tau ``[B]``: uniform over each stage's band in unshifted time, whole numbers on a vp model.
+        """Timesteps tau ``[B]``: by ``tau_law`` over each stage's band in unshifted time, whole numbers on a vp model.
 
         Args:
             band: another kind than the configuration's.
         """
         low, high = (self.bands if band is None else self._bands(band))[stages].unbind(1)
-        time = low + (high - low) * torch.rand(len(stages), generator=generator, dtype=torch.float64)
+        share = torch.rand(len(stages), generator=generator, dtype=torch.float64)
+        if self.config.tau_law == "logit_normal":
+            low, high = (torch.special.ndtr(torch.logit(end)) for end in (low, high))  # shares of the law below them
+            time = torch.special.ndtri(low + (high - low) * share).sigmoid()
+        else:
+            time = low + (high - low) * share
+        return self._timesteps(time)
+
+    def _timesteps(self, time: Tensor) -> Tensor:
+        """Timesteps of unshifted times in [0, 1]."""
         timesteps = shift_sigma(time, self.config.shift) * self.schedule.num_train_timesteps
         return timesteps if self.schedule.kind == "flow" else timesteps.round().clamp_max(self.schedule.last_timestep)
 
@@ -168,14 +202,18 @@ class Trajectory:
         """
         return x0 if self.config.renoise == "clean" else self.step(x0, eps, stages)
 
-    def renoise(self, x_m: Tensor, stages: Tensor, tau: Tensor, xi: Tensor) -> Noised:
+    def renoise(self, x_m: Tensor, stages: Tensor, tau: Tensor, xi: Tensor, *, clean: bool | None = None) -> Noised:
         """Diffuse an :meth:`origin` ``x_m`` up to ``tau``: ``x_tau = r x_m + b xi``. ``x_m`` and ``xi`` are ``[B,
         ...]``, ``stages`` and ``tau`` ``[B]`` on the CPU.
+
+        Args:
+            clean: whether ``x_m`` is a clean prediction; None is what the configuration's `renoise` says.
         """
         alpha, sigma = self.schedule.alpha_sigma(tau)
-        m = torch.full_like(stages, len(self)) if self.config.renoise == "clean" else stages + 1
+        clean = self.config.renoise == "clean" if clean is None else clean
+        m = torch.full_like(stages, len(self)) if clean else stages + 1
         r, b = renoise_coefficients(self.alphas[m], self.sigmas[m], alpha, sigma)
-        return Noised(expand(r, x_m) * x_m + expand(b, xi) * xi, xi, b, alpha, sigma)
+        return Noised(expand(r, x_m) * x_m + expand(b, xi) * xi, xi, b, alpha, sigma, self.alphas[m])
 
 
 def _uniform(config: TrajectoryConfig, schedule: NoiseSchedule, steps: int) -> list[float]:

@@ -42,15 +42,16 @@ def update(
     sample teaches little), the last on the sample that the student update then uses.
 
     Args:
-        train_student: False trains the critic only (``critic.head_start``).
+        train_student: False is one update of the critic alone (``critic.head_start``).
 
     Returns:
         0-dim tensors on the device: losses, gradient norms, ``std_ratio`` (student's over teacher's x0) and, for
-        matching, ``gap_<stage>`` ``= mean |teacher - critic| / |x0 - teacher|``. All but the norms are of this
-        process's share.
+        matching, ``gap_<stage>`` ``= mean |teacher - critic| / |x0 - teacher|``; with ``critic.skip_above`` the share
+        of critic steps that were skipped. All but the norms are of this process's share.
     """
     objective = objective_of(config.objective)
-    critic_loss, rounds = objective.critic_loss, 1 if objective.critic_loss is None else config.critic.per_student
+    critic_loss = objective.critic_loss
+    rounds = config.critic.per_student if critic_loss is not None and train_student else 1
     metrics: Metrics = {}
     for i in range(rounds):
         last = train_student and i == rounds - 1
@@ -66,8 +67,8 @@ def update(
         for batch in batches:
             step, forward = student_step(roles, batch, grad=graph), None
             if critic_loss is not None:
-                forward = critic_forward(roles, batch, step.x_m, batch.critic, grad=True)
-                loss = critic_loss(config.critic, step, forward)
+                forward = critic_forward(roles, config.objective, batch, step.x_m, batch.critic, grad=True)
+                loss = critic_loss(roles, config.critic, batch, step, forward)
                 (loss / n).backward()
                 terms.append({"critic_loss": loss.detach()})
             if at_once:
@@ -75,7 +76,11 @@ def update(
             else:
                 waiting.append((batch, step))
         if critic_loss is not None:
-            metrics["critic_grad"] = _descend(roles, "critic", config.critic.clip, optimizers, processes)
+            losses = [term["critic_loss"] for term in terms if "critic_loss" in term]
+            skipped = _above(config.critic.skip_above, losses, processes)
+            metrics["critic_grad"] = _descend(roles, "critic", config.critic.clip, optimizers, processes, skipped)
+            if config.critic.skip_above is not None:
+                metrics["critic_skipped"] = metrics["critic_grad"].new_tensor(float(skipped))
         if last:
             for batch, step in waiting:
                 terms.append(_student_backward(roles, config, batch, step, None, n))
@@ -101,12 +106,32 @@ def _student_backward(
     return metrics
 
 
-def _descend(roles: Roles, role: Role, clip: float, optimizers: dict[Role, Optimizer], processes: Processes) -> Tensor:
-    """Mean of the gradients over the processes, clip, step; returns the gradient's norm before clipping."""
+def _above(limit: float | None, losses: Sequence[Tensor], processes: Processes) -> bool:
+    """Whether the mean loss of the micro batches is above a limit, in any process. Waits for the device if there is
+    one.
+    """
+    if limit is None:
+        return False
+    mean = torch.stack(list(losses)).mean()
+    return processes.any(bool(mean > limit), mean.device)
+
+
+def _descend(
+    roles: Roles,
+    role: Role,
+    clip: float,
+    optimizers: dict[Role, Optimizer],
+    processes: Processes,
+    skipped: bool = False,
+) -> Tensor:
+    """Mean of the gradients over the processes, clip, step unless it is skipped; returns the gradient's norm before
+    clipping.
+    """
     weights = roles.parameters(role)
     processes.mean_([weight.grad for weight in weights if weight.grad is not None])
     norm = torch.nn.utils.clip_grad_norm_(weights, clip)
-    optimizers[role].step()
+    if not skipped:
+        optimizers[role].step()
     optimizers[role].zero_grad(set_to_none=True)
     return norm
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 from ..errors import TDMError
 from .config import CriticConfig, DistillConfig, EmaConfig, ObjectiveConfig, OutputConfig, RoleConfig, TrajectoryConfig
 from .objectives import OBJECTIVES, objective_of
+from .stages import stages_of
+from .trajectory import BANDS_BELOW_THE_STATE
 
 
 def validate(config: DistillConfig) -> None:
@@ -16,6 +18,13 @@ def validate(config: DistillConfig) -> None:
     Raises:
         TDMError: a value is out of its range, or settings cannot work together.
     """
+    if config.stages:
+        for stage in stages_of(config):
+            try:
+                validate(stage.config)
+            except TDMError as error:
+                raise TDMError(f"stages[{stage.index}]: {error}") from None
+        return
     _batch(config)
     _trajectory(config.trajectory)
     _objective(config.objective, config.trajectory)
@@ -35,11 +44,6 @@ def _need(ok: bool, message: str) -> None:
 def _batch(c: DistillConfig) -> None:
     _need(c.updates > 0, f"updates must be positive, not {c.updates}")
     _need(0 <= c.seed < 2**63, f"seed must be 0 or more and below 2^63, not {c.seed}")
-    _need(
-        c.critic.head_start < c.updates,
-        f"critic.head_start must be below updates, which is {c.updates}: otherwise the student is never trained; "
-        f"it is {c.critic.head_start}",
-    )
     _need(c.batch_size > 0, f"batch_size must be positive, not {c.batch_size}")
     micro = c.micro_batch_size
     _need(
@@ -59,6 +63,8 @@ def _trajectory(t: TrajectoryConfig) -> None:
         )
     _need(t.shift > 0, f"trajectory.shift must be positive, not {t.shift}")
     _need(0 <= t.tau_min < t.tau_max < 1, f"need 0 <= tau_min < tau_max < 1, not {t.tau_min}, {t.tau_max}")
+    _need(0 < t.eta <= 1, f"trajectory.eta must be above 0 and at most 1, not {t.eta}")
+    _need(t.eta == 1 or t.sampler == "stochastic", "trajectory.eta below 1 is for trajectory.sampler=stochastic")
     _need(0 < t.margin < 0.5, f"trajectory.margin must be in (0, 0.5), not {t.margin}")
     if t.unify is not None:
         counts = len(set(t.unify)) == len(t.unify) and all(k > 0 for k in t.unify)
@@ -79,10 +85,20 @@ def _objective(o: ObjectiveConfig, t: TrajectoryConfig) -> None:
     )
     _need(o.norm_min > 0, f"objective.norm_min must be positive, not {o.norm_min}")
     _need(o.huber_c is None or o.huber_c > 0, f"objective.huber_c must be positive, not {o.huber_c}")
-    for name, band in (("trajectory.bands", t.bands), ("objective.guidance_band", o.guidance_band)):
-        _need(
-            band != "full" or t.renoise == "clean", f"{name}=full goes below the states; set trajectory.renoise=clean"
-        )
+    _need(
+        t.bands not in BANDS_BELOW_THE_STATE or t.renoise == "clean",
+        f"trajectory.bands={t.bands} goes below the states; set trajectory.renoise=clean",
+    )
+    _need(
+        o.guidance_term == "coupled" or o.rho == "mse",
+        "objective.guidance_term=decoupled needs objective.rho=mse: the gradient of a Huber is a sign, which cancels "
+        "the guidance scale",
+    )
+    _need(not o.guided_critic or o.gradient == "sid", "objective.guided_critic is for objective.gradient=sid")
+    _need(
+        o.norm_max is None or o.norm_max > o.norm_min,
+        f"objective.norm_max must be above norm_min, which is {o.norm_min}; it is {o.norm_max}",
+    )
     _need(o.ode_steps >= t.steps, f"objective.ode_steps must be at least trajectory.steps, not {o.ode_steps}")
     _need(o.guidance_weight >= 0, f"objective.guidance_weight must not be negative, not {o.guidance_weight}")
 
@@ -121,6 +137,11 @@ def _role(name: str, role: RoleConfig, full_weights: bool) -> None:
 def _critic(critic: CriticConfig) -> None:
     _need(critic.weight_limit > 0, f"critic.weight_limit must be positive, not {critic.weight_limit}")
     _need(critic.per_student > 0, f"critic.per_student must be positive, not {critic.per_student}")
+    _need(critic.leash >= 0, f"critic.leash must not be negative, not {critic.leash}")
+    _need(
+        critic.skip_above is None or critic.skip_above > 0,
+        f"critic.skip_above must be positive, not {critic.skip_above}",
+    )
     _need(critic.head_start >= 0, f"critic.head_start must not be negative, not {critic.head_start}")
 
 

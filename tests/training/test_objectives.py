@@ -223,9 +223,10 @@ def test_sid_equals_the_gradient_of_its_formula_and_spares_critic_and_base() -> 
 def test_two_terms_at_one_tau_pull_as_the_coupled_one() -> None:
     """With a linear penalty, no normaliser and the same tau and noise the decoupled form is the coupled one."""
     plain = ["objective.rho=mse", "objective.normalise=false", "objective.guidance_scale=4"]
+    apart = ["objective.guidance_term=decoupled", "objective.guidance_band=separate"]
     gradients = []
     for decoupled in (False, True):
-        config = config_of(*plain, *(["objective.guidance_term=decoupled"] if decoupled else []))
+        config = config_of(*plain, *(apart if decoupled else []))
         roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
         assert batch.student is not None
         batch = batch._replace(guidance=batch.student if decoupled else None)
@@ -238,10 +239,11 @@ def test_two_terms_at_one_tau_pull_as_the_coupled_one() -> None:
 def test_the_weight_of_the_guidance_term_is_a_guidance_scale() -> None:
     """``k (w - 1)(c - u)``: as before, the coupled form with the scale ``1 + k (w - 1)``."""
     plain = ["objective.rho=mse", "objective.normalise=false"]
+    apart = ["objective.guidance_term=decoupled", "objective.guidance_band=separate"]
     gradients = []
     for settings in (
         ["objective.guidance_scale=7"],
-        ["objective.guidance_scale=4", "objective.guidance_term=decoupled", "objective.guidance_weight=2"],
+        ["objective.guidance_scale=4", *apart, "objective.guidance_weight=2"],
     ):
         config = config_of(*plain, *settings)
         roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 8))
@@ -259,7 +261,7 @@ def test_sid_alpha_weighs_the_square_of_the_scores_difference() -> None:
         losses[alpha] = float(loss_of(roles, config, batch).detach())
     assert batch.student is not None
     step = student_step(roles, batch, grad=False)
-    forward = critic_forward(roles, batch, step.x_m, batch.student, grad=False)
+    forward = critic_forward(roles, config.objective, batch, step.x_m, batch.student, grad=False)
     teacher, _ = roles.teacher(forward.noised.x_tau, forward.tau, batch.cond)
     square = float((teacher - forward.x0_critic).square().mean())
     assert losses[1.0] - losses[1.2] == pytest.approx(0.2 * square / 100, rel=1e-4)
@@ -271,10 +273,10 @@ def test_no_error_of_the_critic_weighs_more_than_its_limit(limit: float) -> None
     config = config_of("critic.target=clean", f"critic.weight_limit={limit}")
     roles, batch = linear_roles(), conditioned(batch_of(config, FLOW))
     step = student_step(roles, batch, grad=False)
-    forward = critic_forward(roles, batch, step.x_m, batch.critic, grad=False)
+    forward = critic_forward(roles, config.objective, batch, step.x_m, batch.critic, grad=False)
     errors = (forward.x0_critic - step.x0).square().mean(1)
     weights = torch.tensor([min(1 / float(t / 1000) ** 2, limit) for t in batch.critic.tau])
-    loss = float(critic_objective(config.critic, step, forward))
+    loss = float(critic_objective(roles, config.critic, batch, step, forward))
     assert loss == pytest.approx(float((weights * errors).mean()), rel=1e-5)
     assert (float(weights.max()) == limit) == (limit < 1e9)
 
@@ -313,11 +315,11 @@ def test_from_the_clean_prediction_the_state_does_not_matter(schedule: NoiseSche
     config = config_of("trajectory.renoise=clean", "trajectory.bands=full")
     roles, batch = linear_roles(schedule), conditioned(batch_of(config, schedule))
     step = student_step(roles, batch, grad=False)
-    forward = critic_forward(roles, batch, step.x_m, batch.critic, grad=False)
+    forward = critic_forward(roles, config.objective, batch, step.x_m, batch.critic, grad=False)
     alpha, sigma = (expand(level, step.x0) for level in schedule.alpha_sigma(batch.critic.tau))
     torch.testing.assert_close(forward.noised.x_tau, alpha * step.x0 + sigma * batch.critic.xi)
     targets = [config_of("trajectory.renoise=clean", f"critic.target={t}").critic for t in ("clean", "subinterval")]
-    one, two = (float(critic_objective(critic, step, forward)) for critic in targets)
+    one, two = (float(critic_objective(roles, critic, batch, step, forward)) for critic in targets)
     assert one == pytest.approx(two, rel=1e-6)
     low, high = config.trajectory.tau_min, config.trajectory.tau_max
     time = (batch.critic.tau - schedule.clean_timestep) / schedule.num_train_timesteps
@@ -362,7 +364,16 @@ def test_with_fresh_noise_an_exact_student_draws_the_true_distribution() -> None
         (["trajectory.bands=full"], "trajectory.bands=full goes below the states; set trajectory.renoise=clean"),
         (["objective.name=regression", "objective.gradient=sid"], "sid is for objective.name=matching, not regression"),
         (["objective.name=consistency", "critic.head_start=5"], "trains no critic"),
-        (["objective.guidance_term=decoupled"], "a guidance_scale above 1"),
+        (["objective.guidance_term=decoupled", "objective.rho=mse"], "a guidance_scale above 1"),
+        (["objective.guidance_term=decoupled", "objective.guidance_scale=3"], "needs objective.rho=mse"),
+        (["objective.guidance_term=decoupled", "objective.rho=vector_huber"], "needs objective.rho=mse"),
+        (["trajectory.bands=below"], "trajectory.bands=below goes below the states; set trajectory.renoise=clean"),
+        (["objective.guided_critic=true"], "guided_critic is for objective.gradient=sid"),
+        (["objective.norm_max=0.001"], "norm_max must be above norm_min"),
+        (["trajectory.eta=0.5"], "trajectory.eta below 1 is for trajectory.sampler=stochastic"),
+        (["trajectory.eta=0", "trajectory.sampler=stochastic"], "trajectory.eta must be above 0"),
+        (["critic.skip_above=0"], "critic.skip_above must be positive"),
+        (["critic.leash=-1"], "critic.leash must not be negative"),
         (["objective.gradient=sid", "critic.share_noise=true"], "share_noise is for"),
         (["objective.ode_steps=3"], "at least trajectory.steps"),
         (["trajectory.unify=[1,2]"], r"trajectory.steps \(it is 4\) among them"),

@@ -53,7 +53,7 @@ def test_every_family_goes_with_every_objective(family: str, objective: str) -> 
         alone.student,
         alone.trajectory.shift,
     )
-    assert (both.trajectory, both.objective) != (alone.trajectory, alone.objective)
+    assert (both.trajectory, both.objective, both.stages) != (alone.trajectory, alone.objective, alone.stages)
 
 
 def test_a_mistyped_preset_is_refused_with_the_nearest() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tdm.errors import TDMError
-from tdm.pipelines.schedule import NoiseSchedule, uniform_grid
+from tdm.pipelines.schedule import NoiseSchedule, mixed_noise, uniform_grid
 from tdm.training.config import TrajectoryConfig
 from tdm.training.trajectory import Trajectory, sample
 
@@ -132,3 +132,61 @@ def test_trained_grid_is_the_sampled_grid():
 def test_impossible_trajectories_are_refused(config, schedule, message):
     with pytest.raises(TDMError, match=message):
         Trajectory(config, schedule)
+
+
+@pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
+def test_below_reaches_from_the_lowest_tau_to_where_a_stage_starts(schedule):
+    trajectory = Trajectory(TrajectoryConfig(renoise="clean", bands="below"), schedule)
+    stages = torch.arange(4).repeat_interleave(4000)
+    tau = trajectory.draw_tau(stages, seeded()) / schedule.num_train_timesteps
+    for i, start in enumerate((0.98, 0.75, 0.5, 0.25)):  # tau_max, and the grid
+        here = tau[stages == i]
+        assert float(here.min()) == pytest.approx(0.02, abs=2e-3)
+        assert float(here.max()) == pytest.approx(start, abs=2e-3)
+
+
+def test_a_clean_prediction_is_diffused_as_one_whatever_the_configuration_says():
+    trajectory, stages = Trajectory(TrajectoryConfig(), FLOW), torch.tensor([1, 0])
+    x0, xi = torch.randn(2, 3).double(), torch.randn(2, 3).double()
+    tau = torch.tensor([100.0, 900.0], dtype=torch.float64)  # the first is far below the state that its stage ends in
+    noised = trajectory.renoise(x0, stages, tau, xi, clean=True)
+    torch.testing.assert_close(noised.x_tau, (1 - tau / 1000)[:, None] * x0 + (tau / 1000)[:, None] * xi)
+    with pytest.raises(TDMError, match="re-noising only goes up"):
+        trajectory.renoise(x0, stages, tau, xi)
+
+
+def test_a_logit_normal_tau_stays_in_its_band_and_has_that_law():
+    config = TrajectoryConfig(renoise="clean", bands="full", tau_law="logit_normal")
+    trajectory, stages = Trajectory(config, FLOW), torch.zeros(40_000, dtype=torch.long)
+    time = trajectory.draw_tau(stages, seeded()) / 1000
+    assert 0.02 <= float(time.min()) < 0.05
+    assert 0.95 < float(time.max()) <= 0.98
+    normal = torch.logit(time)  # cut at +-3.9 deviations: as good as whole
+    assert float(normal.mean()) == pytest.approx(0, abs=0.02)
+    assert float(normal.std()) == pytest.approx(1, abs=0.02)
+    banded = Trajectory(TrajectoryConfig(tau_law="logit_normal"), FLOW)
+    for i, (low, high) in enumerate(banded.bands.tolist()):
+        tau = banded.draw_tau(torch.full((1000,), i), seeded()) / 1000
+        assert low <= float(tau.min())
+        assert float(tau.max()) <= high
+
+
+def test_targets_that_would_be_infinite_are_refused():
+    rounds_shut = Trajectory(TrajectoryConfig(margin=1e-4), VP)
+    with pytest.raises(TDMError, match=r"trajectory.margin is 0.0001.*set it to at least 0.001"):
+        rounds_shut.require_finite_targets()
+    zero_snr = NoiseSchedule.vp(1000, 0.00085, 0.012, "scaled_linear", None, True, 1.0)
+    with pytest.raises(TDMError, match=r"trajectory.tau_max is 0.9996.*pure noise"):
+        Trajectory(TrajectoryConfig(tau_max=0.9996), zero_snr).require_finite_targets()
+    for schedule in (FLOW, VP, zero_snr):
+        Trajectory(TrajectoryConfig(margin=0.001, tau_max=0.998), schedule).require_finite_targets()
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.8])
+def test_eta_mixes_the_own_noise_with_a_fresh_one_of_the_same_variance(eta):
+    own, fresh = torch.randn(2, 100_000, generator=seeded()).double()
+    mixed = mixed_noise(own, fresh, eta)
+    assert float(mixed.var()) == pytest.approx(1, abs=0.02)
+    assert float((mixed * fresh).mean()) == pytest.approx(eta, abs=0.02)
+    assert float((mixed * own).mean()) == pytest.approx((1 - eta**2) ** 0.5, abs=0.02)
+    assert torch.equal(mixed_noise(own, fresh, 1.0), fresh)

@@ -8,7 +8,7 @@ from tdm.errors import TDMError
 from tdm.pipelines.schedule import NoiseSchedule
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig
-from tdm.training.cost import passes
+from tdm.training.cost import head_start_passes, passes
 from tdm.training.loop import draw_steps
 from tdm.training.objectives import objective_of
 from tdm.training.processes import Processes
@@ -84,7 +84,9 @@ class Bench:
         (["objective.guidance_scale=4.5", "critic.share_noise=true", "critic.per_student=2"], 9.0, 3),
         (["objective.guidance_scale=4.5", "micro_batch_size=2"], 7.5, 2),  # the student's step again, for its gradient
         (["objective.guidance_scale=4.5", "micro_batch_size=2", "critic.share_noise=true"], 5.5, 2),
-        (["objective.guidance_scale=4.5", "objective.guidance_term=decoupled"], 7.5, 2),
+        (["objective.guidance_scale=4.5", "objective.guidance_term=decoupled", "objective.rho=mse"], 7.5, 2),
+        (["objective.guidance_scale=4.5", "critic.leash=0.02"], 7.5, 2),
+        (["objective.guidance_scale=4.5", "critic.leash=0.02", "critic.per_student=2"], 12.0, 3),
         (["objective.guidance_scale=4.5", "trajectory.sampler=stochastic", "trajectory.renoise=clean"], 6.5, 2),
         (["objective.guidance_scale=4.5", "objective.name=consistency"], 6.5, 1),
         (["objective.guidance_scale=4.5", "objective.name=consistency", "micro_batch_size=2"], 6.5, 1),
@@ -100,6 +102,17 @@ def test_passes_of_an_update(overrides, forwards, with_grad):
     assert bench.passes["forward"] / samples == forwards
     assert bench.passes["with_grad"] / samples == with_grad
     assert (passes(bench.config).forwards, passes(bench.config).backwards) == (forwards, with_grad)  # as is estimated
+
+
+@pytest.mark.parametrize(("guided", "forwards", "with_grad"), [("false", 6.5, 5), ("true", 8.5, 7)])
+def test_a_guided_critic_makes_each_of_its_passes_twice(guided: str, forwards: float, with_grad: int) -> None:
+    """SiD's backward also goes through the teacher's two passes, and the critic's."""
+    bench = Bench("objective.guidance_scale=4.5", "objective.gradient=sid", f"objective.guided_critic={guided}")
+    for _ in range(10):
+        bench.update()
+    expected, samples = passes(bench.config), 10 * bench.config.batch_size
+    assert bench.passes["forward"] / samples == expected.forwards == forwards
+    assert bench.passes["with_grad"] / samples == expected.backwards + expected.looked_through == with_grad
 
 
 def test_passes_are_the_same_on_average_with_one_stage_per_update():
@@ -143,6 +156,26 @@ def test_head_start_trains_the_critic_alone():
     assert any(not torch.equal(value, critic[key]) for key, value in bench.roles.state("critic").items())
     assert set(metrics) == {"critic_loss", "critic_grad"}
     assert metrics["critic_grad"] > 0
+
+
+def test_an_update_of_a_head_start_is_one_of_the_critic():
+    bench = Bench("critic.per_student=3")
+    bench.update(train_student=False)
+    assert bench.batches == 1
+    samples, expected = bench.config.batch_size, head_start_passes(bench.config)
+    assert bench.passes["forward"] / samples == expected.forwards == 1.5 + 1 + 1
+    assert bench.passes["with_grad"] / samples == expected.backwards == 1
+
+
+@pytest.mark.parametrize(("limit", "skipped"), [(1e-9, True), (1e9, False)])
+def test_a_step_of_the_critic_with_a_loss_above_the_limit_is_skipped(limit: float, skipped: bool) -> None:
+    bench = Bench(f"critic.skip_above={limit}")
+    critic = bench.roles.state("critic")
+    metrics = bench.update()
+    same = all(torch.equal(value, critic[key]) for key, value in bench.roles.state("critic").items())
+    assert same == skipped
+    assert float(metrics["critic_skipped"]) == skipped
+    assert metrics["student_grad"] > 0
 
 
 def test_each_critic_update_has_its_own_batch():

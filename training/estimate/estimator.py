@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..config import DistillConfig, MemoryConfig, Storage
-from ..cost import micro_batch_size, micro_batches, passes
+from ..cost import head_start_passes, micro_batch_size, micro_batches, passes
 from ..objectives import objective_of
 from ..objectives.passes import Passes
 from ..presets import MEMORY
 from ..settings import load_config
+from ..stages import stages_of
 from .rehearsal import Course, Outline, Rehearsal
 
 GIB = 2**30
@@ -69,9 +70,13 @@ _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of an optimiser
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate of one configuration on ``processes`` devices.
+    """The estimate of one configuration on ``processes`` devices. Of several stages it is that of the one that takes
+    most memory. `run_flops` and `stages` are of the whole run.
 
     Attributes:
+        batch_size: samples of an update, over all processes.
+        run_flops: FLOPs of the whole run, on all devices together.
+        stages: each stage's name, updates and estimate; none for a run without stages.
         parameters: of the frozen base.
         trained: by role.
         flops: of one sample's pass, by name; see ``Course``.
@@ -87,6 +92,9 @@ class Estimate:
     flops: Mapping[str, float]
     memory: dict[str, float]
     prompt: int
+    batch_size: int
+    run_flops: float
+    stages: tuple[tuple[str, int, Estimate], ...] = ()
 
     @property
     def total(self) -> float:
@@ -96,19 +104,29 @@ class Estimate:
     @property
     def flops_per_update(self) -> float:
         """FLOPs of an update of the whole batch, on all devices together."""
-        p, f = self.passes, self.flops
-        forwards = (p.prefix + p.student) * f["student"] + (p.critic + p.score) * f["critic"] + p.teacher * f["teacher"]
-        backwards = p.student_backward * f["student_backward"] + p.critic_backward * f["critic_backward"]
-        return self.config.batch_size * (forwards + backwards)
+        return self.batch_size * _flops_per_sample(self.passes, self.flops)
 
     def seconds(self, gpu: Gpu) -> tuple[float, float]:
         """(least, most) seconds of an update, at the assumed ``UTILISATION``."""
-        ideal = self.flops_per_update / (gpu.tflops * 1e12 * self.processes)
+        return self._seconds(self.flops_per_update, gpu)
+
+    def run_seconds(self, gpu: Gpu) -> tuple[float, float]:
+        """(least, most) seconds of the whole run, without previews and evaluation."""
+        return self._seconds(self.run_flops, gpu)
+
+    def _seconds(self, flops: float, gpu: Gpu) -> tuple[float, float]:
+        ideal = flops / (gpu.tflops * 1e12 * self.processes)
         return ideal / UTILISATION[1], ideal / UTILISATION[0]
 
     def fits(self, gpu: Gpu) -> bool:
         """Whether each device has room, by the assumed ``USABLE`` share."""
         return self.total <= USABLE * gpu.memory * GIB
+
+
+def _flops_per_sample(p: Passes, flops: Mapping[str, float]) -> float:
+    forwards = (p.prefix + p.student) * flops["student"] + (p.critic + p.score) * flops["critic"]
+    backwards = p.student_backward * flops["student_backward"] + p.critic_backward * flops["critic_backward"]
+    return forwards + p.teacher * flops["teacher"] + backwards
 
 
 class Estimator:
@@ -124,6 +142,14 @@ class Estimator:
         Raises:
             TDMError: the task is no pipeline, or what it would refuse about base, size or grid.
         """
+        stages = [(stage.name, stage.end - stage.begin, self._stage(stage.config, processes))
+                  for stage in stages_of(config)]  # fmt: skip
+        most = max((estimate for _, _, estimate in stages), key=lambda estimate: estimate.total)
+        flops = sum(estimate.run_flops for _, _, estimate in stages)
+        return replace(most, config=config, run_flops=flops, stages=tuple(stages) if config.stages else ())
+
+    def _stage(self, config: DistillConfig, processes: int) -> Estimate:
+        """The estimate of one stage's settings."""
         micro, count = micro_batch_size(config, processes), micro_batches(config, processes)
         key, rehearsal = self._rehearsal(config)
         course = self._course(key, rehearsal, micro, count)
@@ -139,12 +165,18 @@ class Estimator:
         return Estimate(
             config=config,
             processes=processes,
-            passes=passes(config, processes),
+            passes=(p := passes(config, processes)),
             parameters=sum(shape.numel() for _, shape in rehearsal.shapes),
             trained={str(role): n for role, n in rehearsal.trained.items()},
             flops=course.flops,
             memory=memory,
             prompt=sum(value.nbytes for value in rehearsal.task.conditions(1).values()),
+            batch_size=config.batch_size,
+            run_flops=config.batch_size
+            * (
+                config.updates * _flops_per_sample(p, course.flops)
+                + config.critic.head_start * _flops_per_sample(head_start_passes(config, processes), course.flops)
+            ),
         )
 
     def offloads(self, config: DistillConfig) -> bool:

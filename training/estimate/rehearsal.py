@@ -194,11 +194,12 @@ class Rehearsal:
             cond, null = self.task.conditions(samples), self.task.conditions(samples)
             return [batch.part(i, n).to(self.task.device)._replace(cond=cond, null=null) for i in range(n)]
 
-        once = replace(self.config, critic=replace(self.config.critic, per_student=1))
-        with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type) as tally:
+        once = replace(self.config, critic=replace(self.config.critic, per_student=1, skip_above=None))
+        leash = self.config.critic.leash > 0
+        with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type, leash=leash) as tally:
             update(self.roles, once, draw, optimizers, Processes())
-        for role in ROLES:
-            tally.samples[f"{role}_backward"] = shape[0]
+        tally.samples["student_backward"] = shape[0]
+        tally.samples["critic_backward"] = shape[0] * (2 if self.config.objective.guided_critic else 1)
         return Course(
             Counter({name: flops / tally.samples[name] for name, flops in tally.flops.items() if flops}), tally.peak
         )
@@ -206,12 +207,13 @@ class Rehearsal:
 
 class _Tally(LiveMemory):
     """FLOPs by pass, while an update runs. Between the passes are the backward ones: the critic's after its forward
-    with a graph, the student's else.
+    with a graph and the teacher's for its leash, the student's else.
     """
 
-    def __init__(self, roles: Roles, device: str) -> None:
+    def __init__(self, roles: Roles, device: str, *, leash: bool) -> None:
         super().__init__(device)
-        self.roles, self.current = roles, "critic_backward"
+        self.roles, self.current, self.leash = roles, "critic_backward", leash
+        self.critic_before = False  # whether the last pass was the critic's with a graph
         self.flops: Counter[str] = Counter()
         self.samples: Counter[str] = Counter()
 
@@ -231,7 +233,8 @@ class _Tally(LiveMemory):
             self.samples[name] += len(x)
             out = predict(x, *rest)
             critic = name == "critic" and torch.is_grad_enabled()
-            self.current = "critic_backward" if critic else "student_backward"
+            held = name == "teacher" and self.leash and self.critic_before
+            self.current, self.critic_before = "critic_backward" if critic or held else "student_backward", critic
             return out
 
         return watched

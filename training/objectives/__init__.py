@@ -37,8 +37,8 @@ StudentLoss = Callable[[Roles, ObjectiveConfig, Batch, StudentStep, CriticForwar
 student shares it, else None.
 """
 
-CriticLoss = Callable[[CriticConfig, StudentStep, CriticForward], Tensor]
-"""``(config, step, forward) -> scalar loss`` of the critic on the student's states."""
+CriticLoss = Callable[[Roles, CriticConfig, Batch, StudentStep, CriticForward], Tensor]
+"""``(roles, config, batch, step, forward) -> scalar loss`` of the critic on the student's states."""
 
 
 @dataclass(frozen=True)

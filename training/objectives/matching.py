@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...pipelines.schedule import mixed_noise
 from ..batch import Batch, Renoise
 from ..config import CriticConfig, DistillConfig, ObjectiveConfig
 from ..losses import (
@@ -28,7 +29,8 @@ from ..losses import (
     subinterval_target,
 )
 from ..roles import Role, Roles
-from ..trajectory import Noised, with_fresh_noise
+from ..trajectory import BANDS_BELOW_THE_STATE, Noised, with_fresh_noise
+from .guidance import guidance_at
 from .passes import Passes, prefix_passes, teacher_passes
 
 Metrics = dict[str, Tensor]
@@ -57,15 +59,18 @@ class CriticForward(NamedTuple):
 
 def student_prediction(roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
     """The student's ``(x0, eps)`` where the stages start, at ``x``; all ``[B, ...]``. With a stochastic sampler eps is
-    fresh noise.
+    fresh noise, or has a share of it (``trajectory.eta``).
     """
     x0, eps = roles.student(x, batch.trajectory.timesteps[batch.stages], batch.cond)
-    return x0, eps if batch.fresh is None else batch.fresh[torch.arange(len(x)), batch.stages]
+    if batch.fresh is None:
+        return x0, eps
+    return x0, mixed_noise(eps, batch.fresh[torch.arange(len(x)), batch.stages], batch.trajectory.config.eta)
 
 
 def start_states(roles: Roles, batch: Batch) -> Tensor:
     """The states ``[B, ...]`` where the stages start: the student is rolled there, without gradient."""
-    predict = roles.student if batch.fresh is None else with_fresh_noise(roles.student, batch.fresh)
+    predict, eta = roles.student, batch.trajectory.config.eta
+    predict = predict if batch.fresh is None else with_fresh_noise(predict, batch.fresh, eta)
     return batch.trajectory.roll(predict, batch.noise, batch.stages, batch.cond)
 
 
@@ -77,33 +82,40 @@ def student_step(roles: Roles, batch: Batch, *, grad: bool) -> StudentStep:
     return StudentStep(x, x0, eps, batch.trajectory.origin(x0.detach(), eps.detach(), batch.stages))
 
 
-def critic_forward(roles: Roles, batch: Batch, x_m: Tensor, renoise: Renoise, *, grad: bool) -> CriticForward:
+def critic_forward(
+    roles: Roles, config: ObjectiveConfig, batch: Batch, x_m: Tensor, renoise: Renoise, *, grad: bool
+) -> CriticForward:
     """Diffuse what the stages end in, ``x_m`` ``[B, ...]``, up to tau, and call the critic there, with a graph if
-    ``grad``.
+    ``grad``. With ``guided_critic`` it has the teacher's guidance.
     """
     noised = batch.trajectory.renoise(x_m, batch.stages, renoise.tau, renoise.xi)
+    w = guidance_at(config, batch.trajectory, renoise.tau) if config.guided_critic else 1.0
     with torch.set_grad_enabled(grad):
-        x0_critic, _ = roles.critic(noised.x_tau, renoise.tau, batch.cond)
+        x0_critic, _ = roles.guided(roles.critic, noised.x_tau, renoise.tau, batch.cond, batch.null, w)
     return CriticForward(noised, renoise.tau, x0_critic)
 
 
-def critic_objective(config: CriticConfig, step: StudentStep, forward: CriticForward) -> Tensor:
+def critic_objective(
+    roles: Roles, config: CriticConfig, batch: Batch, step: StudentStep, forward: CriticForward
+) -> Tensor:
     """The critic's loss, a scalar, on the student's states; ``forward`` carries the critic's graph."""
     noised = forward.noised
     weight = critic_weight(noised.alpha, noised.sigma, config.weight, config.weight_limit)
+    leash = config.leash and critic_leash(roles, batch, forward, weight * config.leash)
     target = step.x0.detach()
     if config.target == "subinterval":
         target, factor = subinterval_target(*noised)
         weight = weight * factor
-    return critic_loss(forward.x0_critic, target, weight.to(target))
+    return critic_loss(forward.x0_critic, target, weight.to(target)) + leash
 
 
-def guidance_of(config: ObjectiveConfig, batch: Batch) -> float | Tensor:
-    """The teacher's guidance scale: one for all, or that of each sample's stage ``[B]`` (CPU)."""
-    by_stage = config.stage_guidance
-    if by_stage is None:
-        return config.guidance_scale
-    return torch.tensor(by_stage)[batch.stages * len(by_stage) // len(batch.trajectory)]
+def critic_leash(roles: Roles, batch: Batch, forward: CriticForward, weight: Tensor) -> Tensor:
+    """What holds the critic near the unguided teacher (TDM-R1, BLADE): ``weight`` ``[B]`` times the mean square of
+    their difference in x0.
+    """
+    with torch.no_grad():
+        x0_teacher, _ = roles.teacher(forward.noised.x_tau, forward.tau, batch.cond)
+    return critic_loss(forward.x0_critic, x0_teacher, weight.to(x0_teacher))
 
 
 def matching_objective(
@@ -115,8 +127,9 @@ def matching_objective(
         step: carries the student's graph.
         forward: the critic's, if the student shares it; None calls the critic at ``batch.student``.
     """
-    forward = forward or _student_forward(roles, batch, step)
-    loss, x0_teacher = _matching_term(roles, config, batch, step, forward, guidance_of(config, batch))
+    forward = forward or _student_forward(roles, config, batch, step)
+    w = guidance_at(config, batch.trajectory, forward.tau)
+    loss, x0_teacher = _matching_term(roles, config, batch, step, forward, w)
     return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)
 
 
@@ -127,16 +140,16 @@ def decoupled_objective(
     its own, at ``batch.guidance`` and with the weight ``guidance_weight``. Arguments as of `matching_objective`.
     """
     assert batch.guidance is not None  # the table asks for it
-    forward = forward or _student_forward(roles, batch, step)
+    forward = forward or _student_forward(roles, config, batch, step)
     loss, x0_teacher = _matching_term(roles, config, batch, step, forward, 1.0)
     loss = loss + config.guidance_weight * _guidance_term(roles, config, batch, batch.guidance, step)
     return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)
 
 
-def _student_forward(roles: Roles, batch: Batch, step: StudentStep) -> CriticForward:
+def _student_forward(roles: Roles, config: ObjectiveConfig, batch: Batch, step: StudentStep) -> CriticForward:
     """The critic's forward at the student's own tau and noise, without a graph."""
     assert batch.student is not None  # as asked of draw
-    return critic_forward(roles, batch, step.x_m, batch.student, grad=False)
+    return critic_forward(roles, config, batch, step.x_m, batch.student, grad=False)
 
 
 def _matching_term(
@@ -155,15 +168,21 @@ def _matching_term(
 
 def _guidance_term(roles: Roles, config: ObjectiveConfig, batch: Batch, renoise: Renoise, step: StudentStep) -> Tensor:
     with torch.no_grad():
-        x_tau = batch.trajectory.renoise(step.x_m, batch.stages, renoise.tau, renoise.xi).x_tau
-        (cond, _), (uncond, _) = roles.teacher_pair(x_tau, renoise.tau, batch.cond, batch.null)
-    w = guidance_of(config, batch)
+        below = config.guidance_band in BANDS_BELOW_THE_STATE
+        x_m = step.x0.detach() if below else step.x_m
+        noised = batch.trajectory.renoise(x_m, batch.stages, *renoise, clean=True if below else None)
+        (cond, _), (uncond, _) = roles.teacher_pair(noised.x_tau, renoise.tau, batch.cond, batch.null)
+    w = guidance_at(config, batch.trajectory, renoise.tau)
     scale = w.to(cond).reshape(-1, *[1] * (cond.ndim - 1)) if isinstance(w, Tensor) else w
     return guidance_loss(step.x0, cond, uncond, scale, **_penalty(config))
 
 
 def _penalty(config: ObjectiveConfig) -> dict[str, Any]:
-    return {"kind": config.rho, "c": config.huber_c, "normalise": config.normalise, "norm_min": config.norm_min}
+    return {"kind": config.rho, "c": config.huber_c, "normalise": config.normalise, **_limits(config)}
+
+
+def _limits(config: ObjectiveConfig) -> dict[str, Any]:
+    return {"norm_min": config.norm_min, "norm_max": config.norm_max}
 
 
 def sid_objective(
@@ -177,10 +196,10 @@ def sid_objective(
     assert batch.student is not None  # as asked of draw
     x_m = batch.trajectory.origin(step.x0, step.eps, batch.stages)
     with frozen(roles, "critic"):
-        forward = critic_forward(roles, batch, x_m, batch.student, grad=True)
-        w = guidance_of(config, batch)
+        forward = critic_forward(roles, config, batch, x_m, batch.student, grad=True)
+        w = guidance_at(config, batch.trajectory, forward.tau)
         x0_teacher, _ = roles.guided_teacher(forward.noised.x_tau, forward.tau, batch.cond, batch.null, w)
-        loss = sid_loss(step.x0, x0_teacher, forward.x0_critic, alpha=config.sid_alpha, norm_min=config.norm_min)
+        loss = sid_loss(step.x0, x0_teacher, forward.x0_critic, alpha=config.sid_alpha, **_limits(config))
     return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)
 
 
@@ -229,7 +248,7 @@ def matching_passes(config: DistillConfig, split: bool) -> Passes:
         prefix=n * prefix_passes(config),
         student=n + (split and not share),
         critic=n,
-        teacher=teacher_passes(config),
+        teacher=teacher_passes(config) + n * (config.critic.leash > 0),
         score=0 if share else 1,
         student_backward=1,
         critic_backward=n,
@@ -238,9 +257,19 @@ def matching_passes(config: DistillConfig, split: bool) -> Passes:
 
 def decoupled_passes(config: DistillConfig, split: bool) -> Passes:
     """One pass of the teacher more than matching: its own term's conditional one."""
-    return replace(matching_passes(config, split), teacher=teacher_passes(config) + 1)
+    coupled = matching_passes(config, split)
+    return replace(coupled, teacher=coupled.teacher + 1)
 
 
 def sid_passes(config: DistillConfig, split: bool) -> Passes:
-    """As matching; its backward goes through the teacher's passes and the critic's."""
-    return replace(matching_passes(config, split), looked_through=teacher_passes(config) + 1)
+    """As matching; its backward goes through the teacher's passes and the critic's. A guided critic's passes are two
+    each.
+    """
+    kl, times = matching_passes(config, split), 2 if config.objective.guided_critic else 1
+    return replace(
+        kl,
+        critic=kl.critic * times,
+        score=kl.score * times,
+        critic_backward=kl.critic_backward * times,
+        looked_through=teacher_passes(config) + times,
+    )

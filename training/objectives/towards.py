@@ -18,7 +18,8 @@ from ..config import DistillConfig, ObjectiveConfig
 from ..losses import regression_loss
 from ..roles import Roles
 from ..trajectory import Trajectory
-from .matching import CriticForward, Metrics, StudentStep, guidance_of
+from .guidance import guidance_at
+from .matching import CriticForward, Metrics, StudentStep
 from .passes import Passes, prefix_passes, step_counts, teacher_passes
 
 
@@ -36,7 +37,8 @@ def consistency_objective(
     schedule = trajectory.schedule
     x_tau = trajectory.renoise(step.x_m, batch.stages, tau, xi).x_tau
     with torch.no_grad():
-        x0_teacher, eps = roles.guided_teacher(x_tau, tau, batch.cond, batch.null, guidance_of(config, batch))
+        w = guidance_at(config, trajectory, tau)
+        x0_teacher, eps = roles.guided_teacher(x_tau, tau, batch.cond, batch.null, w)
         later = later_timesteps(trajectory, tau, config.ode_steps)
         ended = later == schedule.clean_timestep
         # Where the step ends clean nothing is left to predict: the network is called there all the same, at the least
@@ -77,13 +79,14 @@ def _ode_end(roles: Roles, config: ObjectiveConfig, batch: Batch, x: Tensor, sta
     """Where guided steps of the teacher take those of the states ``x`` ``[B, ...]`` that are of one stage."""
     here = (batch.stages == stage).nonzero()[:, 0]  # of the CPU's stages: a mask would wait for the device
     on_device = here.to(x.device)
-    x, w = x[on_device], guidance_of(config, batch)
-    w = w[here] if isinstance(w, Tensor) else w
+    x = x[on_device]
     cond, null = ({key: value[on_device] for key, value in c.items()} for c in (batch.cond, batch.null))
     grid = ode_grid(batch.trajectory, stage, config.ode_steps)
     alphas, sigmas = grid_pairs(batch.trajectory.schedule, grid)
     for i, t in enumerate(grid):
-        x0, eps = roles.guided_teacher(x, torch.full((len(x),), t, dtype=torch.float64), cond, null, w)
+        timesteps = torch.full((len(x),), t, dtype=torch.float64)
+        w = guidance_at(config, batch.trajectory, timesteps)
+        x0, eps = roles.guided_teacher(x, timesteps, cond, null, w)
         x = ddim_step(x0, eps, float(alphas[i + 1]), float(sigmas[i + 1]))
     return x
 

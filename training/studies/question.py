@@ -11,7 +11,7 @@ import yaml
 
 from ...errors import TDMError
 from ..config import DistillConfig
-from ..cost import passes
+from ..cost import mean_passes, passes_after
 from ..settings import from_dict, load_config
 
 FOLDER = Path(__file__).parent / "questions"
@@ -70,7 +70,7 @@ class Question:
         config = load_config(configs, settings)
         share = 1.0
         if variant != self.first:
-            share = passes(self.config(self.first, seed)).total / passes(config).total
+            share = mean_passes(self.config(self.first, seed)) / mean_passes(config)
         often = self.every * min(1.0, share)
         every = max(n for n in range(1, self.every + 1) if self.updates % n == 0 and n <= max(1.0, often))
         wanted = self.updates * (share if self.passes_only else max(1.0, share))
@@ -85,7 +85,7 @@ class Question:
 
     def budget(self) -> float:
         """The network passes per sample that all variants have at least."""
-        return self.updates * passes(self.config(self.first, self.seeds[0])).total
+        return passes_after(self.config(self.first, self.seeds[0]), self.updates)
 
     def runs(self) -> list[tuple[str, int]]:
         """All (variant, seed), one seed of each variant first: half an answer is then one about all of them."""

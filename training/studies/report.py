@@ -15,7 +15,7 @@ from PIL import Image
 
 from ...errors import TDMError
 from ...files import replacing
-from ..cost import passes
+from ..cost import mean_passes
 from ..metrics import bootstrap_interval
 from .question import Question
 from .runs import BASE, TEACHER, Trained, picture_folder, slug
@@ -124,7 +124,7 @@ def table(question: Question, answer: Answer) -> str:
             rows.append([name, "", f"{value:.4g}", *[""] * (len(head) - 3)])
     for variant in question.variants:
         runs = seeds_of(question, answer, variant)
-        cost = f"{passes(question.config(variant, question.seeds[0])).total:g}"
+        cost = f"{mean_passes(question.config(variant, question.seeds[0])):g}"
         rows.append([variant, cost, *(say(runs) for say in columns.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -21,11 +21,12 @@ from PIL import Image
 from ...errors import TDMError
 from ...files import replacing, user_cache, writing
 from ..config import DistillConfig
-from ..cost import passes
+from ..cost import passes_after
 from ..loop import build_roles, distill, settled
 from ..progress import Report, print_line
 from ..roles import Ema
 from ..run import Run
+from ..stages import stages_of
 from ..tasks import build_task
 from ..trajectory import build_trajectories
 from .question import Question, is_of
@@ -209,7 +210,7 @@ def train(
 
     def tell(run: Run, line: Mapping[str, float]) -> None:
         if (shown := line.get(f"eval/{question.measure}")) is not None:
-            report(f"  {variant}, seed {seed}: update {run.step}/{config.updates}, {question.measure} {shown:.4g}")
+            report(f"  {variant}, seed {seed}: update {run.step}/{run.updates}, {question.measure} {shown:.4g}")
 
     begun, said = time.monotonic(), _in_brief(report)
     with unfinished(config) as folder:
@@ -218,11 +219,11 @@ def train(
         resume = (folder / "checkpoint.pt").is_file()
         run = distill(task, config, folder, callbacks=[tell], resume=resume, report=said, stop=stop)
         seconds = before + time.monotonic() - begun
-        if run.step < config.updates:
+        if run.step < run.updates:
             (folder / SECONDS).write_text(str(seconds), encoding="utf-8")
             return None
         (folder / SECONDS).unlink(missing_ok=True)
-        curve = _curve(folder / "metrics.jsonl", passes(config).total)
+        curve = _curve(folder / "metrics.jsonl", config)
     if pictures is not None:
         save_picture(pictures, variant, task.show(run.student))
     return Trained(variant, seed, asdict(config), seconds, machine(), curve)
@@ -260,12 +261,12 @@ def _seconds_before(folder: Path) -> float:
     return float(file.read_text(encoding="utf-8")) if file.is_file() else 0.0
 
 
-def _curve(metrics: Path, per_update: float) -> list[Point]:
+def _curve(metrics: Path, config: DistillConfig) -> list[Point]:
     """The evaluations in a run's metrics.jsonl."""
     curve = []
     for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
         if measures := {key.removeprefix("eval/"): v for key, v in line.items() if key.startswith("eval/")}:
-            curve.append(Point(line["step"], line["step"] * per_update, measures))
+            curve.append(Point(line["step"], passes_after(config, line["step"]), measures))
     return curve
 
 
@@ -322,9 +323,10 @@ def untrained(config: DistillConfig) -> Run:
     """A run before its first update: its student is the base on the student's grid."""
     task = build_task(config.task, config.memory, device())
     config = settled(task, config)
-    roles = build_roles(task, config, torch.Generator().manual_seed(config.seed))
-    trajectories = build_trajectories(config.trajectory, task.schedule)
-    return Run(task, config, Path(), roles, trajectories, Ema(roles, decay=0.0))
+    stage = stages_of(config)[-1]
+    roles = build_roles(task, stage.config, torch.Generator().manual_seed(config.seed))
+    trajectories = build_trajectories(stage.config.trajectory, task.schedule)
+    return Run(task, config, Path(), roles, trajectories, Ema(roles, decay=0.0), stage)
 
 
 def device() -> str:

@@ -182,9 +182,12 @@ class PipelineTask:
         return [f"{lora.file.name}@{lora.strength:g}" for lora in self.base_model.loras]
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
-        """See ``Task``. States and conditions enter in the dtype that the base computes in."""
-        cond = {key: value.to(self._dtype) if value.is_floating_point() else value for key, value in cond.items()}
-        return self.family.denoise(base, x.to(self._dtype), timesteps, cond)
+        """See ``Task``. States and conditions enter in the dtype that the network computes in: a copy of the base
+        (``full_weights``) has float32 weights, however the base is stored.
+        """
+        dtype = self._dtype if base is self.base else torch.float32
+        cond = {key: value.to(dtype) if value.is_floating_point() else value for key, value in cond.items()}
+        return self.family.denoise(base, x.to(dtype), timesteps, cond)
 
     def encode(self, prompts: Sequence[str], size: Size | None = None) -> Condition:
         """The condition of prompts of this run on the CPU, for pictures of a size (the first if not given).
