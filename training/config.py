@@ -108,10 +108,10 @@ class ObjectiveConfig:
     with its own tau and weight (Decoupled DMD). It costs one pass more and needs rho=mse: the gradient of a Huber is a
     sign, which cancels w."""
 
-    guidance_band: Band = "below"
-    """For guidance_term=decoupled: the band of that term's tau, as `trajectory.bands`. below is the published one:
-    guidance acts where the step has yet to decide. For below and full the clean prediction is diffused, whatever
-    `trajectory.renoise` says."""
+    guidance_band: Band = "overlap"
+    """For guidance_term=decoupled: the band of that term's tau, as `trajectory.bands`. below is the published one (the
+    preset decoupled has it): guidance acts where the step has yet to decide. For below and full the clean prediction
+    is diffused, whatever `trajectory.renoise` says."""
 
     guidance_weight: float = 1.0
     """For guidance_term=decoupled: the weight of that term."""

@@ -173,19 +173,16 @@ def critic_loss(x0_critic: Tensor, x0_target: Tensor, weight: Tensor) -> Tensor:
     return (weight.to(x0_critic.dtype) * sample_mean((x0_critic - x0_target).square())).mean()
 
 
-def subinterval_target(
-    x_tau: Tensor, xi: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor, alpha_m: Tensor
-) -> tuple[Tensor, Tensor]:
+def subinterval_target(x_tau: Tensor, xi: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """The critic's target when ``x_tau = r x_m + b xi`` started from the trajectory's own state ``x_m`` (Phased DMD).
 
     Given ``x_m`` the score of ``x_tau`` is ``-xi / b``, so the epsilon target is ``sigma xi / b`` and in x0 space
     ``(x_tau - sigma^2 xi / b) / alpha``. Its mean over ``xi`` given ``x_tau`` is the exact score of the student's
     states; the clean target is exact only where ``x_m`` is clean, and leaves intermediate states too wide.
 
-    Returns ``(x0_target, factor)``: ``factor = (alpha_m b / sigma)^2`` ``[B]`` multiplies the critic's weight. The
-    target's variance grows as the inverse of ``(b / sigma)^2`` near ``b = 0``, and with ``1 / alpha_m^2`` towards the
-    noisy stages: with both the irreducible loss is about the same in all stages. At the last stage ``b = sigma`` and
-    ``alpha_m = 1``: target and weight equal the clean ones.
+    Returns ``(x0_target, factor)``: ``factor = (b / sigma)^2`` ``[B]`` multiplies the critic's weight, for the target's
+    variance grows as its inverse near ``b = 0``. At the last stage ``b = sigma``: target and weight equal the clean
+    ones.
     """
     x0_target = (x_tau - expand(sigma.square() / b, x_tau) * xi) / expand(alpha, x_tau)
-    return x0_target, (alpha_m * b / sigma).square()
+    return x0_target, (b / sigma).square()
