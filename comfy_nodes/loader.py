@@ -217,7 +217,8 @@ def _report(layers: int, encoder_layers: int, recipe: StudentRecipe | None) -> s
     grids = {k: ", ".join(f"{t:.4g}" for t in grid) for k, grid in recipe.trained_timesteps.items()}
     several = [f"{k} step{'s' * (k > 1)}: {grid}" for k, grid in grids.items()]
     size = f"{recipe.width} x {recipe.height}" + (f", {recipe.num_frames} frames" if recipe.num_frames else "")
-    own = "fresh noise at each step" if recipe.stochastic_sampling else f"order {recipe.solver_order}"
+    noise = "fresh noise" if recipe.eta == 1 else f"noise of eta {recipe.eta:g}"
+    own = f"{noise} at each step" if recipe.stochastic_sampling else f"order {recipe.solver_order}"
     sampler = own if recipe.sampler is None else str(recipe.sampler)
     steps = several if len(several) > 1 else [f"timesteps {grid}" for grid in grids.values()]
     lines = [text, f"student of {recipe.base_model}", *steps]

@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from ..errors import TDMError
-from ..pipelines.schedule import ddim_step, predict_x0_eps, second_order_weights
+from ..pipelines.schedule import ddim_step, mixed_noise, predict_x0_eps, second_order_weights
 from .faces import warn
 from .fresh_noise import FreshNoise
 from .levels import pairs_of
 
 FRESH_NOISE = "tdm_fresh_noise"
 """In the options of the MODEL that TDM Sigmas gives, if its student was trained with fresh noise at each step: the
-levels of the whole run, by which a sampler on a part of them knows the noise that is due.
+"levels" of the whole run, by which a sampler on a part of them knows the noise that is due, and "eta" (`mixed_noise`).
 """
 GUIDANCE = "tdm_guidance"
 """In the options of the MODEL that TDM Sigmas gives, if its student is made for classifier-free guidance: the scale."""
@@ -100,13 +100,13 @@ def sample_tdm(
         alphas, levels = torch.cat([alphas, alphas.new_ones(1)]), torch.cat([levels, levels.new_zeros(1)])
     options = extra_args.get("model_options", {})
     _check_guidance(model.inner_model, options.get(GUIDANCE))
-    run, fresh = options.get(FRESH_NOISE), None
-    if run is not None:
+    of_student, fresh = options.get(FRESH_NOISE), None
+    if of_student is not None:
         if order == 2:
             raise TDMError(
                 "this student takes fresh noise at each step, and order 2 goes on along its own: set order to 1"
             )
-        fresh = FreshNoise(x, float(sigmas[0]), model.noise, extra_args.get("seed"), run)
+        fresh = FreshNoise(x, float(sigmas[0]), model.noise, extra_args.get("seed"), of_student["levels"])
     weights = second_order_weights(alphas, levels)
     each = x.new_ones(len(x))
     previous: Tensor | None = None
@@ -116,7 +116,7 @@ def sample_tdm(
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
         _, eps = predict_x0_eps("sample", x0, x, a[i], s[i])
         if fresh is not None and s[i + 1] > 0:
-            eps = fresh.draw().to(x)
+            eps = mixed_noise(eps, fresh.draw().to(x), of_student["eta"])
         x = ddim_step(x0, eps, a[i + 1], s[i + 1])
         if order == 2:
             if previous is not None:

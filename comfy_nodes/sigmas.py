@@ -123,7 +123,7 @@ class TDMSigmas(io.ComfyNode):
         if chosen is not None:
             guidance = _guidance(chosen)
             if chosen.stochastic_sampling:
-                patched.model_options[FRESH_NOISE] = sigmas.tolist()
+                patched.model_options[FRESH_NOISE] = {"levels": sigmas.tolist(), "eta": chosen.eta}
             if guidance == "CFGGuider":
                 patched.model_options[GUIDANCE] = chosen.guidance_scale
             text += f"\n{guidance} with {chosen.guidance_scale:g}" if guidance else "\nno guidance: BasicGuider"

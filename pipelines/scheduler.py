@@ -26,6 +26,7 @@ from .schedule import (
     expand,
     grid_of_steps,
     grid_pairs,
+    mixed_noise,
     predict_x0_eps,
     second_order_weights,
     shift_sigma,
@@ -76,6 +77,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         solver_order: 1, or 2 for DPM-Solver++ 2M on the same grid (first and last step are of order 1).
         stochastic_sampling: each step but the last goes on with fresh noise in the place of the model's own, as
             students of consistency models and of DMD2 are trained: ``x = alpha * x0 + sigma * noise``. Order 1 alone.
+        eta: with `stochastic_sampling`, how fresh that noise is, above 0 and at most 1 (see `mixed_noise`).
 
     Attributes:
         noise_source: where a stochastic run takes its noise from: called with a tensor, it gives noise in that one's
@@ -122,6 +124,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         trained_timesteps: Sequence[float] | Mapping[int, Sequence[float]] | None = None,
         solver_order: Literal[1, 2] = 1,
         stochastic_sampling: bool = False,
+        eta: float = 1.0,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise TDMError(f"prediction_type {prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}")
@@ -129,6 +132,8 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             raise TDMError(f"solver_order must be 1 or 2, got {solver_order}")
         if stochastic_sampling and solver_order == 2:
             raise TDMError("stochastic_sampling goes with solver_order 1: order 2 goes on along the model's own noise")
+        if not 0 < eta <= 1:
+            raise TDMError(f"eta must be above 0 and at most 1, got {eta}")
         if time_shift_type not in ("exponential", "linear"):
             raise TDMError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}")
         if not flow_shift > 0:
@@ -380,7 +385,8 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         out, x = model_output.to(compute_dtype), sample.to(compute_dtype)
         x0, eps = predict_x0_eps(self.config["prediction_type"], out, x, self._alphas[i], self._sigmas[i])
         if self.config["stochastic_sampling"] and self._sigmas[i + 1] > 0:
-            eps = noise_like(x0, generator) if self.noise_source is None else self.noise_source(x0)
+            fresh = noise_like(x0, generator) if self.noise_source is None else self.noise_source(x0)
+            eps = mixed_noise(eps, fresh, self.config["eta"])
         prev_sample = ddim_step(x0, eps, self._alphas[i + 1], self._sigmas[i + 1])
         if self._previous_x0 is not None:  # None at order 1, and at the first step of order 2, wherever a run begins
             prev_sample = prev_sample + self._weights[i] * (x0 - self._previous_x0)

@@ -37,6 +37,7 @@ def arguments_from_stock(
     translated = {name: merged[name] for name in arguments if name in merged}
     # How a student takes its noise is a matter of its training, not of the base's scheduler.
     translated["stochastic_sampling"] = overrides.get("stochastic_sampling", False)
+    translated["eta"] = overrides.get("eta", 1.0)
 
     if "beta_schedule" not in merged:
         if "shift" not in merged:

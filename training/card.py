@@ -152,6 +152,7 @@ def _use(recipe: StudentRecipe, family: Family, name: str, form: Format) -> list
     if family.home is None and hasattr(pipeline_class, "load_lora_weights") and _stock_can_draw(recipe, family):
         shift = "" if recipe.flow_shift is None else f", flow_shift={recipe.flow_shift!r}"
         noise = ", stochastic_sampling=True" if recipe.stochastic_sampling else ""
+        noise += "" if recipe.eta == 1 else f", eta={recipe.eta!r}"
         parts += [
             "With diffusers' own pipeline, and the scheduler of `tdm`:",
             f"```python\nfrom diffusers import {family.pipeline}\nfrom tdm import TDMScheduler\n\n"
@@ -176,7 +177,7 @@ def _comfyui(recipe: StudentRecipe, name: str, form: Format) -> list[str]:
     That is so where the grid starts at the model's highest noise level: ComfyUI scales the first noise otherwise.
     """
     loads = {"sd15": "kohya", "sdxl": "kohya", "sd3": "student", "flux": "student"}.get(recipe.family)
-    if loads is None:
+    if loads is None or recipe.eta != 1:  # no sampler of core mixes the two noises in this way
         return []
     try:
         config = TDMScheduler.load_config(base_folder(recipe.base_model), subfolder="scheduler", local_files_only=True)
@@ -242,7 +243,7 @@ def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
         yield "flow shift", f"{recipe.flow_shift:g}"
     yield "solver order", str(recipe.solver_order)
     if recipe.stochastic_sampling:
-        yield "noise", "fresh at each step but the last"
+        yield "noise", f"{'fresh' if recipe.eta == 1 else f'eta {recipe.eta:g}'} at each step but the last"
     if "load_beside" in recipe.notes:
         yield "load beside it", recipe.notes["load_beside"]
 

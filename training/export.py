@@ -147,7 +147,7 @@ def _recipe(fields: dict[str, Any], config: DistillConfig) -> StudentRecipe:
     """The recipe that a checkpoint keeps; those of an earlier tdm do not say that the noise is fresh."""
     recipe = StudentRecipe.from_fields(fields)
     fresh = config.trajectory.sampler == "stochastic" and recipe.sampler is None
-    return dataclasses.replace(recipe, stochastic_sampling=fresh)
+    return dataclasses.replace(recipe, stochastic_sampling=fresh, eta=config.trajectory.eta if fresh else 1.0)
 
 
 def export(run: FinishedRun, form: Format, out: Path, *, dtype: torch.dtype | None = None, force: bool = False) -> Path:

@@ -38,6 +38,8 @@ class StudentRecipe:
         preferred_steps: the step count to use when none is asked for, one of the trained ones; None: the largest.
         sampler: what a student of another method samples with (a `Sampler` or its fields); None for `TDMScheduler`.
         stochastic_sampling: it was trained with fresh noise at each step but the last, and `TDMScheduler` draws that.
+        eta: how fresh that noise is, above 0 and at most 1: the next state has ``sqrt(1 - eta^2)`` of the student's own
+            noise and ``eta`` of fresh noise.
     """
 
     base_model: str
@@ -54,6 +56,7 @@ class StudentRecipe:
     preferred_steps: int | None = None
     sampler: Sampler | None = None
     stochastic_sampling: bool = False
+    eta: float = 1.0
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -85,6 +88,8 @@ class StudentRecipe:
         self._require("stochastic_sampling", isinstance(self.stochastic_sampling, bool), "true or false")
         if self.stochastic_sampling:
             self._require("solver_order", self.solver_order == 1, "1: order 2 goes on along the student's own noise")
+        self._require("eta", _is_number(self.eta) and 0 < self.eta <= 1, "above 0 and at most 1")
+        self._require("eta", self.stochastic_sampling or self.eta == 1, "absent without stochastic_sampling")
         known_steps = self.preferred_steps in (None, *self.trained_timesteps)
         self._require("preferred_steps", known_steps, f"one of {', '.join(map(str, self.trained_timesteps))}")
         if self.sampler is not None:
@@ -117,13 +122,15 @@ class StudentRecipe:
         return [spec.name for spec in dataclasses.fields(cls) if spec.default is spec.default_factory]  # both MISSING
 
     def to_metadata(self) -> dict[str, str]:
-        """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler`, `preferred_steps` or
-        `stochastic_sampling` refuses a file that has them.
+        """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler`, `preferred_steps`,
+        `stochastic_sampling` or `eta` refuses a file that has them.
         """
         fields = dataclasses.asdict(self)
         for name in ("sampler", "preferred_steps", "stochastic_sampling"):
             if not fields[name]:
                 del fields[name]
+        if self.eta == 1:
+            del fields["eta"]
         return {HEADER_KEY: json.dumps({"version": VERSION, **fields}, sort_keys=True)}
 
     @classmethod

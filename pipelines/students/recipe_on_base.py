@@ -48,5 +48,6 @@ def student_scheduler(recipe: StudentRecipe, config: Mapping[str, Any]) -> Any:
         trained_timesteps=recipe.trained_timesteps,
         solver_order=recipe.solver_order,
         stochastic_sampling=recipe.stochastic_sampling,
+        eta=recipe.eta,
         **shift,
     )

@@ -23,14 +23,14 @@ ONE = (1, *SHAPE[1:])
 KINDS = {"epsilon": "sd15", "v_prediction": "sd15", "flow_prediction": "sd3"}
 
 
-def recipe(kind: str, grid: list[float]) -> str:
-    fields: dict[str, Any] = {"guidance_scale": 1.0, "height": 64, "width": 64, "stochastic_sampling": True}
+def recipe(kind: str, grid: list[float], eta: float = 1.0) -> str:
+    fields: dict[str, Any] = {"guidance_scale": 1.0, "height": 64, "width": 64, "stochastic_sampling": True, "eta": eta}
     return StudentRecipe("me/test", KINDS[kind], kind, {len(grid): grid}, **fields).to_metadata()[HEADER_KEY]
 
 
-def fresh_graph(kind: str, grid: list[float], **options: Any) -> Graph:
+def fresh_graph(kind: str, grid: list[float], eta: float = 1.0, **options: Any) -> Graph:
     graph = student_graph(kind, **options)
-    graph["sigmas"]["inputs"]["recipe"] = recipe(kind, grid)
+    graph["sigmas"]["inputs"]["recipe"] = recipe(kind, grid, eta)
     return graph
 
 
@@ -40,10 +40,11 @@ def diffused(
     first: torch.Generator | None = None,
     after: torch.Generator | None = None,
     shape: tuple[int, ...] = ONE,
+    eta: float = 1.0,
 ) -> Tensor:
     """What diffusers samples: the first latents and then the noise of each step, from one generator or from two."""
     first = first or torch.Generator().manual_seed(SEED)
-    stepper = TDMScheduler.from_config(scheduler(kind, grid).config, stochastic_sampling=True)
+    stepper = TDMScheduler.from_config(scheduler(kind, grid).config, stochastic_sampling=True, eta=eta)
     stepper.set_timesteps(len(grid))
     x = torch.randn(shape, generator=first)
     for t in stepper.timesteps:
@@ -62,6 +63,13 @@ def test_the_nodes_sample_what_diffusers_samples(server: Server, kind: str, grid
     own["first"] = fresh["sigmas"]
     own["sigmas"]["inputs"]["model"] = ["first", 0]  # the last TDM Sigmas says what the run is
     assert torch.equal(server.latents(own, ["samples", 0])[0] * SCALE, deterministic)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nodes_mix_own_and_fresh_noise_as_diffusers_does(server: Server, kind: str) -> None:
+    (drawn,) = server.latents(fresh_graph(kind, GRIDS[0], eta=0.4), ["samples", 0])
+    assert error(drawn[:1] * SCALE, diffused(kind, GRIDS[0], eta=0.4)) <= 1e-5
+    assert error(drawn[:1] * SCALE, diffused(kind, GRIDS[0])) > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,15 @@ def by_hand(pipe: Any, family: str, noise: Tensor, generator: torch.Generator, g
     predict, cond = predictor(pipe, family)
     each = torch.stack([torch.randn(noise.shape, generator=generator) for _ in grid], 1)
     with torch.no_grad():
-        return sample(with_fresh_noise(predict, each), pipe.scheduler.schedule, grid, noise, cond)
+        return sample(with_fresh_noise(predict, each, pipe.recipe.eta), pipe.scheduler.schedule, grid, noise, cond)
 
 
+@pytest.mark.parametrize("eta", [1.0, 0.4])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_seed_is_one_picture_and_its_noise_is_that_of_training(family: str, fresh: Callable[..., Any]) -> None:
-    pipe = fresh(family)
+def test_a_seed_is_one_picture_and_its_noise_is_that_of_training(
+    family: str, eta: float, fresh: Callable[..., Any]
+) -> None:
+    pipe = fresh(family, eta=eta)
     found = short_call(pipe, family)
     assert torch.equal(short_call(pipe, family), found)
     call = tiny.call_kwargs(family)
@@ -143,6 +147,11 @@ def test_the_file_says_it_and_only_where_it_is_so(make: Make, capsys: pytest.Cap
     assert main(["info", str(file)]) == 0
     assert "fresh at each step" in capsys.readouterr().out
     assert "stochastic_sampling" not in read_header(make("sd3", "own.safetensors"))[HEADER_KEY]
+    assert "eta" not in json.loads(read_header(file)[HEADER_KEY])
+    mixed = make("sd3", "mixed.safetensors", stochastic_sampling=True, eta=0.25)
+    assert json.loads(read_header(mixed)[HEADER_KEY])["eta"] == 0.25
+    assert main(["info", str(mixed)]) == 0
+    assert "eta 0.25: the student's own and fresh noise mixed at each step" in capsys.readouterr().out
     (file.parent / "prompts.txt").write_text("a red cube\n")
     prompts = ["--prompts", str(file.parent / "prompts.txt")]
     assert main(["timesteps", "--student", str(file), "--steps", "2", *prompts]) == 2
@@ -155,6 +164,9 @@ def test_the_file_says_it_and_only_where_it_is_so(make: Make, capsys: pytest.Cap
         ({"solver_order": 2}, "solver_order must be 1: order 2 goes on along"),
         ({"stochastic_sampling": "yes"}, "stochastic_sampling must be true or false"),
         ({"sampler": {"scheduler": "LCMScheduler"}}, "stochastic_sampling must be absent"),
+        ({"eta": 0}, "eta must be above 0 and at most 1"),
+        ({"eta": 1.5}, "eta must be above 0 and at most 1"),
+        ({"stochastic_sampling": False, "eta": 0.5}, "eta must be absent without stochastic_sampling"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(recipe: dict[str, Any], message: str, make: Make) -> None:
@@ -220,3 +232,5 @@ def test_settings_that_contradict_each_other_are_refused_and_a_base_does_not_dec
     stock = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     assert not TDMScheduler.from_config(stock.config).config.stochastic_sampling
     assert TDMScheduler.from_config(stock.config, stochastic_sampling=True).config.stochastic_sampling
+    with pytest.raises(TDMError, match="eta must be above 0 and at most 1, got 0"):
+        TDMScheduler(stochastic_sampling=True, eta=0)

@@ -412,23 +412,24 @@ def drawn_and_expected(pipe: TDMPipeline, run: Run, task: PipelineTask) -> tuple
     noise = torch.stack([torch.randn(task.latent_shape, generator=generator) for generator in own])
     fresh = torch.stack([torch.randn(4, *task.latent_shape, generator=generator) for generator in own])
     grid, cond = run.trajectory.timesteps.tolist(), task.encode(PROMPTS)
-    return drawn, sample(with_fresh_noise(run.roles.student, fresh), task.schedule, grid, noise, cond)
+    predict = with_fresh_noise(run.roles.student, fresh, pipe.recipe.eta)
+    return drawn, sample(predict, task.schedule, grid, noise, cond)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3", "zimage"])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("whole", "eta"), [(False, 1.0), (True, 1.0), (False, 0.4)])
 def test_a_stochastic_student_is_sampled_as_it_was_trained(
-    family: str, whole: bool, bases: Callable[[str], Path], prompts: str, tmp_path: Path
+    family: str, whole: bool, eta: float, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
     task = task_of(family, bases(family), prompts)
     fast = ["updates=2", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
-    config = load_config("dmd2", [*fast, f"full_weights={whole}"])
+    config = load_config("dmd2", [*fast, f"full_weights={whole}", f"trajectory.eta={eta}"])
     run = distill(task, config, tmp_path / "run", report=lambda _: None)
     trained = read_run(tmp_path / "run")
     assert trained is not None
     out = export(trained, "merged" if whole else "student", tmp_path / "student.safetensors")
     pipe = TDMPipeline.from_pretrained(out)
-    assert pipe.recipe.stochastic_sampling
+    assert (pipe.recipe.stochastic_sampling, pipe.recipe.eta) == (True, eta)
     assert "DMD2" in pipe.recipe.notes["method"]
     drawn, expected = drawn_and_expected(pipe, run, task)
     assert float((drawn - expected).norm() / expected.norm()) < 1e-5

@@ -169,6 +169,7 @@ class PipelineTask:
             notes=notes,
             preferred_steps=config.steps if len(trajectories) > 1 else None,
             stochastic_sampling=config.sampler == "stochastic",
+            eta=config.eta,
         )
 
     @property
