@@ -23,6 +23,7 @@ from tdm.training.objectives import objective_of
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES
 from tdm.training.settings import load_config
+from tdm.training.stages import stages_of
 from tdm.training.update import update
 from torch import nn
 from torch.optim import SGD
@@ -78,9 +79,10 @@ def test_blank_conditions_are_those_of_prompts(family: str, bases: Bases) -> Non
     assert kind.latent_shape(without, size) == kind.latent_shape(pipe, size)
 
 
-@pytest.mark.parametrize("objective", [None, "dmd2", "sid", "lcm", "regression", "decoupled"])
-def test_flops_of_an_update_are_those_of_the_real_one(objective: str | None, bases: Bases) -> None:
-    each_once = ["trajectory.stages=sample", "critic.per_student=1"]  # four samples, four stages
+@pytest.mark.parametrize("leash", ["0", "0.02"])
+@pytest.mark.parametrize("objective", [None, "dmd2", "sid", "fisher", "lcm", "regression", "decoupled"])
+def test_flops_of_an_update_are_those_of_the_real_one(objective: str | None, leash: str, bases: Bases) -> None:
+    each_once = ["trajectory.stages=sample", "critic.per_student=1", f"critic.leash={leash}"]  # one sample a stage
     config = settings("pixart", bases("pixart"), *each_once, preset=objective)
     run = Rehearsal(config, WithWeights(config), bf16=False)
     optimizers = {role: SGD(run.roles.parameters(role), lr=0.1) for role in ROLES}
@@ -203,3 +205,18 @@ def test_live_memory_follows_what_the_graph_keeps() -> None:
 def test_what_a_run_would_refuse_is_refused(more: list[str], line: str, bases: Bases) -> None:
     with pytest.raises(TDMError, match=line):
         Estimator()(settings("sd15", bases("sd15"), *more))
+
+
+def test_an_estimate_of_stages_adds_up(bases: Bases) -> None:
+    two = "stages=[{updates: 3, objective: {name: regression}}, {updates: 5, critic: {head_start: 2}}]"
+    whole, estimator = settings("sd3", bases("sd3"), two), Estimator()
+    estimate = estimator(whole)
+    each = [estimator(stage.config) for stage in stages_of(whole)]
+    assert [(name, updates) for name, updates, _ in estimate.stages] == [
+        ("regression, 4 steps", 3),
+        ("matching, 4 steps", 7),
+    ]
+    assert estimate.run_flops == sum(one.run_flops for one in each)
+    assert each[0].run_flops == 3 * each[0].flops_per_update
+    assert 5 * each[1].flops_per_update < each[1].run_flops < 7 * each[1].flops_per_update  # two of the critic alone
+    assert estimate.total == max(one.total for one in each)

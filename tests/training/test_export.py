@@ -127,6 +127,17 @@ def test_whole_weights_come_out_as_a_pipeline(
     assert error(sampled_by(load(tmp_path / "run" / "merged")), sampled_in_training(run)) < 1e-4
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_whole_weights_train_in_float32_on_a_base_of_16_bits(
+    precision: str, settings: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    options = ["full_weights=true", "memory.base=bf16", f"precision={precision}", "student.lr=1e-3"]
+    config = load_config(None, [*settings("sd3"), *options])
+    run = distill(build_task(config.task, config.memory, "cpu"), config, tmp_path / "run", report=lambda _: None)
+    assert {weight.dtype for weight in run.roles.parameters("student")} == {torch.float32}
+    assert {weight.dtype for weight in run.task.base.parameters()} == {torch.bfloat16}
+
+
 # ---------------------------------------------------------------------- the command
 
 

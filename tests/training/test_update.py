@@ -10,6 +10,7 @@ from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig
 from tdm.training.cost import head_start_passes, passes
 from tdm.training.loop import draw_steps
+from tdm.training.losses import generator_loss
 from tdm.training.objectives import objective_of
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES, AdapterRoles
@@ -169,7 +170,7 @@ def test_an_update_of_a_head_start_is_one_of_the_critic():
 
 @pytest.mark.parametrize(("limit", "skipped"), [(1e-9, True), (1e9, False)])
 def test_a_step_of_the_critic_with_a_loss_above_the_limit_is_skipped(limit: float, skipped: bool) -> None:
-    bench = Bench(f"critic.skip_above={limit}")
+    bench = Bench(f"critic.skip_above={limit}", "objective.guidance_scale=3")
     critic = bench.roles.state("critic")
     metrics = bench.update()
     same = all(torch.equal(value, critic[key]) for key, value in bench.roles.state("critic").items())
@@ -245,3 +246,25 @@ def test_each_stage_has_its_own_guidance():
     assert any(not torch.allclose(plain[key], other[key], rtol=0, atol=1e-4) for key in plain)
     with pytest.raises(TDMError, match="needs 4 numbers of at least 1"):
         load_config(None, ["objective.guidance_scale=3", "objective.stage_guidance=[3,3]"])
+
+
+def test_a_leash_holds_the_critic_near_the_teacher() -> None:
+    """With a strong one the critic stays nearer to where it began."""
+    apart = []
+    for leash in ("0", "1000"):
+        bench = Bench(f"critic.leash={leash}", "student.lr=1e-9")
+        for _ in range(20):
+            bench.update()
+        x, t, cond = torch.ones(4, 2), torch.full((4,), 500.0, dtype=torch.float64), {"c": torch.ones(4, 1)}
+        with torch.no_grad():
+            apart.append(float((bench.roles.critic(x, t, cond)[0] - bench.roles.teacher(x, t, cond)[0]).abs().max()))
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_the_normaliser_has_limits_on_both_sides() -> None:
+    x0, far = torch.zeros(1, 4, requires_grad=True), torch.full((1, 4), 8.0)
+    losses = [
+        float(generator_loss(x0, far, torch.zeros(1, 4), kind="mse", norm_min=0.01, norm_max=limit).detach())
+        for limit in (None, 5.0, 16.0)
+    ]
+    assert losses == pytest.approx([32 / 8, 32 / 5, 32 / 8])
