@@ -253,6 +253,34 @@ def test_the_weight_of_the_guidance_term_is_a_guidance_scale() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("renoise", ["state", "clean"])
+def test_published_decoupled_guidance_acts_on_the_noised_clean_prediction_below_the_stage(renoise: str) -> None:
+    """By hand: matching without guidance at the student's tau, and ``(w - 1)(c - u)`` at ``alpha x0 + sigma xi``."""
+    apart = ["objective.guidance_term=decoupled", "objective.guidance_band=below", "objective.normalise=false"]
+    config = config_of("objective.rho=mse", "objective.guidance_scale=4", f"trajectory.renoise={renoise}", *apart)
+    roles, batch = linear_roles(), conditioned(batch_of(config, FLOW, 64, decoupled=True))
+    starts = batch.trajectory.timesteps[batch.stages]
+    assert batch.guidance is not None
+    assert batch.student is not None
+    tau, xi = batch.guidance
+    assert bool((tau <= starts).all())
+    assert bool((tau[batch.stages < 3] < batch.trajectory.timesteps[batch.stages[batch.stages < 3] + 1]).any())
+    loss = loss_of(roles, config, batch)
+    step = student_step(roles, batch, grad=True)
+    noised = batch.trajectory.renoise(step.x_m, batch.stages, *batch.student)
+    x0_teacher, _ = roles.teacher(noised.x_tau, batch.student.tau, batch.cond)
+    x0_critic, _ = roles.critic(noised.x_tau, batch.student.tau, batch.cond)
+    alpha, sigma = (expand(level, step.x0) for level in FLOW.alpha_sigma(tau))
+    x_tau = alpha * step.x0.detach() + sigma * xi
+    (c, _), (u, _) = roles.teacher_pair(x_tau, tau, batch.cond, batch.null)
+    expected = generator_loss(step.x0, x0_teacher, x0_critic.detach(), kind="mse", normalise=False)
+    expected = expected + guidance_loss(step.x0, c, u, 4.0, kind="mse", normalise=False)
+    ours, by_hand = (torch.autograd.grad(value, roles.parameters("student")) for value in (loss, expected))
+    assert all(bool(gradient.any()) for gradient in ours[1::2])
+    for a, b in zip(ours, by_hand, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
 def test_sid_alpha_weighs_the_square_of_the_scores_difference() -> None:
     losses = {}
     for alpha in (1.0, 1.2):
