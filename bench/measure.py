@@ -52,7 +52,7 @@ class Counts:
     """
 
     calls: Counter[str] = field(default_factory=Counter)
-    parts: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in ("networks", "steps", "rest")})
+    costs: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in ("networks", "steps", "rest")})
     peak: int = 0
 
 
@@ -63,8 +63,8 @@ class _Meter(LiveMemory):
         super().__init__()
         self.counts, self.part = Counts(), "rest"
 
-    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
-        cost, name = self.counts.parts[self.part], function.overloadpacket.__name__
+    def record(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
+        cost, name = self.counts.costs[self.part], function.overloadpacket.__name__
         cost.operators += 1
         cost.copies += name in COPIES
         cost.reads += name in READS
@@ -214,7 +214,7 @@ def rows(
         cells = [name, run, str(counts.get(run, counts["TDMPipeline"]).calls[pipe.family.denoiser])]
         cells += [f"{statistics.median(spent):.3f}", f"{ratio:.3f}", f"{peak / 1e6:.1f}" if peak is not None else ""]
         if run in counts:
-            steps, rest = counts[run].parts["steps"], counts[run].parts["rest"]
+            steps, rest = counts[run].costs["steps"], counts[run].costs["rest"]
             cells += [str(n) for n in (steps.operators, steps.copies, steps.reads, steps.allocations, rest.operators)]
         else:
             cells += [""] * 5

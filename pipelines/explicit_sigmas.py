@@ -10,21 +10,21 @@ from .scheduler import TDMScheduler, noisy_levels
 
 
 @contextlib.contextmanager
-def sigmas_of(pipe: Any, given: dict[str, Any]) -> Iterator[None]:
+def sigmas_of(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
     """The noise levels of a call as the grid of its pipeline's scheduler, for the length of a `with`.
 
     What the user writes is followed to the letter, be it the levels that pipelines pass for "n steps".
 
     Args:
         pipe: a `TDMPipeline`; nothing happens unless its scheduler is a `TDMScheduler`.
-        given: arguments of its call; `num_inference_steps` becomes the number of levels.
+        arguments: of its call; `num_inference_steps` becomes the number of levels.
     """
     scheduler = pipe.scheduler
-    if given.get("sigmas") is None or not isinstance(scheduler, TDMScheduler):
+    if arguments.get("sigmas") is None or not isinstance(scheduler, TDMScheduler):
         yield
         return
-    given["num_inference_steps"] = len(noisy_levels(given["sigmas"]))
-    scheduler.explicit_sigmas = given["sigmas"]
+    arguments["num_inference_steps"] = len(noisy_levels(arguments["sigmas"]))
+    scheduler.explicit_sigmas = arguments["sigmas"]
     try:
         yield
     finally:

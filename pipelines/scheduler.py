@@ -183,7 +183,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             unknown = [name for name in kwargs if name not in known]
             if unknown:
                 raise TDMError(f"unknown scheduler arguments: {', '.join(unknown)}")
-            if not cls._is_own(config):
+            if not cls._is_tdm_config(config):
                 config, kwargs = arguments_from_stock(config, kwargs, cls._get_init_keys(cls)), {}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -198,11 +198,11 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         >>> TDMScheduler.prediction_type_of(diffusers.FlowMatchEulerDiscreteScheduler().config)
         'flow_prediction'
         """
-        known = config if cls._is_own(config) else arguments_from_stock(config, {}, cls._get_init_keys(cls))
+        known = config if cls._is_tdm_config(config) else arguments_from_stock(config, {}, cls._get_init_keys(cls))
         return known.get("prediction_type", "epsilon")
 
     @classmethod
-    def _is_own(cls, config: Mapping[str, Any]) -> bool:
+    def _is_tdm_config(cls, config: Mapping[str, Any]) -> bool:
         """Whether a config is of a `TDMScheduler`, and not of a stock scheduler."""
         return config.get("_class_name") == cls.__name__ or "trained_timesteps" in config
 
@@ -398,10 +398,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         They iterate over `self.timesteps`: what arrives is a view of it, and its offset is the index. Only a tensor
         from elsewhere has to be read.
         """
-        own = self.timesteps
-        if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.device == own.device:
-            same_memory = timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
-            if same_memory and timestep.dtype == own.dtype:
+        timesteps = self.timesteps
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.device == timesteps.device:
+            same_memory = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+            if same_memory and timestep.dtype == timesteps.dtype:
                 return int(timestep.storage_offset())
         t = float(timestep)
         for i, entry in enumerate(self._grid):

@@ -105,15 +105,15 @@ class TDMPipeline(StudentAdapter):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        base, found = locate(base_or_student, student, hub)
-        if isinstance(found, Path) and found.name == MERGED_FILE:
-            new, fields = None, completed(read_merged(found), recipe)
+        base, source = locate(base_or_student, student, hub)
+        if isinstance(source, Path) and source.name == MERGED_FILE:
+            new, fields = None, completed(read_merged(source), recipe)
         else:
-            new = unplaced(found, recipe, strict=strict)
+            new = unplaced(source, recipe, strict=strict)
             fields = new.fields
-        given, base = base, base or fields.get("base_model")
+        named_base, base = base, base or fields.get("base_model")
         if not base:
-            raise TDMError(f"{found} does not name its base; pass it: from_pretrained(base, student=...)")
+            raise TDMError(f"{source} does not name its base; pass it: from_pretrained(base, student=...)")
         folder = base_folder(base)
 
         # A wrong pair is refused here, before gigabytes are read.
@@ -122,7 +122,7 @@ class TDMPipeline(StudentAdapter):
         try:
             family = family_of_base(folder, **hub)
         except BaseNotFoundError as error:
-            reason = error.reason + ("" if given else _relative(base))
+            reason = error.reason + ("" if named_base else _relative(base))
             raise BaseNotFoundError(reason, "pass one: from_pretrained(base, student=...)") from None
         if kwargs.get("scheduler") is not None:
             config = kwargs["scheduler"].config

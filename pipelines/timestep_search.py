@@ -39,9 +39,9 @@ def fine_levels(schedule: NoiseSchedule, n: int, shift: float, grids: Sequence[S
     Args:
         grids: grids to compare with; all levels begin where the noisiest of them does.
     """
-    own = {float(t) for grid in grids for t in grid}
-    even = uniform_grid(n, schedule, shift, max(own, default=None))
-    return sorted(own | {t for t in even if all(abs(t - other) > 0.01 for other in own)}, reverse=True)
+    exact = {float(t) for grid in grids for t in grid}
+    even = uniform_grid(n, schedule, shift, max(exact, default=None))
+    return sorted(exact | {t for t in even if all(abs(t - other) > 0.01 for other in exact)}, reverse=True)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tdm.cli import main
-from tdm.pipelines.bases import skeletons
+from tdm.pipelines.bases import networks_without_weights
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.layer_names import layer_shapes, names_of
 from tdm.pipelines.loras.released import released
@@ -18,7 +18,7 @@ from tdm.pipelines.students.file import read_student
 from tdm.pipelines.students.released import PRESETS
 from tdm.tests import tiny
 from tdm.tests.commands import refused
-from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates
+from tdm.tests.pipelines.lora_files import LAYOUTS, diffusers_names, tensors_of, updates
 from tdm.tests.pipelines.students import load, short_call
 
 RECIPE = ["trained_timesteps=900,700,500,300", "guidance_scale=1", "height=16", "width=16"]
@@ -36,7 +36,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kohya(tmp_path: Path) -> Path:
     """A kohya file for the tiny SD1.5, with alphas and text encoder layers."""
     pipe = tiny.build("sd15")
-    made = [u for part in ("unet", "text_encoder") for u in updates(pipe, part, own_names(getattr(pipe, part), ""))]
+    made = [
+        u for part in ("unet", "text_encoder") for u in updates(pipe, part, diffusers_names(getattr(pipe, part), ""))
+    ]
     torch.save(tensors_of(LAYOUTS["kohya"], made), tmp_path / "lora.pt")
     return tmp_path / "lora.pt"
 
@@ -88,11 +90,11 @@ def test_only_the_configs_of_the_base_are_read(base: Path, kohya: Path, tmp_path
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_skeleton_has_the_layers_of_its_base(family: str, tmp_path: Path) -> None:
+def test_networks_without_weights_have_the_layers_of_their_base(family: str, tmp_path: Path) -> None:
     pipe = tiny.build(family)
     pipe.save_pretrained(tmp_path)
-    found, networks = skeletons(str(tmp_path))
-    assert found.name == family
+    detected, networks = networks_without_weights(str(tmp_path))
+    assert detected.name == family
     for component, network in networks.items():
         assert layer_shapes(network) == layer_shapes(getattr(pipe, component))
         assert {parameter.device.type for parameter in network.parameters()} == {"meta"}

@@ -18,8 +18,8 @@ class SDXL(SD15):
     teacher_call = TeacherCall(50, 8.0)
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "clip_skip")
-        text, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)
+        arguments = text_options(pipe, options, "clip_skip")
+        text, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **arguments)
         return {"text": text, "pooled": pooled}
 
     def text_limit(self, pipe: Any) -> tuple[Any, int]:

@@ -102,8 +102,8 @@ def _load_pickle(path: Path) -> Any:
         with path.open("rb") as file:  # not the path: torch goes by its suffix
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {found[1]}, not only tensors," if found else "it holds more than tensors,"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {match[1]}, not only tensors," if match else "it holds more than tensors,"
         raise TDMError(f"{path} is refused: {what} and loading that could run code; use a .safetensors file") from None
     except Exception as error:  # a damaged pickle can fail in any way
         raise TDMError(f"{path} is truncated or damaged: {first_line(error)}") from None

@@ -225,12 +225,12 @@ def _peft_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:
 def _scale_of(settings: Mapping[str, Any], address: Address, rank: int) -> float:
     """alpha / rank by peft's settings, whose keys have the component as prefix where the layers have it."""
     front = f"{address.component}." if address.component else ""
-    own = {key.removeprefix(front): value for key, value in settings.items() if key.startswith(front)}
-    if own.get("use_dora"):
+    network_settings = {key.removeprefix(front): value for key, value in settings.items() if key.startswith(front)}
+    if network_settings.get("use_dora"):
         raise TDMError("this is DoRA, which is not supported; merge it into a plain LoRA first")
-    patterns = (own.get("alpha_pattern") or {}).items()
-    found = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", address.name))
-    alpha = next(found, own.get("lora_alpha"))
+    patterns = (network_settings.get("alpha_pattern") or {}).items()
+    alphas = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", address.name))
+    alpha = next(alphas, network_settings.get("lora_alpha"))
     if alpha is None:
         return 1.0
-    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if network_settings.get("use_rslora") else rank)

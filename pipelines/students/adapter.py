@@ -131,8 +131,8 @@ class StudentAdapter(DiffusionPipeline):
             network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
         else:
             # By its own names for the halves: diffusers knows those of peft in the attention of CLIP alone.
-            for half, own in (("lora_A", "lora_linear_layer.down"), ("lora_B", "lora_linear_layer.up")):
-                state = {key.replace(f".{half}.", f".{own}."): tensor for key, tensor in state.items()}
+            for half, legacy in (("lora_A", "lora_linear_layer.down"), ("lora_B", "lora_linear_layer.up")):
+                state = {key.replace(f".{half}.", f".{legacy}."): tensor for key, tensor in state.items()}
             load: Any = self.load_lora_into_text_encoder
             load(state, None, network, prefix=component, metadata=settings, **options)
 
@@ -166,8 +166,8 @@ class StudentAdapter(DiffusionPipeline):
         attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
         if other := attached - {STUDENT_ADAPTER}:
             raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
-        found = {name: lora_of(network, STUDENT_ADAPTER) for name, network in self._adaptable().items()}
-        student = {name: layers for name, layers in found.items() if layers}
+        loras = {name: lora_of(network, STUDENT_ADAPTER) for name, network in self._adaptable().items()}
+        student = {name: layers for name, layers in loras.items() if layers}
         if not student:
             raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
         return student

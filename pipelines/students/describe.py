@@ -169,13 +169,13 @@ def _match_rows(
     file: LoraFile, named: NamedLoras | None, preset: Preset | None, fields: Mapping[str, Any], base: str | None
 ) -> dict[str, str]:
     """What the layers belong to: a base that is at hand, or else the family whose released network knows most."""
-    from ..bases import skeletons
+    from ..bases import networks_without_weights
     from ..loras.places import place
     from ..loras.released import family_by_names, known_layers
 
     at_hand = base or str(fields.get("base_model", ""))
     try:
-        family, networks = skeletons(at_hand, **({} if base else {"local_files_only": True}))
+        family, networks = networks_without_weights(at_hand, **({} if base else {"local_files_only": True}))
     except TDMError:
         if base:
             raise

@@ -116,12 +116,12 @@ def _released_lora(folder: Path, preset: Preset) -> Path:
     for name in filter(None, (STUDENT_FILE, preset.file)):
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.rglob("*") if path.suffix in _LORA_SUFFIXES and path.is_file())
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
-        what = f"several files that may be the LoRA, pass one of them: {names}" if found else "no LoRA file"
+    candidates = sorted(path for path in folder.rglob("*") if path.suffix in _LORA_SUFFIXES and path.is_file())
+    if len(candidates) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in candidates)
+        what = f"several files that may be the LoRA, pass one of them: {names}" if candidates else "no LoRA file"
         raise TDMError(f"{folder}: {preset.repository} has {what}")
-    return found[0]
+    return candidates[0]
 
 
 def _snapshot(repository: str, hub: Mapping[str, Any]) -> Path:

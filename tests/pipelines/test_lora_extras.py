@@ -19,7 +19,7 @@ from tdm.pipelines.loras.native import place_native
 from tdm.pipelines.loras.pairs import Lora
 from tdm.pipelines.students.convert import convert_lora
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
+from tdm.tests.pipelines.lora_files import LAYOUTS, Update, diffusers_names, merge, tensors_of, updates, write
 from tdm.tests.pipelines.native_networks import native_of
 from tdm.tests.pipelines.students import error, latents, load, lora_for, plain, recipe_for, short_call, without_student
 from torch import Tensor
@@ -51,7 +51,7 @@ def test_layers_of_t5_find_it_and_go_where_the_student_goes(
     family: str, encoder: str, prefix: str, bases: Bases, tmp_path: Path
 ) -> None:
     network = getattr(tiny.build(family), encoder)
-    t5 = updates(tiny.build(family), encoder, own_names(network, family), seed=3)
+    t5 = updates(tiny.build(family), encoder, diffusers_names(network, family), seed=3)
     tensors = tensors_of(LAYOUTS["diffusers"], made := attention(tiny.build(family), family))
     for update in t5:
         name = update.name.replace(".", "_") if prefix.endswith("_") else update.name
@@ -76,7 +76,7 @@ def test_layers_of_t5_find_it_and_go_where_the_student_goes(
 )
 def test_clip_has_the_names_of_comfyui(family: str, name: str, component: str, bases: Bases, tmp_path: Path) -> None:
     pipe = tiny.build(family)
-    clip = updates(pipe, component, own_names(getattr(pipe, component), family), seed=3)
+    clip = updates(pipe, component, diffusers_names(getattr(pipe, component), family), seed=3)
     tensors = tensors_of(LAYOUTS["diffusers"], made := attention(pipe, family))
     for update in clip:
         key = f"text_encoders.{name}.transformer.text_model.{update.name.removeprefix('text_model.')}"

@@ -18,9 +18,9 @@ from tdm.tests.pipelines.lora_files import (
     LAYOUTS,
     RANK,
     Update,
+    diffusers_names,
     layouts_of,
     merge,
-    own_names,
     sd15_lora,
     tensors_of,
     updates,
@@ -58,7 +58,7 @@ def made_for(pipe: TDMPipeline, family: str, layout: str) -> list[Update]:
         components += [name for name in pipe._adaptable() if name.startswith("text_encoder")]
     made = []
     for i, component in enumerate(components):
-        names = (LAYOUTS[layout].names if i == 0 else own_names)(getattr(pipe, component), family)
+        names = (LAYOUTS[layout].names if i == 0 else diffusers_names)(getattr(pipe, component), family)
         made += updates(pipe, component, names, seed=10 * FILES.index((family, layout)) + i)
     return made
 

@@ -11,12 +11,21 @@ from safetensors.torch import save_file
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.file import read_lora_file
-from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes, parts_of_native, swapped
+from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes, layers_of_native, swapped
 from tdm.pipelines.loras.native import place_native
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
 from tdm.pipelines.loras.released import released
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import ALPHA, LAYOUTS, RANK, Update, layouts_of, own_names, tensors_of, updates
+from tdm.tests.pipelines.lora_files import (
+    ALPHA,
+    LAYOUTS,
+    RANK,
+    Update,
+    diffusers_names,
+    layouts_of,
+    tensors_of,
+    updates,
+)
 from tdm.tests.pipelines.native_networks import native_network, native_of
 from torch import Tensor, nn
 
@@ -74,7 +83,9 @@ def test_parts_without_a_lora_keep_their_rows_as_they_are(family: str, tmp_path:
     component = family_of_name(family).denoiser
     native, parts = native_of(pipe.transformer, family)
     ends = ("to_v", "add_k_proj", "proj_mlp")
-    made = updates(pipe, component, {n: o for n, o in own_names(pipe.transformer, "").items() if n.endswith(ends)})
+    made = updates(
+        pipe, component, {n: o for n, o in diffusers_names(pipe.transformer, "").items() if n.endswith(ends)}
+    )
     save_file(tensors_of(LAYOUTS["diffusers"], made), tmp_path / "lora.safetensors")
     placed = place_native(read_lora_file(tmp_path / "lora.safetensors"), family_of_name(family), {component: native})
     expected = deltas_by_hand(made, pipe, native, 1.0)
@@ -86,7 +97,7 @@ def test_parts_without_a_lora_keep_their_rows_as_they_are(family: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_file_in_the_own_names_of_a_network_stays_as_it_is(family: str, tmp_path: Path) -> None:
+def test_a_file_in_the_diffusers_names_of_a_network_stays_as_it_is(family: str, tmp_path: Path) -> None:
     native, _ = native_of(getattr(tiny.build(family), family_of_name(family).denoiser), family)
     layers = {
         name: Lora(torch.randn(2, inputs, *kernel), torch.randn(outputs, 2, *[1] * len(kernel)))
@@ -105,7 +116,9 @@ def test_a_file_in_the_own_names_of_a_network_stays_as_it_is(family: str, tmp_pa
 def test_a_file_for_the_text_encoders_too_finds_them(family: str, layout: str, tmp_path: Path) -> None:
     pipe = tiny.build(family)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
-    made = [u for name in ("unet", *encoders) for u in updates(pipe, name, own_names(getattr(pipe, name), family))]
+    made = [
+        u for name in ("unet", *encoders) for u in updates(pipe, name, diffusers_names(getattr(pipe, name), family))
+    ]
     save_file(tensors_of(LAYOUTS[layout], made), tmp_path / "lora.safetensors")
     file = read_lora_file(tmp_path / "lora.safetensors")
     networks = {"unet": native_of(pipe.unet, family)[0]}
@@ -186,4 +199,4 @@ def test_scale_and_shift_of_a_last_modulation_change_places(
 def test_the_blocks_of_a_native_unet_are_counted_back(family: str) -> None:
     for network in (tiny.build(family).unet, released(family)):
         native, parts = native_of(network, family)
-        assert parts_of_native(layer_shapes(native), family) == parts
+        assert layers_of_native(layer_shapes(native), family) == parts

@@ -23,7 +23,7 @@ from tdm.pipelines.students.file import read_header, save_student
 from tdm.pipelines.students.recipe import HEADER_KEY, StudentRecipe
 from tdm.pipelines.students.released import PRESETS, Preset, known_of, preset_of
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates, write
+from tdm.tests.pipelines.lora_files import LAYOUTS, diffusers_names, tensors_of, updates, write
 from tdm.tests.pipelines.students import Make, latents, load, plain, recipe_for, short_call
 from tdm.tests.pipelines.test_presets import in_cache
 
@@ -63,7 +63,7 @@ def write_released(folder: Path, preset: Preset, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     assert preset.file is not None
     unet = tiny.build(preset.family).unet
-    names = {n: layers for n, layers in own_names(unet, "").items() if n.endswith(("to_q", "to_v", "to_out.0"))}
+    names = {n: layers for n, layers in diffusers_names(unet, "").items() if n.endswith(("to_q", "to_v", "to_out.0"))}
     made = updates(tiny.build(preset.family), "unet", names, seed)
     tensors = tensors_of(LAYOUTS["diffusers" if preset.repository == LIGHTNING else "kohya"], made)
     alphas = {key: torch.tensor(1.0) for key in tensors if key.endswith(".alpha")}  # of 2: exact, wherever multiplied

@@ -18,7 +18,7 @@ from tdm.pipelines.students.file import Student, save_student
 from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.pipelines.students.released import PRESETS, Preset, preset_of
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import own_names, updates
+from tdm.tests.pipelines.lora_files import diffusers_names, updates
 from tdm.tests.pipelines.students import load, plain, recipe_for, short_call
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def write_released(folder: Path, preset: Preset) -> Path:
         tensors = [torch.randn(shape, generator=generator) * 0.05 for shape in shapes]
         torch.save({"decay": 0.999, "ema_parameters": tensors}, file)
         return file
-    names = {n: layers for n, layers in own_names(getattr(pipe, component), "").items() if n.endswith(LAYERS)}
+    names = {n: layers for n, layers in diffusers_names(getattr(pipe, component), "").items() if n.endswith(LAYERS)}
     made = updates(pipe, component, names)
     kohya = preset.family == "sd15"
     state: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from tdm import TDMPipeline, TDMScheduler
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
+from tdm.tests.pipelines.lora_files import LAYOUTS, Update, diffusers_names, merge, tensors_of, updates, write
 from tdm.tests.pipelines.students import (
     Make,
     error,
@@ -37,7 +37,7 @@ def random_lora(family: str, seed: int, *, text: bool) -> list[Update]:
         components += [name for name in pipe._lora_loadable_modules if name.startswith("text_encoder")]
     made = []
     for i, name in enumerate(components):
-        names = {n: layers for n, layers in own_names(getattr(pipe, name), family).items() if n.endswith(LAYERS)}
+        names = {n: layers for n, layers in diffusers_names(getattr(pipe, name), family).items() if n.endswith(LAYERS)}
         made += updates(pipe, name, names, seed=seed + i)
     return made
 
