@@ -13,7 +13,7 @@ from ..files import save_tensors
 from .checkpoint import FORMAT, read_checkpoint
 
 
-class Measure(NamedTuple):
+class Metric(NamedTuple):
     """Which of a task's evaluation measures ranks its students."""
 
     name: str
@@ -37,7 +37,7 @@ class BestStudent:
     def __init__(
         self,
         path: Path,
-        measure: Measure | None,
+        measure: Metric | None,
         *,
         resume: bool,
         report: Callable[[str], None] = lambda _: None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..pipelines.prediction_types import PredictionType
 from ..pipelines.schedule import NoiseSchedule
 from ..pipelines.students.recipe import StudentRecipe
-from .best import Measure
+from .best import Metric
 from .preview import Preview
 from .trajectory import Condition, Trajectory
 
@@ -52,7 +52,7 @@ class Task(Protocol):
         ...
 
     @property
-    def measure(self) -> Measure | None:
+    def measure(self) -> Metric | None:
         """The measure of :meth:`evaluate` by which the best student is kept; None keeps none."""
         ...
 

@@ -97,8 +97,8 @@ class Preference:
             self.network = network(weights)
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Value:
-        parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
-        return measured(torch.cat([self.network(_pil(pictures[part]), prompts[part]) for part in parts]))
+        batches = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+        return measured(torch.cat([self.network(_pil(pictures[batch]), prompts[batch]) for batch in batches]))
 
 
 class Fid:

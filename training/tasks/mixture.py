@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...pipelines.prediction_types import PredictionType
 from ...pipelines.schedule import NoiseSchedule, predict_output
-from ..best import Measure
+from ..best import Metric
 from ..metrics import energy_distance
 from ..preview import Preview
 from ..task import Sample, Teacher
@@ -142,7 +142,7 @@ class MixtureTask:
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
     time_embedder = "inner"  # which also sees x: the vector of a step count is added to both
     device: torch.device = torch.device("cpu")
-    measure = Measure("energy", higher_is_better=False)
+    measure = Metric("energy", higher_is_better=False)
 
     def __init__(
         self, kind: str = "flow", width: int = 128, samples: int = 10_000, mixture: Mixture | None = None

@@ -26,7 +26,7 @@ from ...pipelines.schedule import NoiseSchedule
 from ...pipelines.scheduler import TDMScheduler
 from ...pipelines.students.recipe import StudentRecipe
 from ...sheet import contact_sheet
-from ..best import Measure
+from ..best import Metric
 from ..config import MemoryConfig
 from ..metrics import colour_ratios
 from ..metrics.distances import DIMENSIONS, picture_frechet
@@ -273,9 +273,9 @@ class PipelineTask:
         return Image.fromarray(torch.cat(list(self.pictures(sampler, prompts, 3)), 2).permute(1, 2, 0).numpy())
 
     @property
-    def measure(self) -> Measure | None:
+    def measure(self) -> Metric | None:
         """Accuracy, which only the bundled world can tell."""
-        return Measure("accuracy", higher_is_better=True) if self._wanted else None
+        return Metric("accuracy", higher_is_better=True) if self._wanted else None
 
     def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:
         """Accuracy on held-out combinations, colours over the teacher's and, with more than `DIMENSIONS` prompts, the
@@ -305,13 +305,13 @@ def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size
         raise TDMError("task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out")
     default = family.default_size(pipe)
     if config.sizes is None:
-        sizes_given: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
+        requested: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
     elif (config.height, config.width, config.num_frames) != (None, None, None) or not config.sizes:
         raise TDMError("give task.sizes, a list of [height, width], or task.height and task.width, not both")
     else:
-        sizes_given = config.sizes
+        requested = config.sizes
     sizes = []
-    for numbers in sizes_given:
+    for numbers in requested:
         if len(numbers) not in (2, 3):
             raise TDMError(f"a size in task.sizes is [height, width] or [height, width, num_frames], not {numbers}")
         height, width, num_frames = (*numbers, None)[:3]
