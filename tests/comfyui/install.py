@@ -33,8 +33,10 @@ PINS = REPOSITORY / "constraints.txt"
 
 def cache() -> Path:
     """The folder that holds all installs; it may not exist."""
-    own = os.environ.get("TDM_COMFYUI")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm" / "comfyui"
+    folder = os.environ.get("TDM_COMFYUI")
+    return (
+        Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm" / "comfyui"
+    )
 
 
 def root() -> Path:
