@@ -1,4 +1,4 @@
-"""Measure what a call of `TDMPipeline` costs besides its network calls: exact counts, seconds, memory.
+"""Measure what a call of `TDMPipeline` costs beyond its network calls: exact counts, seconds, memory.
 
 Three runs of one model on the same weights: the call of `TDMPipeline`; the call of the stock pipeline with its own
 scheduler and the same settings; and the bare networks, which is every call of text encoder, denoiser and decoder that
@@ -138,7 +138,7 @@ def runs_of(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:
 
     Args:
         pipe: with a student, whose adapter both pipelines run.
-        call: arguments of both calls, besides the student's steps, guidance and size; no generator.
+        call: arguments of both calls, without the student's steps, guidance and size; no generator.
     """
     stock: Any = pipe.family.pipeline_class()(**{**pipe.components, "scheduler": pipe.teacher_scheduler})
     stock.set_progress_bar_config(disable=True)

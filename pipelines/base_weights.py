@@ -104,7 +104,7 @@ def load_network(network_class: Any, folder: str, component: str, dtype: torch.d
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever a library says of files that it cannot read becomes one line about ``what``.
+    """Turn whatever a library says of files that it cannot read into one line about ``what``.
 
     Raises:
         TDMError: they cannot be read.
@@ -129,7 +129,7 @@ def network_classes(folder: str, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def left_out(index: Mapping[str, Any]) -> dict[str, None]:
-    """The components that a base was saved without, such as SD3's T5; diffusers wants to be told so."""
+    """The components that a base was saved without, such as SD3's T5; diffusers needs them as None."""
     return {name: None for name, entry in index.items() if entry in ([None, None], (None, None))}
 
 

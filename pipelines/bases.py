@@ -147,7 +147,7 @@ def _read_index(base: str, hub: dict[str, Any]) -> tuple[str, Family, Any]:
 
 @contextlib.contextmanager
 def _reading_config(component: str, base: str) -> Iterator[None]:
-    """Turns what diffusers and transformers raise for a bad config into a TDMError."""
+    """Turn what diffusers and transformers raise for a bad config into a TDMError."""
     try:
         yield
     except (OSError, ValueError) as error:

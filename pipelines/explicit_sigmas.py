@@ -13,7 +13,7 @@ from .scheduler import TDMScheduler, noisy_levels
 def sigmas_of(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
     """The noise levels of a call as the grid of its pipeline's scheduler, for the length of a `with`.
 
-    What the user writes is followed to the letter, be it the levels that pipelines pass for "n steps".
+    The user's levels are run exactly, even if they equal those that pipelines pass for "n steps".
 
     Args:
         pipe: a `TDMPipeline`; nothing happens unless its scheduler is a `TDMScheduler`.

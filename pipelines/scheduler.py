@@ -81,10 +81,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         noise_source: where a stochastic run takes its noise from: called with a tensor, it gives noise in that one's
             shape and dtype. `TDMPipeline` puts the call's generator behind it; None: `step` has to be given one.
         explicit_sigmas: noise levels that `set_timesteps` takes in the place of its `num_inference_steps` and `sigmas`,
-            to the letter. `TDMPipeline` puts those of the call there: some pipelines drop them. None: the arguments
+            exactly. `TDMPipeline` puts those of the call there: some pipelines drop them. None: the arguments
             count.
         pred_original_sample: the clean sample x0 that the last `step` predicted, in the dtype of the model output; None
-            before the first step of a run. Pipelines drop what `step` returns beside the next sample: previews need it.
+            before the first step of a run. Pipelines drop what `step` returns after the next sample: previews need it.
 
     Raises:
         TDMError: arguments that contradict each other or name no schedule.

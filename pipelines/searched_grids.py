@@ -76,7 +76,7 @@ def search(
     guidance_scale: float,
     expect: Callable[[int], Any] = lambda total: None,  # noqa: ARG005
 ) -> dict[int, dict[str, SearchedGrid]]:
-    """The best grid of each step count, beside those that would be run otherwise.
+    """The best grid of each step count, with those that would be run otherwise.
 
     Args:
         pipe: of the family.

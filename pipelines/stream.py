@@ -52,12 +52,12 @@ class Step:
 
     @cached_property
     def preview(self) -> list[Image.Image]:
-        """`latents` as small pictures, one per sample (see `preview.py`); decoded when asked for, else free."""
+        """`latents` as small pictures, one per sample (see `preview.py`); decoded only when asked for."""
         return self._draw(self.latents)
 
 
 class _Cancelled(BaseException):
-    """Ends a run that nobody wants to see the end of; like GeneratorExit no Exception, for it is no error."""
+    """Ends a run that nobody wants to see the end of; a BaseException like GeneratorExit, since it is no error."""
 
 
 def stream(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[Step, None, None]:

@@ -340,7 +340,7 @@ class TDMPipeline(StudentAdapter):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: Source, *, force: bool = False, **kwargs: Any
     ) -> None:
-        """Write the clean base, with its own scheduler, and `student.safetensors` beside it.
+        """Write the clean base, with its own scheduler, and `student.safetensors` next to it.
 
         `TDMPipeline.from_pretrained` reads the folder back to the same pipeline; a plain
         `DiffusionPipeline.from_pretrained` gets the base. The folder appears whole or not at all.
@@ -351,9 +351,9 @@ class TDMPipeline(StudentAdapter):
             kwargs: `safe_serialization`, `variant` and `max_shard_size` of diffusers.
 
         Raises:
-            TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: adapters
-                beside the student, a student that is fused, unloaded or not at strength 1.0, weights under layerwise
-                casting; or `push_to_hub` is given.
+            TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: other
+                adapters than the student, a student that is fused, unloaded or not at strength 1.0, weights under
+                layerwise casting; or `push_to_hub` is given.
 
         >>> TDMPipeline.from_pretrained().save_pretrained("saved")
         >>> TDMPipeline.from_pretrained("saved").recipe.family
@@ -420,7 +420,7 @@ class TDMPipeline(StudentAdapter):
             The name of what it got.
 
         Raises:
-            TDMError: the named backend cannot be had here; the message says why and which can, and nothing has changed.
+            TDMError: the named backend does not work here; the message says why and which ones do. Nothing has changed.
 
         >>> TDMPipeline.from_pretrained().use_attention("native")
         'native'

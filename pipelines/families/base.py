@@ -33,7 +33,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
 
 class Size(NamedTuple):
-    """Of a picture or video, in pixels; `num_frames` is None for a picture."""
+    """The size of a picture or video, in pixels; `num_frames` is None for a picture."""
 
     height: int
     width: int
@@ -97,7 +97,7 @@ class Family(ABC):
     # ------------------------------------------------------------------ loading and calling the stock pipeline
 
     def pipeline_class(self) -> type[DiffusionPipeline]:
-        """The class to load a base with: the stock one, or ours where something in it has to be mended."""
+        """The class to load a base with: the stock one, or ours where the stock one has a fault."""
         if self.home is None:
             return getattr(importlib.import_module("diffusers"), self.pipeline)
         return getattr(importlib.import_module(self.home, __package__), f"TDM{self.pipeline}")
@@ -202,7 +202,7 @@ class Family(ABC):
         return sum(len(ids) > limit for ids in tokens)
 
     def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
-        """What the network is told beside the text, such as the size, [B, ...] for the `text` of B prompts."""
+        """The network's conditions other than text, such as the size: [B, ...] for the `text` of B prompts."""
         return {}
 
     def null(self, pipe: Any, like: Condition, **options: Any) -> Condition:

@@ -1,4 +1,4 @@
-"""Stock pipelines in which diffusers 0.42 silently gives wrong batches, with that one fault mended in each."""
+"""Stock pipelines in which diffusers 0.42 silently gives wrong batches, with that one fault fixed in each."""
 
 from __future__ import annotations
 

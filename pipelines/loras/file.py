@@ -35,7 +35,7 @@ class LoraFile:
         container: "safetensors" or "pickle".
         tensors: by key, on the CPU; empty if they have no names.
         positional: the tensors of an EMA list, which has an order instead of names; else None.
-        metadata: the safetensors header, or peft's `adapter_config.json` beside the file in the same form.
+        metadata: the safetensors header, or peft's `adapter_config.json` next to the file in the same form.
     """
 
     path: Path
@@ -121,7 +121,7 @@ def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _sibling_config(path: Path) -> dict[str, str]:
-    """peft writes its settings, alpha among them, not into `adapter_model.*` but beside it."""
+    """peft writes its settings, alpha among them, not into `adapter_model.*` but next to it."""
     config = path.with_name("adapter_config.json")
     if path.stem != "adapter_model" or not config.is_file():
         return {}

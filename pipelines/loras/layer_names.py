@@ -73,7 +73,7 @@ def unambiguous(meanings: Iterable[tuple[str, Meaning]]) -> dict[str, Meaning]:
 
 
 def look_up(names: Mapping[str, Meaning], name: str) -> Meaning | None:
-    """What a name stands for, be it half in dots and half in underscores; None if it is unknown."""
+    """What a name stands for, even if it mixes dots and underscores; None if it is unknown."""
     return names[name] if name in names else names.get(name.replace(".", "_"))
 
 

@@ -55,7 +55,7 @@ def place_native(
         file: from `read_lora_file`.
         family: of the denoiser.
         networks: in their original code, by the name of the component in diffusers: the denoiser, and text encoders.
-        scale: strength to multiply in, beside the file's own alpha / rank.
+        scale: strength to multiply in, on top of the file's own alpha / rank.
         positional: what to lay an EMA list on; its network is then the family's released one.
         strict: as in `place`.
 

@@ -1,4 +1,4 @@
-"""The student's place in a pipeline: the adapter "student" on its networks, beside LoRAs of the user."""
+"""The student's place in a pipeline: the adapter "student" on its networks, together with LoRAs of the user."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StudentAdapter(DiffusionPipeline):
     _teaching = False
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Load a LoRA beside the student: the stock method, except that all adapters that were on stay on.
+        """Load a LoRA next to the student: the stock method, except that all adapters that were on stay on.
 
         Stock pipelines leave only the newest on, which would switch the student off. Strengths are set as ever, with
         ``pipe.set_adapters(["student", "style"], [1.0, 0.7])``, in any order.
@@ -91,7 +91,7 @@ class StudentAdapter(DiffusionPipeline):
             unfuse(list(self._adaptable()) if components is None else list(components), **kwargs)
 
     def set_adapters(self, *args: Any, **kwargs: Any) -> None:
-        """The stock method: which adapters are on, and how strong.
+        """Choose which adapters are on, and at what strength, as the stock method does.
 
         Raises:
             TDMError: adapters are fused into the weights, where they keep the strength that they have.
@@ -101,7 +101,7 @@ class StudentAdapter(DiffusionPipeline):
         setter.set_adapters(*args, **kwargs)
 
     def delete_adapters(self, *args: Any, **kwargs: Any) -> None:
-        """The stock method.
+        """Delete adapters as the stock method does.
 
         Raises:
             TDMError: adapters are fused into the weights, which would keep them for good.
@@ -161,7 +161,7 @@ class StudentAdapter(DiffusionPipeline):
         return {self.family.denoiser: self.denoiser} | {k: v for k, v in encoders.items() if v is not None}
 
     def _only_student(self) -> Layers:
-        """The student's LoRA, if the pipeline holds no adapter beside it."""
+        """The student's LoRA, if the pipeline holds no other adapter."""
         self.require_unfused()
         attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
         if other := attached - {STUDENT_ADAPTER}:
@@ -178,7 +178,7 @@ class StudentAdapter(DiffusionPipeline):
         return STUDENT_ADAPTER in self.fused_loras and not any(tuner_layers(module) for module in self._modules())
 
     def require_unfused(self) -> None:
-        """Raise TDMError if an adapter is part of the weights, be it that it was unloaded after that."""
+        """Raise TDMError if an adapter is part of the weights, even if it was unloaded after that."""
         require_unfused(self._modules())
         if self.fused_loras:
             names = ", ".join(sorted(self.fused_loras))

@@ -84,8 +84,10 @@ def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
     if (preset := preset_of_id(source)) is not None:
         if preset.file is None:
             return _released_lora(_snapshot(preset.repository, hub), preset)
-        if (file := download(preset.repository, preset.file, hub)) is None:  # alone: whole models may lie beside it
-            raise TDMError(f"{preset.repository}/{preset.file} is not in the local cache and not to be had{offline()}")
+        if (file := download(preset.repository, preset.file, hub)) is None:  # alone: whole models may be next to it
+            raise TDMError(
+                f"{preset.repository}/{preset.file} is not in the local cache and cannot be downloaded{offline()}"
+            )
         return file
     if path.suffix in _LORA_SUFFIXES:
         return _hub_file(source, hub)
@@ -130,7 +132,7 @@ def _snapshot(repository: str, hub: Mapping[str, Any]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=[f"*{end}" for end in _LORA_SUFFIXES], **hub))
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
         raise TDMError(
-            f"{repository} is not in the local cache and not to be had ({first_line(error)}{offline()})"
+            f"{repository} is not in the local cache and cannot be downloaded ({first_line(error)}{offline()})"
         ) from None
     except OSError as error:
         raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)}{offline()})") from None

@@ -34,7 +34,7 @@ class Preset:
         sampler: what they call the sampler, for humans.
         source: where that is stated.
         file: the name of its LoRA, if known.
-        scale: the strength it must run at, beside the file's own alpha / rank.
+        scale: the strength it must run at, on top of the file's own alpha / rank.
         positional: the layers of an EMA list without names.
         alone: whether its repository holds no other student.
     """

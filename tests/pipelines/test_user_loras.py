@@ -1,4 +1,4 @@
-"""User LoRAs beside a student: any order, any strength, the sum of all of them; the student is never lost silently."""
+"""User LoRAs next to a student: any order, any strength, the sum of all of them; the student is never lost silently."""
 
 from __future__ import annotations
 
