@@ -51,7 +51,7 @@ class BestStudent:
             try:
                 payload = read_checkpoint(path)
             except TDMError as error:
-                report(f"note: {error}; the best student is looked for anew from here on")
+                report(f"note: {error}; the best student is chosen among the evaluations from here on")
                 return
             if payload["measure"] != measure.name:
                 raise TDMError(f"{path} ranks students by {payload['measure']}, not {measure.name}; move it away")

@@ -1,4 +1,4 @@
-"""The model card: README.md beside a student, with front matter for the hub.
+"""The model card: README.md next to a student, with front matter for the hub.
 
 Facts of the run only; what is not known is left out.
 """
@@ -42,7 +42,7 @@ _CITATION = """\
 
 
 def write_card(run: FinishedRun, path: Path, form: Format, *, force: bool = False) -> Path:
-    """Write the card beside an exported student, with the curves and the last previews if they are not there yet.
+    """Write the card next to an exported student, with the curves and the last previews if they are not there yet.
 
     Args:
         run: what was exported.
@@ -91,7 +91,7 @@ def model_card(run: FinishedRun, name: str, form: Format) -> str:
         "## Use",
         *_use(recipe, family, name, form),
         "## Recipe",
-        "What the student was trained on, and is to be sampled with. The file's own header says the same.",
+        "What the student was trained on, and how to sample it. The file's own header says the same.",
         _table(_recipe_rows(recipe)),
         "## Training",
         _table(_training_rows(run)),
@@ -243,7 +243,7 @@ def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
     if recipe.stochastic_sampling:
         yield "noise", "fresh at each step but the last"
     if "load_beside" in recipe.notes:
-        yield "load beside it", recipe.notes["load_beside"]
+        yield "load with it", recipe.notes["load_beside"]
 
 
 def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:

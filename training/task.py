@@ -25,8 +25,8 @@ steps, or the critic's prediction of the student's sample.
 
 @dataclass(frozen=True)
 class Teacher:
-    """The guided teacher: a `Sample`, and in ``identity``, as JSON, what its samples depend on besides base, noise and
-    prompts. By that a task can keep what it drew for later runs.
+    """The guided teacher: a `Sample`, and in ``identity``, as JSON, what its samples depend on other than base, noise
+    and prompts. A task can use it as the key of pictures that it keeps for later runs.
     """
 
     draw: Sample

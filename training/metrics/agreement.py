@@ -1,4 +1,4 @@
-"""Does a student draw what its teacher's ODE leads to from the same noise, or only something of the same law?"""
+"""Does a student draw the end of its teacher's ODE from the same noise, or only from the same distribution?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def agreement(samples: Tensor, same: Tensor, others: Tensor) -> Tensor:
     """For each sample (its distance to the teacher's from the same noise, the teacher's own distance between noises).
 
     The mean of the first over the mean of the second is 0 for the teacher's ODE itself, and about 1 for a sampler that
-    draws from the teacher's law but pays no heed to which noise it started from.
+    draws from the teacher's distribution independently of the noise that it started from.
 
     Args:
         samples: ``[n, ...]``, a student's samples: pictures or points.

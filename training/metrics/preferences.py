@@ -1,6 +1,6 @@
 """What people prefer, as two published networks learned it: HPSv2 and ImageReward, in the networks of transformers.
 
-Their own packages do not run beside transformers 5 (hpsv2 1.2.0 lacks its vocabulary file, image-reward 1.5 imports
+Their own packages do not run with transformers 5 (hpsv2 1.2.0 lacks its vocabulary file, image-reward 1.5 imports
 what is gone). Their checkpoints do, under other names: HPSv2 is a CLIP in open_clip's layout, ImageReward a BLIP with a
 linear head. Sizes are read from the weights.
 """
@@ -172,7 +172,7 @@ def clip_config(state: State) -> transformers.CLIPConfig:
 
 
 def blip_vision_state(state: State) -> dict[str, Tensor]:
-    """The part that sees of a BLIP, as transformers' `BlipVisionModel` names it."""
+    """The vision tower of a BLIP, as transformers' `BlipVisionModel` names it."""
     return {_renamed(name, VIT_NAMES): value for name, value in _under(state, "blip.visual_encoder.").items()}
 
 

@@ -188,7 +188,7 @@ def plot(question: Question, answer: Answer, path: Path) -> None:
     axis.set_ylabel(question.measure)
     figure.suptitle(question.asks, fontsize=10, wrap=True)
     axis.grid(alpha=0.3)
-    # Beside the curves: over them it hides some.
+    # Next to the curves: over them it hides some.
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8)
     _save(figure, path)
 

@@ -38,7 +38,7 @@ SECONDS = "seconds"
 
 @dataclass(frozen=True)
 class Point:
-    """What an evaluation said.
+    """The measures of one evaluation.
 
     Attributes:
         step: updates before it.
@@ -116,8 +116,9 @@ def answer(
     report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[tuple[str, int], StudyRun]:
-    """Make all runs that are missing, and keep each as soon as it has ended; one that another question beside it had
-    made is taken from there. Two processes may share a question, each with variants or seeds of its own.
+    """Make all runs that are missing, and keep each as soon as it has ended. A run of another question in the same
+    folder is used if its configuration is the same. Two processes may share a question, each with variants or seeds of
+    its own.
 
     Args:
         path: of the results.
@@ -158,7 +159,7 @@ def answer(
 
 def borrow(question: Question, path: Path) -> None:
     """Keep as this question's what is missing, and was trained with the same configuration for another question whose
-    results lie beside `path`; a variant's name may be another there.
+    results are in the folder of `path`; a variant's name may be another there.
     """
     for other in sorted(set(path.parent.glob("*.jsonl")) - {path}):
         kept = _kept(question, path)
@@ -200,7 +201,7 @@ def train(
     report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
 ) -> StudyRun | None:
-    """One run, in a folder that goes when it ends; None if it was stopped, and then another call goes on from there.
+    """Train one run in a folder that is removed when it ends. None if it was stopped: the next call then resumes it.
 
     Args:
         pictures: folder for what its student draws; None draws nothing.
@@ -270,7 +271,7 @@ def _curve(metrics: Path, per_update: float) -> list[Point]:
 
 
 def _in_brief(report: Report) -> Report:
-    """A run's own lines, among those of many runs: set in, and of those about progress one a minute."""
+    """A report for one run among many: its lines are indented, and of those about progress one a minute is kept."""
     last = time.monotonic()
 
     def say(line: str) -> None:

@@ -180,7 +180,7 @@ class BaseModel:
         What the pipeline takes from the VAE's config, such as the factor between pixels and latents, is there.
 
         Raises:
-            TDMError: the storage cannot be had here, or a LoRA does not fit.
+            TDMError: the storage does not work here, or a LoRA does not fit.
         """
         name = self.family.denoiser
         merge_loras = functools.partial(self._merge_loras, name) if self.loras else None
@@ -249,6 +249,6 @@ def _sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _sha256_of(path: Path, _size: int, _changed: int) -> str:
-    """Of a file as it was when it had this size and time of change: gigabytes are read once in a process."""
+    """The hash of a file with this size and time of change: gigabytes are read once in a process."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

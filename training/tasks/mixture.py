@@ -162,11 +162,11 @@ class MixtureTask:
         return base(x, timesteps)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002
-        """No prompts."""
+        """An empty condition, since the mixture has no prompts, and the shape of a sample."""
         return {}, (self.dim,)
 
     def null(self, cond: Condition) -> Condition:
-        """No prompts."""
+        """An empty condition, since the mixture has no prompts."""
         return cond
 
     def identity(self) -> dict[str, str]:
@@ -208,4 +208,4 @@ class MixtureTask:
         return Image.open(file).convert("RGB")
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> None:
-        """No pipeline: there is nothing that a student's file could be used in."""
+        """None: this task is no pipeline that could load a student's file."""

@@ -96,7 +96,7 @@ class PipelineTask:
 
     All prompts of the run are encoded first (``prompt_cache``); then the denoiser is loaded, without text encoders. The
     VAE comes with the first decoding and leaves the device after each. What the teacher draws for previews and
-    evaluations is kept on disk (``training/pictures``), for it is the same in every run of one base.
+    evaluations is kept on disk (``training/pictures``), since it is the same in every run of one base.
 
     Args:
         config: which base, which prompts and which sizes.
@@ -178,7 +178,7 @@ class PipelineTask:
 
     @property
     def merged_loras(self) -> list[str]:
-        """The LoRAs that are part of the teacher, as ``name@strength``: the student wants them beside it."""
+        """The LoRAs that are part of the teacher, as ``name@strength``: load them with the student."""
         return [f"{lora.file.name}@{lora.strength:g}" for lora in self.base_model.loras]
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
@@ -235,7 +235,7 @@ class PipelineTask:
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """What the base's pictures depend on beside their sampler, prompts and noise."""
+        """What the base's pictures depend on other than their sampler, prompts and noise."""
         return {
             "base": self.base_model.identity(),
             "storage": self._storage,
@@ -259,7 +259,7 @@ class PipelineTask:
         return self._teacher_pictures[seed]
 
     def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:
-        """Teacher above student above the critic's idea, the same prompts and noise, ``SEEDS`` pictures a prompt."""
+        """Teacher above student above critic's prediction: the same prompts and noise, ``SEEDS`` pictures a prompt."""
         labels = [prompt for prompt in self.prompts[:PREVIEWS] for _ in range(SEEDS)]
         reference = self._by_teacher(teacher, labels, 0)
         pictures, idea = (self.pictures(sampler, labels, 0) for sampler in (student, critic))

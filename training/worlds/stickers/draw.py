@@ -5,7 +5,7 @@ stars. Drawn at four times the size with Pillow and box-filtered down.
 
 There is a second style of drawing, for base models that are fine-tuned to it: postcards, with a white margin, straight
 bands in the place of hills and waves, and upright stickers. It stays within what the bundled VAE can draw, which is
-little beside the stickers: it gives every shape its white rim, and pulls other colours towards those it knows.
+little other than stickers: it gives every shape its white rim, and pulls other colours towards those it knows.
 """
 
 from __future__ import annotations
