@@ -1,4 +1,4 @@
-"""Where the nodes of an example workflow stand on the canvas: in boxes, below and beside each other."""
+"""Where the nodes of an example workflow stand on the canvas: in boxes, below and next to each other."""
 
 from __future__ import annotations
 

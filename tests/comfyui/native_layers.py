@@ -9,7 +9,7 @@ import os
 import sys
 
 import torch
-import torchvision_ops  # noqa: F401 (beside this file)
+import torchvision_ops  # noqa: F401 (next to this file)
 
 sys.path.insert(0, os.getcwd())
 import comfy.cli_args
