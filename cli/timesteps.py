@@ -35,7 +35,7 @@ For a step count that it was not trained for, the grid to beat is the trained on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm timesteps``."""
+    """Add the arguments of ``tdm timesteps``."""
     add = parser.add_argument
     add_model_arguments(parser)
     add("--steps", default="2,4,8", help="step counts to search for (default 2,4,8)")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm timesteps``."""
+    """Run ``tdm timesteps``."""
     try:
         steps = sorted({int(text) for text in args.steps.split(",")})
     except ValueError:
