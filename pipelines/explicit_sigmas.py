@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from .scheduler import TDMScheduler, noisy_levels
+from .scheduler import TDMScheduler
+from .sigma_grids import noisy_levels
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from .schedule import (
     grid_pairs,
     predict_x0_eps,
     second_order_weights,
-    shift_sigma,
     trained_grids,
     uniform_grid,
 )
+from .sigma_grids import is_pipeline_default, noisy_levels, time_shift, timesteps_of_sigmas
 from .stock_config import arguments_from_stock
 
 
@@ -249,7 +248,9 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         if timesteps is not None:
             grid = check_whole(check_grid(timesteps, self.schedule), self.schedule)
-        elif levels is not None and (self.explicit_sigmas is not None or not self._is_pipeline_default(levels)):
+        elif levels is not None and (
+            self.explicit_sigmas is not None or not is_pipeline_default(levels, self.schedule)
+        ):
             grid = self._grid_from_sigmas(levels, mu)
         else:
             grid = self._grid_for(len(levels) if levels is not None else num_inference_steps, mu)
@@ -273,10 +274,6 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self._previous_x0: Tensor | None = None
         self.pred_original_sample: Tensor | None = None
 
-    def _is_pipeline_default(self, sigmas: list[float]) -> bool:
-        n = len(sigmas)
-        return self.schedule.kind == "flow" and all(abs(s - (n - i) / n) < 1e-6 for i, s in enumerate(sigmas))
-
     def _grid_for(self, k: Any, mu: float | None) -> list[float]:
         if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
             raise TDMError(f"num_inference_steps must be an integer of at least 1, got {k!r}")
@@ -296,25 +293,8 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         return self._grid_from_sigmas([(k - i) / k for i in range(k)], mu)
 
     def _grid_from_sigmas(self, sigmas: list[float], mu: float | None) -> list[float]:
-        """Timesteps of noise levels, with the time shift that a stock flow scheduler would apply to them."""
-        if self.schedule.kind == "flow":
-            shift = self._shift(mu)
-            sigmas = [shift_sigma(s, shift) for s in sigmas]
-            terminal = self.config["shift_terminal"]
-            if terminal and sigmas[-1] < 1:
-                stretch = (1 - terminal) / (1 - sigmas[-1])
-                sigmas = [1 - (1 - s) * stretch for s in sigmas]
-        return self.schedule.timestep_from_sigma(torch.tensor(sigmas, dtype=torch.float64)).tolist()
-
-    def _shift(self, mu: float | None) -> float:
-        if not self.config["use_dynamic_shifting"]:
-            return self.config["flow_shift"]
-        if mu is None:
-            raise TDMError("this model shifts its timesteps by image size: pass mu to set_timesteps")
-        shift = math.exp(mu) if self.config["time_shift_type"] == "exponential" else mu
-        if not 0 < shift < math.inf:
-            raise TDMError(f"mu = {mu} is no time shift")
-        return shift
+        shift = time_shift(self.config, mu) if self.schedule.kind == "flow" else 1.0
+        return timesteps_of_sigmas(sigmas, self.schedule, shift, self.config["shift_terminal"])
 
     # ------------------------------------------------------------------ step
 
@@ -439,17 +419,3 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
-
-
-def noisy_levels(sigmas: Sequence[float]) -> list[float]:
-    """The sigmas without the final 0 that some schedulers count and others do not.
-
-    Raises:
-        TDMError: nothing is left.
-    """
-    levels = [float(s) for s in sigmas]
-    if levels and levels[-1] == 0:
-        levels.pop()
-    if not levels:
-        raise TDMError("sigmas needs at least one level above 0")
-    return levels

