@@ -224,7 +224,7 @@ class PipelineTask:
         return pixels[:, pixels.shape[1] // 2] if self.family.video else pixels
 
     def pictures(self, sampler: Sample, prompts: list[str], seed: int) -> Tensor:
-        """uint8 pictures of ``prompts`` from fixed noise."""
+        """uint8 pictures [N, 3, H, W] of N ``prompts`` from the noise of ``seed``."""
         noise = torch.randn(len(prompts), *self.latent_shape, generator=torch.Generator().manual_seed(seed))
         latents, progress = [], Progress("drawing pictures", len(prompts), self._report)
         for start in range(0, len(prompts), CHUNK):
