@@ -44,8 +44,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def examples_of(module: ModuleType) -> dict[str, doctest.DocTest]:
-    found = doctest.DocTestFinder(exclude_empty=True).find(module)
-    return {test.name.removeprefix(f"{module.__name__}."): test for test in found if test.examples}
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module)
+    return {test.name.removeprefix(f"{module.__name__}."): test for test in tests if test.examples}
 
 
 def pages() -> list[str]:
@@ -71,9 +71,9 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in EXAMPLES.items() for name in names])
 def test_an_example_runs_as_written(module: str, name: str) -> None:
     example = examples_of(importlib.import_module(f"tdm.{module}"))[name]
-    said: list[str] = []
-    result = doctest.DocTestRunner().run(example, out=said.append)
-    assert not result.failed, "".join(said)
+    output: list[str] = []
+    result = doctest.DocTestRunner().run(example, out=output.append)
+    assert not result.failed, "".join(output)
 
 
 @pytest.mark.parametrize("module", EXAMPLES)

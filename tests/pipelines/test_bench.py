@@ -72,8 +72,8 @@ def test_the_bare_networks_are_the_very_calls_of_the_pipeline(make: Make) -> Non
     _, runs = runs_of(pipe, call)
     outputs: list[torch.Tensor] = []
     with pipe.transformer.register_forward_hook(lambda _, __, out: outputs.append(out[0])):
-        again = bare(pipe, runs["TDMPipeline"])
-        again()
+        repeat = bare(pipe, runs["TDMPipeline"])
+        repeat()
     assert len(outputs) == 8
     assert all(torch.equal(a, b) for a, b in zip(outputs[:4], outputs[4:], strict=True))
     assert not torch.equal(outputs[0], outputs[1])
