@@ -56,7 +56,7 @@ runs/teacher/vae-decoder.json: runs/teacher/vae.json
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-# A real ComfyUI server in the user's cache, 2.1 GB: see tests/comfyui/install.py. Where it cannot be had, its tests say
+# A real ComfyUI server in the user's cache, 2.1 GB: see tests/comfyui/install.py. Where it cannot be installed, its tests say
 # so: they are left out, or fail in CI.
 .venv/comfyui: .venv/test tests/comfyui/install.py
 	-$(BIN)/python tests/comfyui/install.py && touch $@

@@ -23,7 +23,7 @@ def user_cache() -> Path:
 
 @contextmanager
 def writing(path: Path, remedy: str = MORE_ROOM) -> Iterator[None]:
-    """Whatever the system refuses inside (disk full, file too large, no permission) becomes one line about ``path``.
+    """Turn what the system refuses inside (disk full, file too large, no permission) into one line about ``path``.
 
     Args:
         remedy: the end of that line, which says what to do.

@@ -1,4 +1,4 @@
-"""Measure what a call of `TDMPipeline` costs besides its network calls: exact counts, seconds, memory.
+"""Measure what a call of `TDMPipeline` costs beyond its network calls: exact counts, seconds, memory.
 
 Three runs of one model on the same weights: the call of `TDMPipeline`; the call of the stock pipeline with its own
 scheduler and the same settings; and the bare networks, which is every call of text encoder, denoiser and decoder that
@@ -52,7 +52,7 @@ class Counts:
     """
 
     calls: Counter[str] = field(default_factory=Counter)
-    parts: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in ("networks", "steps", "rest")})
+    costs: dict[str, Cost] = field(default_factory=lambda: {name: Cost() for name in ("networks", "steps", "rest")})
     peak: int = 0
 
 
@@ -63,8 +63,8 @@ class _Meter(LiveMemory):
         super().__init__()
         self.counts, self.part = Counts(), "rest"
 
-    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
-        cost, name = self.counts.parts[self.part], function.overloadpacket.__name__
+    def record(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
+        cost, name = self.counts.costs[self.part], function.overloadpacket.__name__
         cost.operators += 1
         cost.copies += name in COPIES
         cost.reads += name in READS
@@ -138,7 +138,7 @@ def runs_of(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:
 
     Args:
         pipe: with a student, whose adapter both pipelines run.
-        call: arguments of both calls, besides the student's steps, guidance and size; no generator.
+        call: arguments of both calls, without the student's steps, guidance and size; no generator.
     """
     stock: Any = pipe.family.pipeline_class()(**{**pipe.components, "scheduler": pipe.teacher_scheduler})
     stock.set_progress_bar_config(disable=True)
@@ -214,7 +214,7 @@ def rows(
         cells = [name, run, str(counts.get(run, counts["TDMPipeline"]).calls[pipe.family.denoiser])]
         cells += [f"{statistics.median(spent):.3f}", f"{ratio:.3f}", f"{peak / 1e6:.1f}" if peak is not None else ""]
         if run in counts:
-            steps, rest = counts[run].parts["steps"], counts[run].parts["rest"]
+            steps, rest = counts[run].costs["steps"], counts[run].costs["rest"]
             cells += [str(n) for n in (steps.operators, steps.copies, steps.reads, steps.allocations, rest.operators)]
         else:
             cells += [""] * 5

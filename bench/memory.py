@@ -36,10 +36,10 @@ class LiveMemory(TorchDispatchMode):
             weakref.finalize(storage, self._free, storage.nbytes())
         self.peak = max(self.peak, self.live)
         if inputs or outputs:  # others are such as promote_types
-            self.seen(function, args, kwargs, out, len(new.keys() - known))
+            self.record(function, args, kwargs, out, len(new.keys() - known))
         return out
 
-    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:
+    def record(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:
         """Take in an operator on tensors; called after each, with the number of memories that it allocated."""
 
     def _free(self, size: int) -> None:

@@ -28,7 +28,7 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm export RUN                                              a run's student as a file, kohya-named or merged
   tdm eval                                                    measure teacher and student
   tdm study                                                   questions about the method, answered by training
-  tdm bench                                                   what a call costs besides its network calls
+  tdm bench                                                   what a call costs beyond its network calls
   tdm info FILE                                               what a LoRA file or a released student is
   tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
   tdm timesteps                                               the best timesteps for 2, 4 and 8 steps

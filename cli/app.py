@@ -39,7 +39,7 @@ WAITING = 200  # requests in the queue; the next is refused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm app``."""
+    """Add the arguments of ``tdm app``."""
     add_model_arguments(parser)
     add = parser.add_argument
     add("--students-folder", type=Path, help="folder of student files to choose from on the page")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm app``."""
+    """Run ``tdm app``."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     port, auth = _port(args.port), _auth(args.auth)
     for config in args.config:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="tdm-app-") as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         with Waiting(args.listen, port) as waiting:
-            if sys.stdout.isatty():  # for who waits for it; of a start that fails nothing is left but the reason
+            if sys.stdout.isatty():  # a failed start then leaves only its reason in a pipe
                 print(f"the demo starts at {waiting.url}", flush=True)
             if args.open:
                 webbrowser.open(waiting.url)

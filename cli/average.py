@@ -28,7 +28,7 @@ is kept is printed. Measure whether a mean is better than its students: tdm eval
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm average``."""
+    """Add the arguments of ``tdm average``."""
     add = parser.add_argument
     add("students", nargs="+", metavar="STUDENT", help="student files, folders of runs, or checkpoints in them")
     add("--weights", nargs="+", type=float, metavar="W", help="one for each student, above 0 (default: all alike)")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm average``."""
+    """Run ``tdm average``."""
     check_writable(args.out, args.force)
     quiet()
     from ..pipelines.students.average import average

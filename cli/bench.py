@@ -1,4 +1,4 @@
-"""tdm bench: what a call of TDMPipeline costs besides its network calls."""
+"""tdm bench: what a call of TDMPipeline costs beyond its network calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm bench``."""
+    """Add the arguments of ``tdm bench``."""
     add = parser.add_argument
     add("--models", help="of bundled, sdxl, sd3, pixart, cogvideox (default: bundled; all if there is a GPU)")
     add("--tiny", action="store_true", help="small variants of the four architectures")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm bench``."""
+    """Run ``tdm bench``."""
     if args.steps < 1 or args.repeats < 1:
         raise TDMError("--steps and --repeats must be at least 1")
     import diffusers

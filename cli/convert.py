@@ -36,7 +36,7 @@ commands (`tdm distill task.model=my-model`). --base is what it was tuned from, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm convert``."""
+    """Add the arguments of ``tdm convert``."""
     add = parser.add_argument
     add("file", metavar="FILE", help="a LoRA file, or the repository id of a released student")
     add("--base", help="folder or hub id of its base (default: the one that the file or its preset names)")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm convert``."""
+    """Run ``tdm convert``."""
     from ..pipelines.single_file import convert_checkpoint, is_checkpoint
     from ..pipelines.students.convert import convert_lora
     from ..pipelines.students.describe import describe

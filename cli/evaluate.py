@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[=ARGUMENT]",
-        help="clip=MODEL, hpsv2[=FILE], image_reward[=FILE] or fid=FOLDER_OF_REAL_PICTURES, with weights at hand",
+        help="clip=MODEL, hpsv2[=FILE], image_reward[=FILE] or fid=FOLDER_OF_REAL_PICTURES, if you have the weights",
     )
     add("--out", type=Path, default=Path("outputs/eval"), help="folder (default outputs/eval)")
     add("--force", action="store_true", help="replace results that exist")

@@ -25,7 +25,7 @@ FORMATS = ("student", "kohya", "merged")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm export``."""
+    """Add the arguments of ``tdm export``."""
     add = parser.add_argument
     add("run_folder", metavar="RUN", type=Path, help="folder of the run")
     add("--out", type=Path, help="the file, or for merged the folder (default: in RUN)")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm export``."""
+    """Run ``tdm export``."""
     import torch
 
     from ..training.card import write_card

@@ -28,7 +28,7 @@ model writes an .mp4; --out x.gif and x.webp are other kinds.
 examples:
   tdm generate "two red stars above a blue moon at night"
   tdm generate "a green heart on the beach" "three yellow rings at sea" --seed 7
-  tdm generate --compare "a blue ring in the snow" --out compare.png      teacher beside student, with timings
+  tdm generate --compare "a blue ring in the snow" --out compare.png      teacher next to student, with timings
   tdm generate "a red cube" --model stabilityai/... --student my_student.safetensors
   tdm generate "a red heart at sea" --base-first        more variety from seed to seed, for as many network calls
   tdm generate "a red heart at sea" --model my/fine-tune --student mine.safetensors --strength 0.7

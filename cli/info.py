@@ -17,7 +17,7 @@ model, trained timesteps per step count, guidance, size), if it carries one or i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm info``."""
+    """Add the arguments of ``tdm info``."""
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm info``."""
+    """Run ``tdm info``."""
     from ..pipelines.students.describe import about
 
     print(about(args.file, base=args.base))

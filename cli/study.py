@@ -28,7 +28,7 @@ ends it after the current update; the unfinished run stays in the cache and is r
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm study``."""
+    """Add the arguments of ``tdm study``."""
     add = parser.add_argument
     add("name", nargs="?", help="a question, by its name or as a YAML file")
     add("--only", nargs="+", default=[], metavar="VARIANT", help="train these variants alone")

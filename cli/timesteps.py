@@ -35,7 +35,7 @@ For a step count that it was not trained for, the grid to beat is the trained on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``tdm timesteps``."""
+    """Add the arguments of ``tdm timesteps``."""
     add = parser.add_argument
     add_model_arguments(parser)
     add("--steps", default="2,4,8", help="step counts to search for (default 2,4,8)")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """``tdm timesteps``."""
+    """Run ``tdm timesteps``."""
     try:
         steps = sorted({int(text) for text in args.steps.split(",")})
     except ValueError:
@@ -70,18 +70,18 @@ def run(args: argparse.Namespace) -> None:
 
     pipe, family = _base(args.model) if teacher else _student(args)
     recipe = None if teacher else pipe.recipe
-    own = teacher_call(args.model, family).guidance_scale if recipe is None else recipe.guidance_scale
-    guidance = args.guidance or own
+    default_guidance = teacher_call(args.model, family).guidance_scale if recipe is None else recipe.guidance_scale
+    guidance = args.guidance or default_guidance
     with tqdm(total=0, unit=" calls", mininterval=1.0) as bar, count_calls(getattr(pipe, family.denoiser), bar.update):
-        found = search(
+        grids = search(
             pipe, family, recipe, prompts, steps, levels=args.levels, guidance_scale=guidance, expect=bar.reset
         )
     print(f"{args.model if teacher else args.student or 'bundled'}: {len(prompts)} prompts, guidance {guidance:g}\n")
-    print(table(found))
-    better = {k: of["found"].timesteps for k, of in found.items() if min(of, key=lambda g: of[g].error) == "found"}
+    print(table(grids))
+    better = {k: of["found"].timesteps for k, of in grids.items() if min(of, key=lambda g: of[g].error) == "found"}
     print()
-    for k in (k for k in found if k not in better):
-        best = min(found[k], key=lambda grid: found[k][grid].error)
+    for k in (k for k in grids if k not in better):
+        best = min(grids[k], key=lambda grid: grids[k][grid].error)
         print(f"{k} steps: what was found is not better than the {best} grid; keep that")
     if not teacher:
         print("the error is to the student's own run of many steps, not that of its pictures: measure those (tdm eval)")
@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
         _write(args, recipe, better)
 
 
-def table(found: dict[int, dict[str, SearchedGrid]]) -> str:
+def table(searched: dict[int, dict[str, SearchedGrid]]) -> str:
     """The grids of each step count, as a Markdown table."""
     lines = ["| steps | grid | predicted | error | timesteps |", "| --- | --- | --- | --- | --- |"]
-    for k, grids in found.items():
+    for k, grids in searched.items():
         for name, grid in grids.items():
             timesteps = ", ".join(f"{t:.4g}" for t in grid.timesteps)
             lines.append(f"| {k} | {name} | {grid.predicted:.4f} | {grid.error:.4f} | {timesteps} |")

@@ -43,18 +43,18 @@ class WholePatcher(ModelPatcher):
         force_patch_weights: bool = False,
         full_load: bool = False,  # noqa: ARG002
     ) -> None:
-        """Core's, of all layers."""
+        """Load all layers as core's patcher does."""
         super().load(device_to, force_patch_weights=force_patch_weights, full_load=True)
 
     def partially_unload(self, *_: Any, **__: Any) -> int:
-        """Nothing: core then unloads it as a whole."""
+        """Free nothing, so that core unloads the network as a whole."""
         return 0
 
     def set_model_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Nothing for None or the dtype that the network has.
+        """Accept None and the dtype that the network has.
 
         Raises:
-            TDMError: for another one: a layer of diffusers computes in the dtype of its weights.
+            TDMError: the dtype is another one: a layer of diffusers computes in the dtype of its weights.
         """
         if dtype not in (None, self.model_dtype()):
             raise TDMError(
@@ -96,11 +96,11 @@ class Denoiser(nn.Module):
 
     @property
     def in_channels(self) -> int:
-        """Of the latents: core's RenormCFG asks."""
+        """The number of latent channels, which core's RenormCFG reads."""
         return self.network.config.in_channels
 
     def __getattr__(self, name: str) -> Any:
-        """What core's own networks have and this one lacks.
+        """Refuse an attribute that core's own networks have and this one lacks.
 
         Raises:
             NotOurLayoutError: always, except for the module's own attributes.
@@ -122,7 +122,7 @@ class Denoiser(nn.Module):
         """The prediction at x, [B, C, h, w] or [B, C, F, h, w], in its shape.
 
         Raises:
-            TDMError: a patch is to be applied that only ComfyUI's networks take.
+            TDMError: a patch fits only ComfyUI's own networks.
         """
         options = transformer_options or {}
         if control is not None or options.get("patches") or options.get("patches_replace"):
@@ -178,7 +178,9 @@ class DiffusersModel(comfy.model_base.BaseModel):
         options = {} if scale is None else {"guidance_scale": float(scale)}
         missing = sorted(set(self.family.blank(self.pipe, 1, size)) - set(text) - {*_FACTS})
         if missing:
-            raise TDMError(f"this MODEL needs prompts of the CLIP beside it: this one has no {', '.join(missing)}")
+            raise TDMError(
+                f"this MODEL needs prompts from the CLIP of its own loader: this one has no {', '.join(missing)}"
+            )
         if "mask" in text and text["mask"].shape[1] != text["text"].shape[1]:
             raise TDMError("prompts of this CLIP have a mask and cannot be concatenated; use Conditioning (Combine)")
         cond = text | self.family.facts(self.pipe, text, size, **options)
@@ -213,7 +215,7 @@ def spatial_factor(family: Family, pipe: Any) -> int:
 
 
 def frame_factor(family: Family, pipe: Any) -> int:
-    """Frames per latent frame, but for the first."""
+    """Frames per latent frame, except the first latent frame, which is one frame."""
     return pipe.vae_scale_factor_temporal if family.video else 1
 
 
@@ -271,7 +273,7 @@ class TextEncoders(nn.Module):
         self.dtypes = {parameter.dtype for parameter in self.parameters()}
 
     def reset_clip_options(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: no option is kept between prompts."""
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         """Raise TDMError for the one option that would change something (CLIP Set Last Layer)."""

@@ -44,8 +44,8 @@ class _Names(dict[str, Any]):
         """
         from ..pipelines.loras.places import place  # imports diffusers
 
-        parts = encoders_of(self.encoders)
-        parts[self.family.denoiser] = ("", nn.Module()) if self.model is None else denoiser_of(self.model)
+        networks = encoders_of(self.encoders)
+        networks[self.family.denoiser] = ("", nn.Module()) if self.model is None else denoiser_of(self.model)
         of_text = {key for key in lora if key.startswith(_OF_TEXT_ENCODERS)}
         left_out: set[str] = of_text if self.encoders is None else set()
         if self.model is None:
@@ -54,9 +54,9 @@ class _Names(dict[str, Any]):
         if not lora:
             return {}
         file = LoraFile(Path("the LoRA"), "safetensors", lora)
-        placed = place(file, self.family, {name: network for name, (_, network) in parts.items()})
+        placed = place(file, self.family, {name: network for name, (_, network) in networks.items()})
         return {
-            f"{parts[component][0]}.{key}": tensor
+            f"{networks[component][0]}.{key}": tensor
             for component, layers in placed.items()
             for key, tensor in state_dict_of(layers).items()
         }

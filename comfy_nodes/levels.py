@@ -117,7 +117,7 @@ class _FromPureNoise:
         return super().noise_scaling(sigma, noise, latent_image, max_denoise)  # type: ignore[misc]
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
-        """The clean sample. Of pure noise nothing goes into it: as if s were without end."""
+        """The clean sample. At pure noise the noisy sample has no part in it, as in the limit of infinite s."""
         if isinstance(self, core.V_PREDICTION):
             sigma = sigma.where(sigma < PURE_NOISE, 1e12)
         return super().calculate_denoised(sigma, model_output, model_input)  # type: ignore[misc]

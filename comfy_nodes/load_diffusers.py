@@ -72,19 +72,19 @@ class TDMLoadDiffusers(io.ComfyNode):
         serve_core_loaders()
         folder = folder_of(pipeline)
         family = family_of_base(folder)
-        parts = load_parts(folder, family)
-        scheduler = TDMScheduler.from_config(parts.pipe.scheduler.config)
-        vae = DiffusersVAE(family, parts.pipe)
-        network = getattr(parts.pipe, family.denoiser)
-        model, clip = model_of(family, parts.pipe, scheduler, vae), clip_of(family, parts.text, network.config)
-        height, width, frames = family.default_size(parts.pipe)
+        split = load_split(folder, family)
+        scheduler = TDMScheduler.from_config(split.pipe.scheduler.config)
+        vae = DiffusersVAE(family, split.pipe)
+        network = getattr(split.pipe, family.denoiser)
+        model, clip = model_of(family, split.pipe, scheduler, vae), clip_of(family, split.text, network.config)
+        height, width, frames = family.default_size(split.pipe)
         text = f"{family.pipeline}, {str(network.dtype).removeprefix('torch.')}\nmade for {width} x {height}" + (
             f", {frames} frames" if frames else ""
         )
         return io.NodeOutput(model, clip, vae, text, ui=ui.PreviewText(text))
 
 
-class Parts(NamedTuple):
+class SplitPipeline(NamedTuple):
     """A pipeline in two: with denoiser and VAE, and with text encoders and tokenizers. Both have the scheduler."""
 
     pipe: Any
@@ -93,13 +93,13 @@ class Parts(NamedTuple):
 
 def pipelines() -> list[str]:
     """The folders below `models/diffusers` that are pipelines, as paths from there."""
-    found = set()
+    folders = set()
     for root in folder_paths.get_folder_paths("diffusers"):
         for folder, inside, files in os.walk(root, followlinks=True):
             if "model_index.json" in files:
-                found.add(os.path.relpath(folder, root))
+                folders.add(os.path.relpath(folder, root))
                 inside.clear()
-    return sorted(found - {BUNDLED})
+    return sorted(folders - {BUNDLED})
 
 
 def folder_of(pipeline: str) -> str:
@@ -125,7 +125,7 @@ def folder_stamp(pipeline: str) -> str:
     return f"{newest} {size} {len(states)}"
 
 
-def load_parts(folder: str, family: Family) -> Parts:
+def load_split(folder: str, family: Family) -> SplitPipeline:
     """The pipeline of a folder on the CPU, in the dtypes that ComfyUI chooses for its devices.
 
     Raises:
@@ -162,4 +162,4 @@ def load_parts(folder: str, family: Family) -> Parts:
                 part.eval().requires_grad_(False)
         return pipe
 
-    return Parts(load(rest), load(texts))
+    return SplitPipeline(load(rest), load(texts))

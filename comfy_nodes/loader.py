@@ -103,24 +103,28 @@ class TDMLoadStudent(io.ComfyNode):
         family = family_of(model)
         if recipe is not None and recipe.family != family.name:
             raise TDMError(f"{file} is a student of {recipe.base_model} ({recipe.family}); this MODEL is {family.name}")
-        parts = {
+        named_networks = {
             family.denoiser: denoiser_of(model.model),
             **encoders_of(getattr(clip, "cond_stage_model", None)),
         }
-        networks = {component: network for component, (_, network) in parts.items()}
+        networks = {component: network for component, (_, network) in named_networks.items()}
         put = place if isinstance(model.model, DiffusersModel) else place_native
         placed = put(lora, family, networks, **(preset.placing if preset else {}))
         tensors = {
-            component: {f"{parts[component][0]}.{key}": tensor for key, tensor in state_dict_of(layers).items()}
+            component: {
+                f"{named_networks[component][0]}.{key}": tensor for key, tensor in state_dict_of(layers).items()
+            }
             for component, layers in placed.items()
         }
-        own = tensors.pop(family.denoiser, {})
-        others = {key: tensor for each in tensors.values() for key, tensor in each.items()}
-        if own:
-            model = _patched(model, dict(comfy.lora.model_lora_keys_unet(model.model, {})), own, strength)
-        if others:
-            clip = _patched(clip, dict(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})), others, strength)
-        text = _report(len(own) // 2, len(others) // 2, recipe)
+        denoiser_tensors = tensors.pop(family.denoiser, {})
+        encoder_tensors = {key: tensor for each in tensors.values() for key, tensor in each.items()}
+        if denoiser_tensors:
+            model = _patched(model, dict(comfy.lora.model_lora_keys_unet(model.model, {})), denoiser_tensors, strength)
+        if encoder_tensors:
+            clip = _patched(
+                clip, dict(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})), encoder_tensors, strength
+            )
+        text = _report(len(denoiser_tensors) // 2, len(encoder_tensors) // 2, recipe)
         known = recipe.to_metadata()[HEADER_KEY] if recipe else ""
         return io.NodeOutput(model, clip, known, text, ui=ui.PreviewText(text))
 
@@ -218,8 +222,8 @@ def _report(layers: int, encoder_layers: int, recipe: StudentRecipe | None) -> s
     several = [f"{k} step{'s' * (k > 1)}: {grid}" for k, grid in grids.items()]
     size = f"{recipe.width} x {recipe.height}" + (f", {recipe.num_frames} frames" if recipe.num_frames else "")
     noise = "fresh noise" if recipe.eta == 1 else f"noise of eta {recipe.eta:g}"
-    own = f"{noise} at each step" if recipe.stochastic_sampling else f"order {recipe.solver_order}"
-    sampler = own if recipe.sampler is None else str(recipe.sampler)
+    sampling = f"{noise} at each step" if recipe.stochastic_sampling else f"order {recipe.solver_order}"
+    sampler = sampling if recipe.sampler is None else str(recipe.sampler)
     steps = several if len(several) > 1 else [f"timesteps {grid}" for grid in grids.values()]
     lines = [text, f"student of {recipe.base_model}", *steps]
     return "\n".join([*lines, f"{sampler}, guidance {recipe.guidance_scale:g}, {size}"])

@@ -138,9 +138,9 @@ def _tokens(tokenizer: Any, text: str, special: bool = False) -> list[int]:
 
 def _special_tokens(tokenizer: Any) -> tuple[int, int]:
     """How many tokens a tokenizer puts in front of a prompt and behind it."""
-    own, whole = _tokens(tokenizer, "a"), _tokens(tokenizer, "a", special=True)
-    front = whole.index(own[0])
-    return front, len(whole) - front - len(own)
+    plain, whole = _tokens(tokenizer, "a"), _tokens(tokenizer, "a", special=True)
+    front = whole.index(plain[0])
+    return front, len(whole) - front - len(plain)
 
 
 # ---------------------------------------------------------------------- embeddings
@@ -166,17 +166,17 @@ def _vectors_of(pipe: Any, pieces: list[Piece]) -> dict[str, dict[str, Tensor]]:
             width = encoder.get_input_embeddings().weight.shape[1]
             clip = "CLIP" in type(encoder).__name__
             key = ("clip_l" if number == "" else "clip_g") if clip else "t5xxl"
-            own = core.load_embed(name, folder_paths.get_folder_paths("embeddings"), width, key)
-            if own is None:
+            vector = core.load_embed(name, folder_paths.get_folder_paths("embeddings"), width, key)
+            if vector is None:
                 raise TDMError(f"there is no embedding {name!r} in models/embeddings")
-            own = own.reshape(-1, own.shape[-1])
-            if own.shape[1] != width:
+            vector = vector.reshape(-1, vector.shape[-1])
+            if vector.shape[1] != width:
                 raise TDMError(
-                    f"embedding {name!r} is {own.shape[1]} wide, not the {width} of text_encoder{number}: it is for "
+                    f"embedding {name!r} is {vector.shape[1]} wide, not the {width} of text_encoder{number}: it is for "
                     "another model"
                 )
-            vectors.setdefault(name, {})[number] = own
-        if len({len(own) for own in vectors[name].values()}) > 1:
+            vectors.setdefault(name, {})[number] = vector
+        if len({len(vector) for vector in vectors[name].values()}) > 1:
             raise TDMError(f"embedding {name!r} has other numbers of vectors for each text encoder")
     return vectors
 
@@ -222,9 +222,9 @@ def _input_embeddings(encoder: Any) -> Any:
 def _replace(rows: list[tuple[int, Tensor]]) -> Any:
     def hook(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
         embedded = embedded.clone()
-        for start, own in rows:
+        for start, vector in rows:
             room = embedded.shape[1] - start
-            embedded[:, start : start + len(own)] = own[:room].to(embedded)
+            embedded[:, start : start + len(vector)] = vector[:room].to(embedded)
         return embedded
 
     return hook

@@ -105,14 +105,14 @@ class Engine:
                 self._put_in(student)
         return self._recipes[version]
 
-    def settings(self, given: Mapping[str, Any]) -> Settings:
+    def settings(self, values: Mapping[str, Any]) -> Settings:
         """Checked settings (see `settings.check`) for a student by its name, the first if none is given.
 
         Raises:
             TDMError: as `check` and `recipe`.
         """
-        student = given.get("student") or self.catalogue.first
-        return check(given, self.recipe(student), student)
+        student = values.get("student") or self.catalogue.first
+        return check(values, self.recipe(student), student)
 
     def student(self, settings: Settings) -> Generator[Frame, None, None]:
         """The student's run, every step and then the picture.

@@ -169,7 +169,7 @@ class GenerateTab:
             value=first.steps,
             label="Steps",
             elem_id="steps",
-            info=f"Trained for {grid}; another count runs on that grid, spaced anew",
+            info=f"Trained for {grid}; another count runs on that grid, re-spaced",
         )
         with gr.Row(elem_classes="seed"):
             seed = gr.Number(first.seed, label="Seed", minimum=0, step=1, elem_id="seed", scale=3)

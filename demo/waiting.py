@@ -111,4 +111,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: the terminal is for what the demo says."""
+        """Log nothing: the terminal is for what the demo says."""

@@ -35,8 +35,8 @@ def main() -> None:
 def calls(pipe: TDMPipeline, prompt: str, seed: int) -> list[Image.Image]:
     """What the student sees after each of its 4 network calls; the last is the picture."""
     generator = torch.Generator().manual_seed(seed)
-    *seen, _, done = pipe.stream(prompt, generator=generator)
-    return [*(step.preview[0] for step in seen), done.output.images[0]]
+    *steps, _, done = pipe.stream(prompt, generator=generator)
+    return [*(step.preview[0] for step in steps), done.output.images[0]]
 
 
 def strips(steps: list[Image.Image], size: int) -> Image.Image:
@@ -77,8 +77,8 @@ def _rounded(size: int) -> Image.Image:
 
 def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib."""
-    found = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
-    return ImageFont.truetype(found, size)
+    font_file = font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight))
+    return ImageFont.truetype(font_file, size)
 
 
 if __name__ == "__main__":

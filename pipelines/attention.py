@@ -54,7 +54,7 @@ def use_attention(denoiser: Any, backend: str | None = None, device: torch.devic
         The name of the backend it has now.
 
     Raises:
-        TDMError: the named backend cannot be had; the message says why, and which can. Nothing has then changed.
+        TDMError: the named backend does not work here; the message says why, and which ones do. Nothing has changed.
     """
     device = torch.device(device or denoiser.device)
     for name in _BEST if backend is None else (backend,):
@@ -65,11 +65,11 @@ def use_attention(denoiser: Any, backend: str | None = None, device: torch.devic
             return name
         _logger.info("attention of %s: not %s: %s", type(denoiser).__name__, name, reason)
     works = ", ".join(available_attention(denoiser, device))
-    raise TDMError(f"attention backend {name!r} cannot be had: {reason}; here these can: {works}")
+    raise TDMError(f"attention backend {name!r} does not work here: {reason}; these do: {works}")
 
 
 def available_attention(denoiser: Any, device: torch.device | str | None = None) -> list[str]:
-    """The backends that work here, but for those of the hub: a trial would download them. See `use_attention`."""
+    """The backends that work here, without those of the hub: a trial would download them. See `use_attention`."""
     device = torch.device(device or denoiser.device)
     names = [backend.value for backend in AttentionBackendName if not backend.value.endswith("_hub")]
     return [name for name in names if _why_not(denoiser, name, device) is None]

@@ -20,12 +20,12 @@ from .loras.adapters import adapter_off
 from .students.adapter import STUDENT_ADAPTER
 
 
-def callback_inputs(given: Mapping[str, Any]) -> list[str]:
+def callback_inputs(arguments: Mapping[str, Any]) -> list[str]:
     """The tensors that the callback among the arguments of a call asks for, by name."""
-    callback = given.get("callback_on_step_end")
+    callback = arguments.get("callback_on_step_end")
     if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
         return list(callback.tensor_inputs)
-    return list(given.get("callback_on_step_end_tensor_inputs") or ["latents"])
+    return list(arguments.get("callback_on_step_end_tensor_inputs") or ["latents"])
 
 
 def base_first(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
@@ -37,8 +37,8 @@ def base_first(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArgument
         bound: its arguments.
     """
     pipe.require_unfused()
-    given = bound.arguments
-    callback, names = given.get("callback_on_step_end"), callback_inputs(given)
+    arguments = bound.arguments
+    callback, names = arguments.get("callback_on_step_end"), callback_inputs(arguments)
     with adapter_off(pipe.denoiser, STUDENT_ADAPTER) as student_on:
 
         def on_step_end(pipe: Any, i: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -47,6 +47,6 @@ def base_first(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArgument
             student_on()
             return callback(pipe, i, timestep, tensors) if callback else {}
 
-        given["callback_on_step_end"] = on_step_end
-        given["callback_on_step_end_tensor_inputs"] = names
+        arguments["callback_on_step_end"] = on_step_end
+        arguments["callback_on_step_end_tensor_inputs"] = names
         return call(*bound.args, **bound.kwargs)

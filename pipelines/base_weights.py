@@ -104,7 +104,7 @@ def load_network(network_class: Any, folder: str, component: str, dtype: torch.d
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Whatever a library says of files that it cannot read becomes one line about ``what``.
+    """Turn whatever a library says of files that it cannot read into one line about ``what``.
 
     Raises:
         TDMError: they cannot be read.
@@ -129,7 +129,7 @@ def network_classes(folder: str, index: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def left_out(index: Mapping[str, Any]) -> dict[str, None]:
-    """The components that a base was saved without, such as SD3's T5; diffusers wants to be told so."""
+    """The components that a base was saved without, such as SD3's T5; diffusers needs them as None."""
     return {name: None for name, entry in index.items() if entry in ([None, None], (None, None))}
 
 
@@ -141,12 +141,12 @@ def require_tokenizers(folder: str, index: Mapping[str, Any]) -> None:
             raise TDMError(f"the base {folder} has no folder {name}; get the whole model again")
 
 
-def components(folder: str, given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def components(folder: str, passed: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The networks of a base in a local folder, each whole, and None for those that it was saved without.
 
     Args:
         folder: of the base. A hub id gives {}: diffusers downloads and loads it.
-        given: what the caller passes to ``from_pretrained``; components among it are not loaded, and with an option
+        passed: what the caller passes to ``from_pretrained``; components among it are not loaded, and with an option
             that says how networks are read all are left to diffusers.
         dtype: of the weights.
 
@@ -154,12 +154,12 @@ def components(folder: str, given: Mapping[str, Any], dtype: torch.dtype) -> dic
         TDMError: as `load_network` and `require_tokenizers`.
     """
     file = Path(folder) / _INDEX
-    if not file.is_file() or _OWN_WAYS & set(given):
+    if not file.is_file() or _OWN_WAYS & set(passed):
         return {}
     index = json.loads(file.read_text(encoding="utf-8"))
-    require_tokenizers(folder, {name: entry for name, entry in index.items() if name not in given})
-    classes = {name: c for name, c in network_classes(folder, index).items() if name not in given}
-    absent = {name: None for name in left_out(index) if name not in given}
+    require_tokenizers(folder, {name: entry for name, entry in index.items() if name not in passed})
+    classes = {name: c for name, c in network_classes(folder, index).items() if name not in passed}
+    absent = {name: None for name in left_out(index) if name not in passed}
     return {**absent, **{name: load_network(c, folder, name, dtype) for name, c in classes.items()}}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def download(repository: Source, name: str, hub: Mapping[str, Any]) -> Path | No
         raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)}{offline()})") from None
 
 
-def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
+def networks_without_weights(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
     """(family, networks that can take a LoRA by component) of a base, on the meta device.
 
     Args:
@@ -85,20 +86,43 @@ def skeletons(base: str, **hub: Any) -> tuple[Family, dict[str, nn.Module]]:
     Raises:
         TDMError: there is no such base, its family is not supported, or a config cannot be read.
     """
-    folder = base_folder(base)
-    family = family_of_base(folder, **hub)
-    index: Any = DiffusionPipeline.load_config(folder, **hub)
+    folder, family, index = _read_index(base, hub)
     networks = {}
     for component in (family.denoiser, *adaptable_encoders(family.pipeline_class())):
         library, name = index.get(component) or (None, None)
         if library is None or name is None:  # a base may leave an encoder out
             continue
-        try:
+        with _reading_config(component, base):
             networks[component] = network_without_weights(library, name, folder, component, hub)
-        except (OSError, ValueError) as error:
-            line = first_line(error)
-            raise TDMError(f"cannot read the config of {component} of the base {base} ({line})") from None
     return family, networks
+
+
+def pipeline_without_weights(base: str, **hub: Any) -> tuple[Family, Any]:
+    """(family, pipeline) of a base: denoiser and VAE on the meta device, the true scheduler and tokenizers, no text
+    encoders. It answers every question about sizes and shapes, and cannot draw.
+
+    Args:
+        base, hub: as in `networks_without_weights`.
+
+    Raises:
+        TDMError: there is no such base, its family is not supported, or a config cannot be read.
+    """
+    folder, family, index = _read_index(base, hub)
+    pipeline = family.pipeline_class()
+    components: dict[str, Any] = {}
+    for name, parameter in inspect.signature(pipeline.__init__).parameters.items():
+        entry = index.get(name)
+        if isinstance(entry, list | tuple):
+            with _reading_config(name, base):
+                library, class_name = entry
+                components[name] = _component_without_weights(family, name, library, class_name, folder, hub)
+        elif name in index:
+            components[name] = entry
+        elif name != "self" and parameter.default is inspect.Parameter.empty:
+            components[name] = None
+    if components.get(family.denoiser) is None:
+        raise TDMError(f"the base {base} has no {family.denoiser}")
+    return family, pipeline(**components)
 
 
 def network_without_weights(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
@@ -115,41 +139,24 @@ def network_without_weights(library: str, name: str, folder: str, component: str
         return network_class(config)
 
 
-def outline(base: str, **hub: Any) -> tuple[Family, Any]:
-    """(family, pipeline) of a base: denoiser and VAE on the meta device, the true scheduler and tokenizers, no text
-    encoders. It answers every question about sizes and shapes, and cannot draw.
-
-    Args:
-        base: folder, hub id, or "bundled".
-        hub: options of `hf_hub_download`, such as `cache_dir` and `local_files_only`.
-
-    Raises:
-        TDMError: there is no such base, its family is not supported, or a config cannot be read.
-    """
+def _read_index(base: str, hub: dict[str, Any]) -> tuple[str, Family, Any]:
+    """(folder or hub id, family, `model_index.json`) of a base."""
     folder = base_folder(base)
-    family = family_of_base(folder, **hub)
-    pipeline = family.pipeline_class()
-    index: Any = DiffusionPipeline.load_config(folder, **hub)
-    parts: dict[str, Any] = {}
-    for name, parameter in inspect.signature(pipeline.__init__).parameters.items():
-        entry = index.get(name)
-        if isinstance(entry, list | tuple):
-            try:
-                library, class_name = entry
-                parts[name] = _part(family, name, library, class_name, folder, hub)
-            except (OSError, ValueError) as error:
-                line = first_line(error)
-                raise TDMError(f"cannot read the config of {name} of the base {base} ({line})") from None
-        elif name in index:
-            parts[name] = entry
-        elif name != "self" and parameter.default is inspect.Parameter.empty:
-            parts[name] = None
-    if parts.get(family.denoiser) is None:
-        raise TDMError(f"the base {base} has no {family.denoiser}")
-    return family, pipeline(**parts)
+    return folder, family_of_base(folder, **hub), DiffusionPipeline.load_config(folder, **hub)
 
 
-def _part(family: Family, name: str, library: str | None, class_name: str | None, folder: str, hub: Any) -> Any:
+@contextlib.contextmanager
+def _reading_config(component: str, base: str) -> Iterator[None]:
+    """Turn what diffusers and transformers raise for a bad config into a TDMError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise TDMError(f"cannot read the config of {component} of the base {base} ({first_line(error)})") from None
+
+
+def _component_without_weights(
+    family: Family, name: str, library: str | None, class_name: str | None, folder: str, hub: dict[str, Any]
+) -> Any:
     if library is None or class_name is None:
         return None
     if name in (family.denoiser, "vae"):

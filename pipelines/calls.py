@@ -1,7 +1,7 @@
 """Counting network calls as they happen: every number of calls that this project prints was counted here.
 
 The unit is a sample that went through the network. Classifier-free guidance makes two of them for each picture and
-step, be it in one batch or in two calls; a network that takes its guidance scale as an input makes one.
+step, in one batch or in two calls; a network that takes its guidance scale as an input makes one.
 """
 
 from __future__ import annotations

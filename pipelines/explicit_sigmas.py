@@ -6,25 +6,26 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from .scheduler import TDMScheduler, noisy_levels
+from .scheduler import TDMScheduler
+from .sigma_grids import noisy_levels
 
 
 @contextlib.contextmanager
-def sigmas_of(pipe: Any, given: dict[str, Any]) -> Iterator[None]:
+def sigmas_of(pipe: Any, arguments: dict[str, Any]) -> Iterator[None]:
     """The noise levels of a call as the grid of its pipeline's scheduler, for the length of a `with`.
 
-    What the user writes is followed to the letter, be it the levels that pipelines pass for "n steps".
+    The user's levels are run exactly, even if they equal those that pipelines pass for "n steps".
 
     Args:
         pipe: a `TDMPipeline`; nothing happens unless its scheduler is a `TDMScheduler`.
-        given: arguments of its call; `num_inference_steps` becomes the number of levels.
+        arguments: of its call; `num_inference_steps` becomes the number of levels.
     """
     scheduler = pipe.scheduler
-    if given.get("sigmas") is None or not isinstance(scheduler, TDMScheduler):
+    if arguments.get("sigmas") is None or not isinstance(scheduler, TDMScheduler):
         yield
         return
-    given["num_inference_steps"] = len(noisy_levels(given["sigmas"]))
-    scheduler.explicit_sigmas = given["sigmas"]
+    arguments["num_inference_steps"] = len(noisy_levels(arguments["sigmas"]))
+    scheduler.explicit_sigmas = arguments["sigmas"]
     try:
         yield
     finally:

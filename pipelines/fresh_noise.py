@@ -30,13 +30,13 @@ def noise_of(pipe: Any, call: inspect.BoundArguments) -> Iterator[None]:
         pipe: a `TDMPipeline`; nothing happens unless its scheduler takes fresh noise.
         call: arguments of its call, with its size.
     """
-    scheduler, given = pipe.scheduler, call.arguments
+    scheduler, arguments = pipe.scheduler, call.arguments
     if not isinstance(scheduler, TDMScheduler) or not scheduler.config["stochastic_sampling"]:
         yield
         return
-    family, generator = pipe.family, given.get("generator")
+    family, generator = pipe.family, arguments.get("generator")
     step = family.multiple(pipe)
-    size = Size(given["height"] // step * step, given["width"] // step * step, given.get("num_frames"))
+    size = Size(arguments["height"] // step * step, arguments["width"] // step * step, arguments.get("num_frames"))
 
     before = None
     if isinstance(generator, Generator) and generator.device.type == "cpu":
@@ -48,7 +48,7 @@ def noise_of(pipe: Any, call: inspect.BoundArguments) -> Iterator[None]:
         noise = noise_like(x, generator)
         if before is not None and len(x) > 1:
             if not each:
-                first_noise = x.shape[1:] if given.get("latents") is None else None
+                first_noise = x.shape[1:] if arguments.get("latents") is None else None
                 each.extend(generators_of(before, range(len(x)), first_noise))
             noise = noise_like(x, each)
         return family.pack(noise)

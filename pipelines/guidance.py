@@ -18,11 +18,11 @@ def warn_of_guidance(family: Family, recipe: StudentRecipe, call: inspect.BoundA
         call: its arguments, with the defaults filled in.
         warned: what was warned of already; each value is warned of once.
     """
-    given, trained = call.arguments, family.guidance(recipe.guidance_scale)
+    arguments, trained = call.arguments, family.guidance(recipe.guidance_scale)
     # Flux has two: its network takes the guidance_scale, and true_cfg_scale is classifier-free guidance.
     classifier_free = "true_cfg_scale" if "true_cfg_scale" in call.signature.parameters else "guidance_scale"
     for argument in ("guidance_scale", "true_cfg_scale"):
-        scale, right = given.get(argument), trained.get(argument, family.no_guidance)
+        scale, right = arguments.get(argument), trained.get(argument, family.no_guidance)
         if not isinstance(scale, int | float) or scale == right or (argument, scale) in warned:
             continue
         if argument == classifier_free and max(scale, right) <= family.no_guidance:
@@ -33,10 +33,10 @@ def warn_of_guidance(family: Family, recipe: StudentRecipe, call: inspect.BoundA
             f"this student was made for {argument}={right:g}{none}; {argument}={scale:g} spoils its pictures",
             stacklevel=4,
         )
-    scale = given.get(classifier_free)
+    scale = arguments.get(classifier_free)
     if isinstance(scale, int | float) and scale > family.no_guidance:
         return
-    for argument, value in given.items():
+    for argument, value in arguments.items():
         if argument.startswith("negative_") and value is not None and value != "" and argument not in warned:
             warned.add(argument)
             warnings.warn(f"{argument} has no effect: this student was made for no guidance", stacklevel=4)

@@ -80,8 +80,8 @@ def _other_pipeline(pipe: Any) -> str:
 def _pictures(pipe: Any, image: Any, height: int | None, width: int | None) -> tuple[Size, torch.Tensor]:
     """The pictures [B, 3, H, W] in [-1, 1] at the size asked for, or their own cut down to what the model works in."""
     step, processor, pictures = pipe.family.multiple(pipe), pipe.image_processor, pictures_of(image)
-    own_height, own_width = processor.get_default_height_width(pictures[0])
-    size = Size(height or own_height // step * step, width or own_width // step * step)
+    picture_height, picture_width = processor.get_default_height_width(pictures[0])
+    size = Size(height or picture_height // step * step, width or picture_width // step * step)
     pipe.family.check_size(pipe, size)
     return size, torch.cat([processor.preprocess(one, height=size.height, width=size.width).cpu() for one in pictures])
 

@@ -125,7 +125,8 @@ class NoiseSchedule:
         return alpha.to(timesteps.device), sigma.to(timesteps.device)
 
     def timestep_from_sigma(self, sigmas: Tensor) -> Tensor:
-        """Timesteps (float64) of noise levels as diffusers counts them: sigma on a flow model, sigma / alpha on vp.
+        """The timesteps of noise levels, in their shape, float64 on the CPU. Levels are as diffusers counts them: sigma
+        on a flow model, sigma / alpha on a vp model.
 
         Raises:
             TDMError: a noise level is not a number or outside the schedule.
@@ -156,6 +157,8 @@ def predict_x0_eps(
 ) -> tuple[Tensor, Tensor]:
     """The clean sample and the noise that a network's output stands for at ``x = alpha * x0 + sigma * epsilon``.
 
+    Output, x, x0 and epsilon have one shape; the coefficients are numbers or broadcast to it.
+
     - epsilon: ``x0 = (x - sigma * out) / alpha``, ``epsilon = out``
     - sample: ``x0 = out``, ``epsilon = (x - alpha * out) / sigma``
     - v_prediction, ``v = alpha * epsilon - sigma * x0``: ``x0 = alpha * x - sigma * v``,
@@ -174,7 +177,7 @@ def predict_x0_eps(
 
 
 def predict_output(prediction_type: str, x0: Tensor, eps: Tensor, alpha: Coefficient, sigma: Coefficient) -> Tensor:
-    """The network output that stands for (x0, epsilon): the inverse of `predict_x0_eps`."""
+    """The network output that stands for (x0, epsilon), in their shape: the inverse of `predict_x0_eps`."""
     if prediction_type == "epsilon":
         return eps
     if prediction_type == "v_prediction":
@@ -187,7 +190,7 @@ def predict_output(prediction_type: str, x0: Tensor, eps: Tensor, alpha: Coeffic
 
 
 def ddim_step(x0: Tensor, eps: Tensor, alpha_next: Coefficient, sigma_next: Coefficient) -> Tensor:
-    """One deterministic step with the model's own noise: DDIM on vp, Euler on flow. At (1, 0) it is x0 itself."""
+    """One deterministic step from x0 and epsilon of one shape: DDIM on vp, Euler on flow. At (1, 0) it is x0 itself."""
     return alpha_next * x0 + sigma_next * eps
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from .schedule import (
     mixed_noise,
     predict_x0_eps,
     second_order_weights,
-    shift_sigma,
     trained_grids,
     uniform_grid,
 )
+from .sigma_grids import is_pipeline_default, noisy_levels, time_shift, timesteps_of_sigmas
 from .stock_config import arguments_from_stock
 
 
@@ -83,10 +82,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         noise_source: where a stochastic run takes its noise from: called with a tensor, it gives noise in that one's
             shape and dtype. `TDMPipeline` puts the call's generator behind it; None: `step` has to be given one.
         explicit_sigmas: noise levels that `set_timesteps` takes in the place of its `num_inference_steps` and `sigmas`,
-            to the letter. `TDMPipeline` puts those of the call there: some pipelines drop them. None: the arguments
+            exactly. `TDMPipeline` puts those of the call there: some pipelines drop them. None: the arguments
             count.
         pred_original_sample: the clean sample x0 that the last `step` predicted, in the dtype of the model output; None
-            before the first step of a run. Pipelines drop what `step` returns beside the next sample: previews need it.
+            before the first step of a run. Pipelines drop what `step` returns after the next sample: previews need it.
 
     Raises:
         TDMError: arguments that contradict each other or name no schedule.
@@ -188,7 +187,7 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             unknown = [name for name in kwargs if name not in known]
             if unknown:
                 raise TDMError(f"unknown scheduler arguments: {', '.join(unknown)}")
-            if not cls._is_own(config):
+            if not cls._is_tdm_config(config):
                 config, kwargs = arguments_from_stock(config, kwargs, cls._get_init_keys(cls)), {}
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -203,11 +202,11 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         >>> TDMScheduler.prediction_type_of(diffusers.FlowMatchEulerDiscreteScheduler().config)
         'flow_prediction'
         """
-        known = config if cls._is_own(config) else arguments_from_stock(config, {}, cls._get_init_keys(cls))
+        known = config if cls._is_tdm_config(config) else arguments_from_stock(config, {}, cls._get_init_keys(cls))
         return known.get("prediction_type", "epsilon")
 
     @classmethod
-    def _is_own(cls, config: Mapping[str, Any]) -> bool:
+    def _is_tdm_config(cls, config: Mapping[str, Any]) -> bool:
         """Whether a config is of a `TDMScheduler`, and not of a stock scheduler."""
         return config.get("_class_name") == cls.__name__ or "trained_timesteps" in config
 
@@ -254,7 +253,9 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         if timesteps is not None:
             grid = check_whole(check_grid(timesteps, self.schedule), self.schedule)
-        elif levels is not None and (self.explicit_sigmas is not None or not self._is_pipeline_default(levels)):
+        elif levels is not None and (
+            self.explicit_sigmas is not None or not is_pipeline_default(levels, self.schedule)
+        ):
             grid = self._grid_from_sigmas(levels, mu)
         else:
             grid = self._grid_for(len(levels) if levels is not None else num_inference_steps, mu)
@@ -278,10 +279,6 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         self._previous_x0: Tensor | None = None
         self.pred_original_sample: Tensor | None = None
 
-    def _is_pipeline_default(self, sigmas: list[float]) -> bool:
-        n = len(sigmas)
-        return self.schedule.kind == "flow" and all(abs(s - (n - i) / n) < 1e-6 for i, s in enumerate(sigmas))
-
     def _grid_for(self, k: Any, mu: float | None) -> list[float]:
         if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
             raise TDMError(f"num_inference_steps must be an integer of at least 1, got {k!r}")
@@ -301,25 +298,8 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         return self._grid_from_sigmas([(k - i) / k for i in range(k)], mu)
 
     def _grid_from_sigmas(self, sigmas: list[float], mu: float | None) -> list[float]:
-        """Timesteps of noise levels, with the time shift that a stock flow scheduler would apply to them."""
-        if self.schedule.kind == "flow":
-            shift = self._shift(mu)
-            sigmas = [shift_sigma(s, shift) for s in sigmas]
-            terminal = self.config["shift_terminal"]
-            if terminal and sigmas[-1] < 1:
-                stretch = (1 - terminal) / (1 - sigmas[-1])
-                sigmas = [1 - (1 - s) * stretch for s in sigmas]
-        return self.schedule.timestep_from_sigma(torch.tensor(sigmas, dtype=torch.float64)).tolist()
-
-    def _shift(self, mu: float | None) -> float:
-        if not self.config["use_dynamic_shifting"]:
-            return self.config["flow_shift"]
-        if mu is None:
-            raise TDMError("this model shifts its timesteps by image size: pass mu to set_timesteps")
-        shift = math.exp(mu) if self.config["time_shift_type"] == "exponential" else mu
-        if not 0 < shift < math.inf:
-            raise TDMError(f"mu = {mu} is no time shift")
-        return shift
+        shift = time_shift(self.config, mu) if self.schedule.kind == "flow" else 1.0
+        return timesteps_of_sigmas(sigmas, self.schedule, shift, self.config["shift_terminal"])
 
     # ------------------------------------------------------------------ step
 
@@ -404,10 +384,10 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         They iterate over `self.timesteps`: what arrives is a view of it, and its offset is the index. Only a tensor
         from elsewhere has to be read.
         """
-        own = self.timesteps
-        if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.device == own.device:
-            same_memory = timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
-            if same_memory and timestep.dtype == own.dtype:
+        timesteps = self.timesteps
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.device == timesteps.device:
+            same_memory = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+            if same_memory and timestep.dtype == timesteps.dtype:
                 return int(timestep.storage_offset())
         t = float(timestep)
         for i, entry in enumerate(self._grid):
@@ -445,17 +425,3 @@ class TDMScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
-
-
-def noisy_levels(sigmas: Sequence[float]) -> list[float]:
-    """The sigmas without the final 0 that some schedulers count and others do not.
-
-    Raises:
-        TDMError: nothing is left.
-    """
-    levels = [float(s) for s in sigmas]
-    if levels and levels[-1] == 0:
-        levels.pop()
-    if not levels:
-        raise TDMError("sigmas needs at least one level above 0")
-    return levels

@@ -76,7 +76,7 @@ def search(
     guidance_scale: float,
     expect: Callable[[int], Any] = lambda total: None,  # noqa: ARG005
 ) -> dict[int, dict[str, SearchedGrid]]:
-    """The best grid of each step count, beside those that would be run otherwise.
+    """The best grid of each step count, with those that would be run otherwise.
 
     Args:
         pipe: of the family.
@@ -127,8 +127,8 @@ def search(
         predicted = path_cost(costs, [fine.index(t) for t in grid])
         return SearchedGrid(grid, predicted**0.5, (sum(errors) / len(prompts)) ** 0.5)
 
-    found = {k: [fine[i] for i in path.levels] for k, path in cheapest_paths(costs, steps).items()}
-    return {k: {name: measured(grid) for name, grid in {"found": found[k], **others[k]}.items()} for k in steps}
+    best = {k: [fine[i] for i in path.levels] for k, path in cheapest_paths(costs, steps).items()}
+    return {k: {name: measured(grid) for name, grid in {"found": best[k], **others[k]}.items()} for k in steps}
 
 
 def _guided(pipe: Any, family: Family, guidance_scale: float) -> bool:

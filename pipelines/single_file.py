@@ -141,13 +141,13 @@ def _with(scheduler: Any, stated: dict[str, Any], source: Path) -> Any:
 def _from_file(stock: Any, source: Path, folder: str, denoiser: str, dtype: torch.dtype) -> Any:
     """diffusers' `from_single_file`; each part but the denoiser that it does not find in the file is the base's."""
     base: Any = None
-    parts: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
     while True:
         try:
-            return stock.from_single_file(str(source), config=folder, dtype=dtype, **parts)
+            return stock.from_single_file(str(source), config=folder, dtype=dtype, **passed)
         except SingleFileComponentError as error:
             missing = re.search(r"^(\w+) = ", str(error), re.MULTILINE)
-            if missing is None or missing[1] == denoiser or missing[1] in parts:
+            if missing is None or missing[1] == denoiser or missing[1] in passed:
                 raise
             base = base or stock.from_pretrained(folder, dtype=dtype, **components(folder, {denoiser: None}, dtype))
-            parts[missing[1]] = base.components[missing[1]]
+            passed[missing[1]] = base.components[missing[1]]

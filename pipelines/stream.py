@@ -52,20 +52,20 @@ class Step:
 
     @cached_property
     def preview(self) -> list[Image.Image]:
-        """`latents` as small pictures, one per sample (see `preview.py`); decoded when asked for, else free."""
+        """`latents` as small pictures, one per sample (see `preview.py`); decoded only when asked for."""
         return self._draw(self.latents)
 
 
 class _Cancelled(BaseException):
-    """Ends a run that nobody wants to see the end of; like GeneratorExit no Exception, for it is no error."""
+    """Ends a run that nobody wants to see the end of; a BaseException like GeneratorExit, since it is no error."""
 
 
 def stream(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generator[Step, None, None]:
     """See `TDMPipeline.stream`, whose pipeline this is given."""
     call = pipe.bind_call(args, kwargs)
-    given = call.arguments
-    callback, names = given.get("callback_on_step_end"), callback_inputs(given)
-    draw = partial(preview, pipe, size=Size(given["height"], given["width"], given.get("num_frames")))
+    arguments = call.arguments
+    callback, names = arguments.get("callback_on_step_end"), callback_inputs(arguments)
+    draw = partial(preview, pipe, size=Size(arguments["height"], arguments["width"], arguments.get("num_frames")))
     carried = _thread_settings(pipe.device)
     handed_over: SimpleQueue[Step | BaseException] = SimpleQueue()
     go_on: SimpleQueue[bool] = SimpleQueue()
@@ -95,8 +95,8 @@ def stream(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Generat
         except BaseException as error:  # all others belong to the consumer
             handed_over.put(error)
 
-    given["callback_on_step_end"] = on_step_end
-    given["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys([*names, "latents"]))
+    arguments["callback_on_step_end"] = on_step_end
+    arguments["callback_on_step_end_tensor_inputs"] = list(dict.fromkeys([*names, "latents"]))
     # A daemon: an interpreter that exits does not wait for a consumer that never asked for the rest.
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="tdm-stream", daemon=True)
     thread.start()

@@ -13,7 +13,6 @@ import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..errors import BaseNotFoundError, TDMError
-from ..files import whole_folder
 from .attention import use_attention
 from .base_first import base_first
 from .base_weights import components
@@ -24,15 +23,15 @@ from .family_class import forget_output_capture, from_pipe, on_family, unpickled
 from .fresh_noise import noise_of
 from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
-from .loras.adapters import adapters_hidden, adapters_off, require_wide
-from .loras.pairs import Layers
+from .loras.adapters import adapters_off, require_wide
 from .scheduler import TDMScheduler
 from .stream import Step, stream
-from .students.adapter import STUDENT_ADAPTER, StudentAdapter
-from .students.file import MERGED_FILE, Student, read_merged, save_student
+from .students.adapter import STUDENT_ADAPTER
+from .students.file import MERGED_FILE, Student, read_merged
 from .students.locate import locate, student_file
-from .students.recipe import HEADER_KEY, STUDENT_FILE, StudentRecipe, completed
+from .students.recipe import StudentRecipe, completed
 from .students.recipe_on_base import recipe_on_base
+from .students.saving import StudentSaving
 from .students.unplaced import Unplaced, unplaced
 from .turns import Turns
 
@@ -40,7 +39,7 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 _logger = logging.getLogger(__name__)
 
 
-class TDMPipeline(StudentAdapter):
+class TDMPipeline(StudentSaving):
     """A few-step student, ready to call. Build one with `TDMPipeline.from_pretrained`.
 
     The object is an instance of the base's own pipeline class (`isinstance(pipe, StableDiffusionXLPipeline)`), with
@@ -57,10 +56,7 @@ class TDMPipeline(StudentAdapter):
         recipe: how the loaded student is run.
     """
 
-    recipe: StudentRecipe
-    scheduler: Any
     base_model: str
-    teacher_scheduler: Any
     _first_by_base = False
     _warned: set[Any]  # the guidance that calls were warned of
 
@@ -105,15 +101,15 @@ class TDMPipeline(StudentAdapter):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise TDMError(f"dtype={dtype} and torch_dtype={torch_dtype} contradict each other; pass one of them")
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
-        base, found = locate(base_or_student, student, hub)
-        if isinstance(found, Path) and found.name == MERGED_FILE:
-            new, fields = None, completed(read_merged(found), recipe)
+        base, source = locate(base_or_student, student, hub)
+        if isinstance(source, Path) and source.name == MERGED_FILE:
+            new, fields = None, completed(read_merged(source), recipe)
         else:
-            new = unplaced(found, recipe, strict=strict)
+            new = unplaced(source, recipe, strict=strict)
             fields = new.fields
-        given, base = base, base or fields.get("base_model")
+        named_base, base = base, base or fields.get("base_model")
         if not base:
-            raise TDMError(f"{found} does not name its base; pass it: from_pretrained(base, student=...)")
+            raise TDMError(f"{source} does not name its base; pass it: from_pretrained(base, student=...)")
         folder = base_folder(base)
 
         # A wrong pair is refused here, before gigabytes are read.
@@ -122,7 +118,7 @@ class TDMPipeline(StudentAdapter):
         try:
             family = family_of_base(folder, **hub)
         except BaseNotFoundError as error:
-            reason = error.reason + ("" if given else _relative(base))
+            reason = error.reason + ("" if named_base else _relative(base))
             raise BaseNotFoundError(reason, "pass one: from_pretrained(base, student=...)") from None
         if kwargs.get("scheduler") is not None:
             config = kwargs["scheduler"].config
@@ -337,73 +333,6 @@ class TDMPipeline(StudentAdapter):
         finally:
             self._first_by_base = before
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: Source, *, force: bool = False, **kwargs: Any
-    ) -> None:
-        """Write the clean base, with its own scheduler, and `student.safetensors` beside it.
-
-        `TDMPipeline.from_pretrained` reads the folder back to the same pipeline; a plain
-        `DiffusionPipeline.from_pretrained` gets the base. The folder appears whole or not at all.
-
-        Args:
-            save_directory: the folder to write.
-            force: replace a folder that is there.
-            kwargs: `safe_serialization`, `variant` and `max_shard_size` of diffusers.
-
-        Raises:
-            TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: adapters
-                beside the student, a student that is fused, unloaded or not at strength 1.0, weights under layerwise
-                casting; or `push_to_hub` is given.
-
-        >>> TDMPipeline.from_pretrained().save_pretrained("saved")
-        >>> TDMPipeline.from_pretrained("saved").recipe.family
-        'pixart'
-        """
-        with whole_folder(save_directory, force=force) as unfinished:
-            student = self._save_networks(str(unfinished), self.teacher_scheduler, merged=False, **kwargs)
-            save_student(unfinished / STUDENT_FILE, Student(self.recipe, student))
-
-    def save_merged(self, save_directory: Source, *, force: bool = False, **kwargs: Any) -> None:
-        """Write the base with the student merged into its weights, and the student's sampler: no LoRA is left.
-
-        `TDMPipeline.from_pretrained` reads the folder, and so does a plain `DiffusionPipeline.from_pretrained` where
-        this package is installed, with the trained timesteps in its scheduler. A folder for good: the teacher is gone
-        from it, and another student cannot be put in. This pipeline stays as it is. The folder appears whole or not at
-        all.
-
-        Args:
-            save_directory, force, kwargs: as in `save_pretrained`.
-
-        Raises:
-            TDMError: as in `save_pretrained`; a quantised base; or another sampler than `TDMScheduler`.
-
-        >>> TDMPipeline.from_pretrained().save_merged("merged")
-        >>> TDMPipeline.from_pretrained("merged").recipe.default_steps
-        4
-        """
-        if not isinstance(self._sampler, TDMScheduler):
-            raise TDMError(f"merging is for TDMScheduler: a folder cannot hold the grid of {self.recipe.sampler}")
-        with whole_folder(save_directory, force=force) as unfinished:
-            self._save_networks(str(unfinished), self._sampler, merged=True, **kwargs)
-            (unfinished / MERGED_FILE).write_text(self.recipe.to_metadata()[HEADER_KEY], encoding="utf-8")
-
-    def _save_networks(self, folder: str, scheduler: Any, *, merged: bool, **kwargs: Any) -> Layers:
-        """Save all but the student, or with it in the weights; returns the student."""
-        if kwargs.pop("push_to_hub", False):
-            raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
-        call = "save_merged" if merged else "save_pretrained"
-        require_wide(self._modules(), f"call {call} before enable_layerwise_casting")
-        student = {} if merged and self._whole else self._only_student()
-        before, self.scheduler = self.scheduler, scheduler
-        try:
-            with contextlib.ExitStack() as hidden:
-                for component in student:
-                    hidden.enter_context(adapters_hidden(self._adaptable()[component], STUDENT_ADAPTER, merged=merged))
-                super().save_pretrained(folder, **kwargs)
-        finally:
-            self.scheduler = before
-        return student
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made for the family, and no name leads to it.
         for module in self._modules():
@@ -420,7 +349,7 @@ class TDMPipeline(StudentAdapter):
             The name of what it got.
 
         Raises:
-            TDMError: the named backend cannot be had here; the message says why and which can, and nothing has changed.
+            TDMError: the named backend does not work here; the message says why and which ones do. Nothing has changed.
 
         >>> TDMPipeline.from_pretrained().use_attention("native")
         'native'

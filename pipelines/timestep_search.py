@@ -39,9 +39,9 @@ def fine_levels(schedule: NoiseSchedule, n: int, shift: float, grids: Sequence[S
     Args:
         grids: grids to compare with; all levels begin where the noisiest of them does.
     """
-    own = {float(t) for grid in grids for t in grid}
-    even = uniform_grid(n, schedule, shift, max(own, default=None))
-    return sorted(own | {t for t in even if all(abs(t - other) > 0.01 for other in own)}, reverse=True)
+    exact = {float(t) for grid in grids for t in grid}
+    even = uniform_grid(n, schedule, shift, max(exact, default=None))
+    return sorted(exact | {t for t in even if all(abs(t - other) > 0.01 for other in exact)}, reverse=True)
 
 
 @torch.no_grad()
@@ -81,8 +81,9 @@ def fine_run(
 def run_error(
     predict: Predict, schedule: NoiseSchedule, timesteps: Sequence[float], noise: Tensor, x0: Tensor
 ) -> float:
-    """How far a run on a grid really ends from the fine run's `x0`, as a squared share of it like the costs: K calls a
-    sample.
+    """The squared distance of a run's end from the fine run's `x0`, over that of `x0` from 0, in the unit of the costs.
+
+    The run goes from `noise` [B, ...] down a grid of K timesteps, with K network calls a sample; `x0` is [B, ...].
     """
     alphas, sigmas = (values.tolist() for values in grid_pairs(schedule, timesteps))
     x = noise.double()
@@ -122,5 +123,5 @@ def cheapest_paths(costs: Tensor, steps: Sequence[int]) -> dict[int, Path]:
 
 
 def path_cost(costs: Tensor, levels: Sequence[int]) -> float:
-    """The sum of the costs of a run through these levels to the clean end."""
+    """The sum of the costs [N, N + 1] of a run through these levels to the clean end."""
     return float(sum(costs[i, j] for i, j in zip(levels, [*levels[1:], len(costs)], strict=True)))

@@ -68,7 +68,7 @@ def test_the_table_of_the_measurements(pipe: TDMPipeline, tmp_path: Path) -> Non
     print(table(rows))
     four_steps = next(r for r in rows if r.name == "student, 4 steps")
     teacher, undistilled, four = (
-        {name: found.value for name, found in row.measures.values.items()} for row in (*rows[:2], four_steps)
+        {name: measure.value for name, measure in row.measures.values.items()} for row in (*rows[:2], four_steps)
     )
     assert teacher["accuracy"] >= 0.95
     assert undistilled["accuracy"] <= teacher["accuracy"] - 0.2

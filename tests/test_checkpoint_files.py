@@ -22,7 +22,7 @@ _NORMS = {"norm1": ("conv1", "in_layers.2", "in_layers.0"), "norm2": ("conv2", "
 def original_names(unet: nn.Module) -> dict[str, Tensor]:
     """A UNet's weights under the names of the original Stable Diffusion checkpoints."""
     blocks = ("input_blocks", "middle_block", "output_blocks", "time_embed", "out")
-    known = {own[0]: name for name, own in names_of(unet, "sd15").items() if name.split(".")[0] in blocks}
+    known = {layers[0]: name for name, layers in names_of(unet, "sd15").items() if name.split(".")[0] in blocks}
 
     def original(layer: str) -> str:
         stem, _, last = layer.rpartition(".")
@@ -36,11 +36,11 @@ def original_names(unet: nn.Module) -> dict[str, Tensor]:
         attention = ".".join(layer.split(".")[: layer.split(".").index("attentions") + 2])
         return known[f"{attention}.proj_in"].removesuffix(".proj_in") + layer.removeprefix(attention)
 
-    found = {}
+    tensors = {}
     for name, weight in unet.state_dict().items():
         layer, _, kind = name.rpartition(".")
-        found[f"model.diffusion_model.{original(layer)}.{kind}"] = weight.clone()
-    return found
+        tensors[f"model.diffusion_model.{original(layer)}.{kind}"] = weight.clone()
+    return tensors
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("sd15", torch.float32), ("sd3", torch.float16)])
@@ -60,13 +60,13 @@ def test_a_fine_tune_in_one_file_becomes_a_base(
     file, out = str(tmp_path / "tuned.safetensors"), tmp_path / "tuned"
     assert main(["convert", file, "--base", str(bases(family)), "--out", str(out)]) == 0
     assert f"base     {out}" in capsys.readouterr().out
-    made = plain(out)
-    found = dict((made.unet if family == "sd15" else made.transformer).named_parameters())
-    assert all(torch.equal(found[name], weight) for name, weight in denoiser.named_parameters())
+    converted = plain(out)
+    tensors = dict((converted.unet if family == "sd15" else converted.transformer).named_parameters())
+    assert all(torch.equal(tensors[name], weight) for name, weight in denoiser.named_parameters())
     (stored,) = (out / ("unet" if family == "sd15" else "transformer")).glob("*.safetensors")
     assert {weight.dtype for weight in load_file(stored).values()} == {dtype}
     if dtype == torch.float32:
-        assert torch.equal(latents(made, family), latents(tuned, family))
+        assert torch.equal(latents(converted, family), latents(tuned, family))
 
     assert "exists" in refused(["convert", file, "--base", str(bases(family)), "--out", str(out)], capsys)
     assert main(["convert", file, "--base", str(bases(family)), "--out", str(out), "--force"]) == 0
@@ -115,27 +115,27 @@ def test_what_a_file_states_of_its_prediction_goes_into_the_scheduler(
     unet = tiny.build(family).unet
     weights = original_names(unet) if family == "sd15" else dict(unet.state_dict())
     save_file({**weights, **{name: torch.tensor([]) for name in markers}}, tmp_path / "tuned.safetensors", header)
-    out = tmp_path / "made"
+    out = tmp_path / "converted"
     assert main(["convert", str(tmp_path / "tuned.safetensors"), "--base", str(bases(family)), "--out", str(out)]) == 0
-    made = plain(out)
-    assert {name: made.scheduler.config[name] for name in stated} == stated
-    schedule = TDMScheduler.from_config(made.scheduler.config)
+    converted = plain(out)
+    assert {name: converted.scheduler.config[name] for name in stated} == stated
+    schedule = TDMScheduler.from_config(converted.scheduler.config)
     assert schedule.config.prediction_type == stated["prediction_type"]
     assert bool(schedule.config.rescale_betas_zero_snr) == (stated == V_ZERO)
-    assert latents(made, family).isfinite().all()
+    assert latents(converted, family).isfinite().all()
 
 
 def test_an_edm_model_or_an_unknown_prediction_is_refused(
     bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights, file = original_names(tiny.build("sd15").unet), tmp_path / "tuned.safetensors"
-    argv = ["convert", str(file), "--base", str(bases("sd15")), "--out", str(tmp_path / "made")]
+    argv = ["convert", str(file), "--base", str(bases("sd15")), "--out", str(tmp_path / "converted")]
     for marker in ("edm_mean", "edm_vpred.sigma_max"):
         save_file({**weights, marker: torch.ones(1)}, file)
         assert f"EDM model (it has {marker})" in refused(argv, capsys)
     save_file(weights, file, {"modelspec.prediction_type": "sample"})
     assert "prediction type 'sample'" in refused(argv, capsys)
-    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "converted").exists()
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -150,7 +150,7 @@ def test_a_file_in_scaled_fp8_is_refused_by_name_and_one_without_scales_is_read(
         for name, weight in weights.items()
     }
     layer = next(name for name in small if small[name].dtype == torch.float8_e4m3fn).removesuffix("weight")
-    argv = ["convert", str(file), "--base", str(bases(family)), "--out", str(tmp_path / "made")]
+    argv = ["convert", str(file), "--base", str(bases(family)), "--out", str(tmp_path / "converted")]
     save_file({**small, layer + scale: torch.ones(1)}, file)
     line = refused(argv, capsys)
     assert f"quantised ({layer}{scale} is the scale of a weight)" in line
@@ -171,7 +171,7 @@ def test_a_whole_model_in_another_container_is_told_what_to_get(
         torch.save({"state_dict": {"model.diffusion_model.out.2.weight": torch.zeros(4, 8, 3, 3)}}, file)
     for argv in (
         ["distill", f"task.model={file}", "--out", str(tmp_path / "run"), "--device", "cpu"],
-        ["convert", str(file), "--base", str(bases("sd15")), "--out", str(tmp_path / "made")],
+        ["convert", str(file), "--base", str(bases("sd15")), "--out", str(tmp_path / "converted")],
     ):
         line = refused(argv, capsys)
         assert "as .safetensors" in line or "as a .safetensors file" in line

@@ -31,7 +31,7 @@ def wrong_files(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["generate", PROMPT, "--step", "4"], "did you mean --steps?"),
         (["generate"], "PROMPT"),
@@ -74,10 +74,10 @@ def wrong_files(tmp_path: Path) -> Path:
     ],
 )
 def test_wrong_input_is_one_line(
-    arguments: list[str], said: str, wrong_files: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, wrong_files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {p: p.read_bytes() for p in wrong_files.iterdir() if p.is_file()}
-    assert said in refused([a.replace("{tmp}", str(wrong_files)) for a in arguments], capsys)
+    assert message in refused([a.replace("{tmp}", str(wrong_files)) for a in arguments], capsys)
     assert {p: p.read_bytes() for p in wrong_files.iterdir() if p.is_file()} == before
 
 
@@ -146,9 +146,9 @@ def test_generate_has_the_options_of_the_sampler(tmp_path: Path) -> None:
     ):
         out = tmp_path / f"{len(options)}.png"
         assert main(["generate", PROMPT, *options, "--force", "--out", str(out)]) == 0
-        made = Image.open(out)
-        assert made.tobytes() == picture
-        assert json.loads(made.info["tdm"]) == {"prompt": PROMPT, "seed": 0, "steps": 4, **settings}
+        image = Image.open(out)
+        assert image.tobytes() == picture
+        assert json.loads(image.info["tdm"]) == {"prompt": PROMPT, "seed": 0, "steps": 4, **settings}
 
 
 @pytest.mark.parametrize("arguments", [["generate", PROMPT, "--out", "a.png"], ["distill", "--dry-run"]])
@@ -195,15 +195,15 @@ def test_a_dry_run_prints_settings_that_load_again_and_writes_nothing(
     (tmp_path / "prompts.txt").write_text("a cat\n")
     arguments = ["bundled", "24gb", f"task.prompts={tmp_path}/prompts.txt", "trajectory.timesteps=[900, 600, 300, 100]"]
     assert main(["distill", *arguments, "--dry-run", "--out", str(tmp_path / "run")]) == 0
-    said, _, estimate = capsys.readouterr().out.partition("\n\n")
+    merged_settings, _, estimate = capsys.readouterr().out.partition("\n\n")
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
-    (tmp_path / "again.yaml").write_text(said)
+    (tmp_path / "again.yaml").write_text(merged_settings)
     assert load_config(tmp_path / "again.yaml") == load_config(arguments[:2], arguments[2:])
     assert "rtx4090" in estimate
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["task.model={tmp}/nowhere"], "nowhere"),
         (["task.prompts={tmp}/nothing.txt"], "nothing.txt"),
@@ -215,12 +215,12 @@ def test_a_dry_run_prints_settings_that_load_again_and_writes_nothing(
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    out = [] if "--out" in given else ["--out", str(tmp_path / "run")]
-    assert said in refused(["distill", "--dry-run", *given, *out], capsys)
+    substituted = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    out = [] if "--out" in substituted else ["--out", str(tmp_path / "run")]
+    assert message in refused(["distill", "--dry-run", *substituted, *out], capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -230,8 +230,8 @@ def test_estimate_says_what_fits_and_what_to_lower(capsys: pytest.CaptureFixture
     assert "6.5 forwards, 2 backwards" in printed
     assert "largest micro_batch_size that fits rtx4090: 512" in printed
     assert main(["estimate", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["total"] == pytest.approx(sum(told["memory"].values()))
+    estimate = json.loads(capsys.readouterr().out)
+    assert estimate["total"] == pytest.approx(sum(estimate["memory"].values()))
     assert "did you mean rtx4090?" in refused(["estimate", "--gpu", "rtx409"], capsys)
     assert "needs a --gpu" in refused(["estimate", "--batch"], capsys)
 
@@ -259,9 +259,9 @@ def test_a_student_that_can_be_no_file_is_told_of_before_it_is_trained(
     assert main(["distill", "bundled", *short, "--dry-run"]) == 0
     assert "nothing to export at the end: this student is told" in capsys.readouterr().out
     assert main(["distill", "bundled", *short]) == 2
-    said = capsys.readouterr().err
-    assert "this student is told its step count" in said.partition("update 1/1")[0]
-    assert "tdm: this student is told its step count" in said.partition("update 1/1")[2]
+    stderr = capsys.readouterr().err
+    assert "this student is told its step count" in stderr.partition("update 1/1")[0]
+    assert "tdm: this student is told its step count" in stderr.partition("update 1/1")[2]
 
 
 def test_a_student_with_fresh_noise_is_a_file_that_draws_a_seed_as_one_picture(
@@ -273,7 +273,7 @@ def test_a_student_with_fresh_noise_is_a_file_that_draws_a_seed_as_one_picture(
     file, pictures = tmp_path / "run" / "student.safetensors", [tmp_path / f"{name}.png" for name in "abc"]
     for seed, picture in zip((1, 1, 2), pictures, strict=True):
         assert main(["generate", PROMPT, "--student", str(file), "--seed", str(seed), "--out", str(picture)]) == 0
-    first, again, other = (Image.open(picture).tobytes() for picture in pictures)
-    assert first == again != other
+    first, repeated, other = (Image.open(picture).tobytes() for picture in pictures)
+    assert first == repeated != other
     assert main(["info", str(file)]) == 0
     assert "fresh at each step" in capsys.readouterr().out

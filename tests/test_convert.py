@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tdm.cli import main
-from tdm.pipelines.bases import skeletons
+from tdm.pipelines.bases import networks_without_weights
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.layer_names import layer_shapes, names_of
 from tdm.pipelines.loras.released import released
@@ -18,7 +18,7 @@ from tdm.pipelines.students.file import read_student
 from tdm.pipelines.students.released import PRESETS
 from tdm.tests import tiny
 from tdm.tests.commands import refused
-from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates
+from tdm.tests.pipelines.lora_files import LAYOUTS, diffusers_names, tensors_of, updates
 from tdm.tests.pipelines.students import load, short_call
 
 RECIPE = ["trained_timesteps=900,700,500,300", "guidance_scale=1", "height=16", "width=16"]
@@ -36,8 +36,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kohya(tmp_path: Path) -> Path:
     """A kohya file for the tiny SD1.5, with alphas and text encoder layers."""
     pipe = tiny.build("sd15")
-    made = [u for part in ("unet", "text_encoder") for u in updates(pipe, part, own_names(getattr(pipe, part), ""))]
-    torch.save(tensors_of(LAYOUTS["kohya"], made), tmp_path / "lora.pt")
+    loras = [
+        u for part in ("unet", "text_encoder") for u in updates(pipe, part, diffusers_names(getattr(pipe, part), ""))
+    ]
+    torch.save(tensors_of(LAYOUTS["kohya"], loras), tmp_path / "lora.pt")
     return tmp_path / "lora.pt"
 
 
@@ -71,8 +73,8 @@ def test_kohyas_names_hold_the_same_student(
         assert main([*argv, str(file), "--layout", layout]) == 0
     assert "all of its LoRA layers" in capsys.readouterr().out
     assert {key.split("_")[1] for key in load_file(files["kohya"])} == {"unet", "te1"}
-    own, other = (short_call(load(file, base=base), "sd15") for file in files.values())
-    assert torch.equal(own, other)
+    ours, other = (short_call(load(file, base=base), "sd15") for file in files.values())
+    assert torch.equal(ours, other)
     assert main(["convert", str(files["kohya"]), "--out", str(tmp_path / "back.safetensors")]) == 0
     assert load_file(tmp_path / "back.safetensors").keys() == load_file(files["diffusers"]).keys()
 
@@ -88,11 +90,11 @@ def test_only_the_configs_of_the_base_are_read(base: Path, kohya: Path, tmp_path
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_skeleton_has_the_layers_of_its_base(family: str, tmp_path: Path) -> None:
+def test_networks_without_weights_have_the_layers_of_their_base(family: str, tmp_path: Path) -> None:
     pipe = tiny.build(family)
     pipe.save_pretrained(tmp_path)
-    found, networks = skeletons(str(tmp_path))
-    assert found.name == family
+    detected, networks = networks_without_weights(str(tmp_path))
+    assert detected.name == family
     for component, network in networks.items():
         assert layer_shapes(network) == layer_shapes(getattr(pipe, component))
         assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
@@ -117,17 +119,17 @@ def test_info_explains_a_foreign_file(base: Path, kohya: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("style", ["own", "native"])
 def test_info_tells_the_family_by_the_names(family: str, style: str, tmp_path: Path) -> None:
     network = released(family)
-    own = layer_shapes(network)
+    shapes = layer_shapes(network)
     names = {
-        n: layers for n, layers in names_of(network, family).items() if "." in n and (n in own) == (style == "own")
+        n: layers for n, layers in names_of(network, family).items() if "." in n and (n in shapes) == (style == "own")
     }
     chosen = {n: layers for n, layers in names.items() if "att" in n} or names
     state: dict[str, Any] = {}
     for name in list(chosen)[-8:]:
-        parts = [own[layer] for layer in chosen[name]]
-        state[f"diffusion_model.{name}.lora_A.weight"] = torch.ones(1, parts[0].inputs, *parts[0].kernel)
-        rows = sum(part.outputs for part in parts)
-        state[f"diffusion_model.{name}.lora_B.weight"] = torch.ones(rows, 1, *[1] * len(parts[0].kernel))
+        stack = [shapes[layer] for layer in chosen[name]]
+        state[f"diffusion_model.{name}.lora_A.weight"] = torch.ones(1, stack[0].inputs, *stack[0].kernel)
+        rows = sum(part.outputs for part in stack)
+        state[f"diffusion_model.{name}.lora_B.weight"] = torch.ones(rows, 1, *[1] * len(stack[0].kernel))
     if not state:
         assert (family, style) == ("qwenimage", "native")  # its own names are the native ones
         return
@@ -150,13 +152,13 @@ def test_info_explains_a_released_student(name: str, capsys: pytest.CaptureFixtu
 
 
 def test_info_of_a_repository_with_several_students_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(["info", "ByteDance/Hyper-SD"], capsys)
-    assert said.count("ByteDance/Hyper-SD/Hyper-SD") == 12
-    assert "ByteDance/Hyper-SD/Hyper-SDXL-8steps-CFG-lora.safetensors" in said
+    message = refused(["info", "ByteDance/Hyper-SD"], capsys)
+    assert message.count("ByteDance/Hyper-SD/Hyper-SD") == 12
+    assert "ByteDance/Hyper-SD/Hyper-SDXL-8steps-CFG-lora.safetensors" in message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["{lora}"], "--out"),
         (["{lora}", "--out", "{tmp}/s.safetensors"], "does not name its base"),
@@ -171,11 +173,11 @@ def test_info_of_a_repository_with_several_students_lists_them(capsys: pytest.Ca
     ],
 )
 def test_wrong_input_is_one_line(
-    arguments: list[str], said: str, base: Path, kohya: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, base: Path, kohya: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"{tmp}": kohya.parent, "{lora}": kohya, "{base}": base}
     for name, path in places.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]
-    given = ["--recipe", *RECIPE] if "bundled" in arguments else []
-    assert said in refused(["convert", *arguments, *given], capsys)
+    recipe_arguments = ["--recipe", *RECIPE] if "bundled" in arguments else []
+    assert message in refused(["convert", *arguments, *recipe_arguments], capsys)
     assert [path.name for path in kohya.parent.iterdir()] == ["lora.pt"]

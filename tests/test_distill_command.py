@@ -29,12 +29,14 @@ def lines_of(error: str, start: str) -> list[str]:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_base_without_a_preset_gets_that_of_its_family(family: str, bases: Callable[[str], Path]) -> None:
-    base, said = bases(family), []
-    given = [f"task.model={base}", "updates=3"]
-    assert read_settings(["24gb", *given], said.append) == load_config([family, "24gb"], given)
-    assert said == [f"{base} is a base of {family}: the preset {family} is taken, with the settings given in its place"]
-    assert read_settings([family, *given], said.append) == load_config(family, given)  # named, it is not said
-    assert len(said) == 1
+    base, lines = bases(family), []
+    arguments = [f"task.model={base}", "updates=3"]
+    assert read_settings(["24gb", *arguments], lines.append) == load_config([family, "24gb"], arguments)
+    assert lines == [
+        f"{base} is a base of {family}: the preset {family} is taken, with the settings given in its place"
+    ]
+    assert read_settings([family, *arguments], lines.append) == load_config(family, arguments)  # named, it is not said
+    assert len(lines) == 1
 
 
 def test_the_bundled_base_by_name_has_its_own_preset() -> None:

@@ -20,10 +20,8 @@ EXAMPLES = {  # what must have an example, by module
         "TDMPipeline",
         *(
             f"TDMPipeline.{name}"
-            for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "save_pretrained", "save_merged")
+            for name in ("from_pretrained", "from_pipe", "load_student", "teacher", "base_first", "use_attention")
         ),
-        "TDMPipeline.base_first",
-        "TDMPipeline.use_attention",
         "TDMPipeline.teacher_call",
     ],
     "pipelines.calls": ["count_calls"],
@@ -34,6 +32,7 @@ EXAMPLES = {  # what must have an example, by module
         "TDMScheduler.set_timesteps",
     ],
     "pipelines.students.file": ["Student.from_state_dict", "save_student", "read_student"],
+    "pipelines.students.saving": ["StudentSaving.save_pretrained", "StudentSaving.save_merged"],
     "pipelines.students.convert": ["convert_lora"],
     "training": ["tdm.training"],
 }
@@ -45,8 +44,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def examples_of(module: ModuleType) -> dict[str, doctest.DocTest]:
-    found = doctest.DocTestFinder(exclude_empty=True).find(module)
-    return {test.name.removeprefix(f"{module.__name__}."): test for test in found if test.examples}
+    tests = doctest.DocTestFinder(exclude_empty=True).find(module)
+    return {test.name.removeprefix(f"{module.__name__}."): test for test in tests if test.examples}
 
 
 def pages() -> list[str]:
@@ -72,9 +71,9 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in EXAMPLES.items() for name in names])
 def test_an_example_runs_as_written(module: str, name: str) -> None:
     example = examples_of(importlib.import_module(f"tdm.{module}"))[name]
-    said: list[str] = []
-    result = doctest.DocTestRunner().run(example, out=said.append)
-    assert not result.failed, "".join(said)
+    output: list[str] = []
+    result = doctest.DocTestRunner().run(example, out=output.append)
+    assert not result.failed, "".join(output)
 
 
 @pytest.mark.parametrize("module", EXAMPLES)

@@ -65,8 +65,8 @@ def test_a_video_may_be_an_animated_picture(
 ) -> None:
     out, student = tmp_path / f"x.{suffix}", str(video_student("wan"))
     assert main(["generate", PROMPT, "--student", student, "--out", str(out)]) == 0
-    with Image.open(out) as made:
-        assert (made.format, made.n_frames) == (suffix.upper(), 9)
+    with Image.open(out) as image:
+        assert (image.format, image.n_frames) == (suffix.upper(), 9)
     assert ".mp4 or .gif or .webp" in refused(
         ["generate", PROMPT, "--student", student, "--out", str(tmp_path / "x.png")], capsys
     )

@@ -86,7 +86,7 @@ def test_the_floors_stand_on_each_other() -> None:
 
 
 def test_no_module_reads_the_private_names_of_another() -> None:
-    found = [f"{s} imports {name} of {t}" for s, t, name in imports() if name.startswith("_") and s != t]
+    private = [f"{s} imports {name} of {t}" for s, t, name in imports() if name.startswith("_") and s != t]
     for path in PRODUCT:
         for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
@@ -94,8 +94,8 @@ def test_no_module_reads_the_private_names_of_another() -> None:
             mine = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "super")
             mine = mine or isinstance(node.value, ast.Call)  # super()._x()
             if not mine and node.attr not in THEIRS and not _defines(path, node.attr):
-                found.append(f"{path}:{node.lineno} reads {node.attr}")
-    assert not found
+                private.append(f"{path}:{node.lineno} reads {node.attr}")
+    assert not private
 
 
 def _defines(path: Path, name: str) -> bool:

@@ -13,7 +13,7 @@ from ..files import save_tensors
 from .checkpoint import FORMAT, read_checkpoint
 
 
-class Measure(NamedTuple):
+class Metric(NamedTuple):
     """Which of a task's evaluation measures ranks its students."""
 
     name: str
@@ -37,7 +37,7 @@ class BestStudent:
     def __init__(
         self,
         path: Path,
-        measure: Measure | None,
+        measure: Metric | None,
         *,
         resume: bool,
         report: Callable[[str], None] = lambda _: None,
@@ -51,7 +51,7 @@ class BestStudent:
             try:
                 payload = read_checkpoint(path)
             except TDMError as error:
-                report(f"note: {error}; the best student is looked for anew from here on")
+                report(f"note: {error}; the best student is chosen among the evaluations from here on")
                 return
             if payload["measure"] != measure.name:
                 raise TDMError(f"{path} ranks students by {payload['measure']}, not {measure.name}; move it away")

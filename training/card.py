@@ -1,4 +1,4 @@
-"""The model card: README.md beside a student, with front matter for the hub.
+"""The model card: README.md next to a student, with front matter for the hub.
 
 Facts of the run only; what is not known is left out.
 """
@@ -43,7 +43,7 @@ _CITATION = """\
 
 
 def write_card(run: FinishedRun, path: Path, form: Format, *, force: bool = False) -> Path:
-    """Write the card beside an exported student, with the curves and the last previews if they are not there yet.
+    """Write the card next to an exported student, with the curves and the last previews if they are not there yet.
 
     Args:
         run: what was exported.
@@ -83,7 +83,7 @@ def model_card(run: FinishedRun, name: str, form: Format) -> str:
         else "The base's folder states no licence. A student is derived from its base: check the base's licence before "
         "you publish or use this."
     )
-    parts = [
+    sections = [
         f"# TDM student of {'the bundled teacher' if base == BUNDLED else base.rsplit('/', 1)[-1]}, "
         f"{recipe.default_steps} steps",
         f"A {recipe.default_steps}-step student of `{base}` ({recipe.family}), distilled by "
@@ -92,7 +92,7 @@ def model_card(run: FinishedRun, name: str, form: Format) -> str:
         "## Use",
         *_use(recipe, family, name, form),
         "## Recipe",
-        "What the student was trained on, and is to be sampled with. The file's own header says the same.",
+        "What the student was trained on, and how to sample it. The file's own header says the same.",
         _table(_recipe_rows(recipe)),
         "## Training",
         _table(_training_rows(run)),
@@ -101,9 +101,9 @@ def model_card(run: FinishedRun, name: str, form: Format) -> str:
     ]
     if measures := _last_evaluation(run):
         step = int(measures.pop("step"))
-        parts += ["## Measures", f"After {step} updates, on the run's mean weights:"]
-        parts.append(_table([(_explained(key.removeprefix("eval/")), f"{v:.4g}") for key, v in measures.items()]))
-    parts += ["## Licence", licence_text, "## Citation", _CITATION]
+        sections += ["## Measures", f"After {step} updates, on the run's mean weights:"]
+        sections.append(_table([(_explained(key.removeprefix("eval/")), f"{v:.4g}") for key, v in measures.items()]))
+    sections += ["## Licence", licence_text, "## Citation", _CITATION]
     front = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
         base_model_relation=("finetune" if form == "merged" else "adapter") if _is_hub_id(base) else None,
@@ -112,7 +112,7 @@ def model_card(run: FinishedRun, name: str, form: Format) -> str:
         tags=["tdm", "few-step", *([] if form == "merged" else ["lora"])],
         **(licence or {"license": "other"}),
     )
-    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _linked(text: str) -> str:
@@ -134,26 +134,26 @@ def _use(recipe: StudentRecipe, family: Family, name: str, form: Format) -> list
     }
     arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
     ours = f'"{name}"' if form == "merged" else f'{base}, student="{name}"'
-    parts = [
+    lines = [
         "With the package `tdm`, which samples it exactly as it was trained:",
         f"```python\nfrom tdm import TDMPipeline\n\npipe = TDMPipeline.from_pretrained({ours})\n"
         f'result = pipe("a prompt").{out}\n```',
     ]
     if form == "merged" and _stock_can_draw(recipe, family):
-        parts += [
+        lines += [
             "With diffusers, where `tdm` is installed for its scheduler:",
             f"```python\nfrom diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{name}")\nresult = pipe("a prompt", {arguments}).{out}\n```',
         ]
     if form == "merged":
-        return parts
-    parts.append(f'On the command line: `tdm generate "a prompt" --model {base} --student {name}`.')
+        return lines
+    lines.append(f'On the command line: `tdm generate "a prompt" --model {base} --student {name}`.')
     pipeline_class: Any = family.pipeline_class()
     if family.home is None and hasattr(pipeline_class, "load_lora_weights") and _stock_can_draw(recipe, family):
         shift = "" if recipe.flow_shift is None else f", flow_shift={recipe.flow_shift!r}"
         noise = ", stochastic_sampling=True" if recipe.stochastic_sampling else ""
         noise += "" if recipe.eta == 1 else f", eta={recipe.eta!r}"
-        parts += [
+        lines += [
             "With diffusers' own pipeline, and the scheduler of `tdm`:",
             f"```python\nfrom diffusers import {family.pipeline}\nfrom tdm import TDMScheduler\n\n"
             f"pipe = {family.pipeline}.from_pretrained({base})\n"
@@ -162,7 +162,7 @@ def _use(recipe: StudentRecipe, family: Family, name: str, form: Format) -> list
             f"pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps=grid{shift}{noise})\n"
             f'result = pipe("a prompt", {arguments}).{out}\n```',
         ]
-    return parts + _comfyui(recipe, name, form)
+    return lines + _comfyui(recipe, name, form)
 
 
 def _stock_can_draw(recipe: StudentRecipe, family: Family) -> bool:
@@ -245,7 +245,7 @@ def _recipe_rows(recipe: StudentRecipe) -> Iterable[tuple[str, str]]:
     if recipe.stochastic_sampling:
         yield "noise", f"{'fresh' if recipe.eta == 1 else f'eta {recipe.eta:g}'} at each step but the last"
     if "load_beside" in recipe.notes:
-        yield "load beside it", recipe.notes["load_beside"]
+        yield "load with it", recipe.notes["load_beside"]
 
 
 def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:

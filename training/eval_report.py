@@ -29,14 +29,14 @@ def over_students(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row.student is not None:
             alike.setdefault((row.strength, row.steps, row.base_first), []).append(row)
-    made = []
+    summaries = []
     for (strength, steps, base_first), same in alike.items():
         if len(same) < 2:
             continue
         at = "" if strength is None else f" at {strength:g}"
         tables = ("values", "attributes", "combinations", "spectrum")
         measures = Measures(**{t: _together([getattr(row.measures, t) for row in same]) for t in tables})
-        made.append(
+        summaries.append(
             Row(
                 name=f"mean of {len(same)}{at}, {steps} step{'s' * (steps > 1)}{', base first' * base_first}",
                 steps=steps,
@@ -49,15 +49,15 @@ def over_students(rows: Sequence[Row]) -> list[Row]:
                 measures=measures,
             )
         )
-    return made
+    return summaries
 
 
 def _together(tables: list[dict[str, Value]]) -> dict[str, Value]:
-    found = {}
+    means = {}
     for name in (name for name in tables[0] if all(name in table for table in tables)):
         values = [table[name].value for table in tables]
-        found[name] = Value(sum(values) / len(values), min(values), max(values))
-    return found
+        means[name] = Value(sum(values) / len(values), min(values), max(values))
+    return means
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -91,17 +91,17 @@ def cell(value: Value | None) -> str:
 
 def report(rows: Sequence[Row]) -> str:
     """Everything, in Markdown."""
-    parts = [f"{table(rows)}\n\n{INTERVALS} {CACHED if any(row.cached for row in rows) else ''}"]
+    sections = [f"{table(rows)}\n\n{INTERVALS} {CACHED if any(row.cached for row in rows) else ''}"]
     first = rows[0].measures
-    parts.append("Over the teacher's:\n\n" + _wide(rows, "values", ["diversity", *COLOURS]))
+    sections.append("Over the teacher's:\n\n" + _wide(rows, "values", ["diversity", *COLOURS]))
     others = [name for name in EXPLAINED if name in first.values]
-    said = "\n".join(f"- `{name}`: {EXPLAINED[name]}" for name in others)
-    parts.append(f"{said}\n\n" + _wide(rows, "values", others))
-    parts.append("Power by wavelength, over the teacher's:\n\n" + _wide(rows, "spectrum", list(first.spectrum)))
+    explanations = "\n".join(f"- `{name}`: {EXPLAINED[name]}" for name in others)
+    sections.append(f"{explanations}\n\n" + _wide(rows, "values", others))
+    sections.append("Power by wavelength, over the teacher's:\n\n" + _wide(rows, "spectrum", list(first.spectrum)))
     if first.attributes:
-        parts.append("Accuracy by attribute:\n\n" + _wide(rows, "attributes", list(first.attributes)))
-        parts.append("Accuracy by held-out combination:\n\n" + _wide(rows, "combinations", list(first.combinations)))
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+        sections.append("Accuracy by attribute:\n\n" + _wide(rows, "attributes", list(first.attributes)))
+        sections.append("Accuracy by held-out combination:\n\n" + _wide(rows, "combinations", list(first.combinations)))
+    return "\n\n".join(part.strip() for part in sections) + "\n"
 
 
 def _wide(rows: Sequence[Row], kind: str, names: Sequence[str]) -> str:
@@ -115,14 +115,15 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def as_json(rows: Sequence[Row], settings: dict[str, Any]) -> str:
     """The settings, and every row with {"value", "low", "high"} for each number."""
-    told = []
+    entries = []
     for row in rows:
         plain = asdict(row)
         measures = {
-            kind: {name: value._asdict() for name, value in found.items()} for kind, found in vars(row.measures).items()
+            kind: {name: value._asdict() for name, value in values.items()}
+            for kind, values in vars(row.measures).items()
         }
-        told.append({**plain, "measures": measures})
-    return json.dumps({"settings": settings, "rows": told}, indent=1, allow_nan=False)
+        entries.append({**plain, "measures": measures})
+    return json.dumps({"settings": settings, "rows": entries}, indent=1, allow_nan=False)
 
 
 def plot(rows: Sequence[Row]) -> Image.Image:

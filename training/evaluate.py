@@ -67,22 +67,22 @@ class Plan:
     strengths: Sequence[float] = ()
     base_first: bool = False
 
-    def teacher(self, own: TeacherCall) -> TeacherCall:
-        """The teacher's steps and guidance scale, completed with the base's `own`."""
+    def teacher(self, default: TeacherCall) -> TeacherCall:
+        """The teacher's steps and guidance scale, completed with the base's defaults."""
         return TeacherCall(
-            own.steps if self.teacher_steps is None else self.teacher_steps,
-            own.guidance_scale if self.teacher_guidance is None else self.teacher_guidance,
+            default.steps if self.teacher_steps is None else self.teacher_steps,
+            default.guidance_scale if self.teacher_guidance is None else self.teacher_guidance,
         )
 
-    def variants(self, own: TeacherCall, students: Sequence[str] = ("student",)) -> list[Variant]:
+    def variants(self, default: TeacherCall, students: Sequence[str] = ("student",)) -> list[Variant]:
         """The rows of the table. The teacher is there as it is meant to be run, and undistilled at 4 steps: with its
         own scheduler, and with the first student's sampler and grid. Each student is there with every step count.
 
         Args:
-            own: the base's steps and guidance scale.
+            default: the base's steps and guidance scale.
             students: their names.
         """
-        steps, scale = teacher = self.teacher(own)
+        steps, scale = teacher = self.teacher(default)
         rows = [
             Variant(f"teacher, {steps} steps{', guided' * teacher.guided}", steps, scale, None, own_scheduler=True),
             Variant("teacher, 4 steps", 4, None, None, own_scheduler=True),

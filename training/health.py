@@ -1,7 +1,7 @@
 """Is the run going well? Ratios of the student's previews to the teacher's, and alarms over the lines of metrics.jsonl.
 
 Every limit was set where healthy runs of the bundled teacher and of the mixture never came near; see the numbers
-beside each.
+next to each.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Limit:
-    """On one ratio of the previews."""
+    """A limit on one ratio of the previews, and the alarm that it raises."""
 
     alarm: str
     ratio: str

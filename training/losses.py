@@ -24,7 +24,7 @@ def sample_mean(x: Tensor) -> Tensor:
 
 
 def guided(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance, ``c + (w - 1)(c - u)``: ``w = 1`` is the conditional prediction itself."""
+    """Classifier-free guidance of predictions ``[B, ...]``: ``c + (w - 1)(c - u)``. ``w = 1`` is ``c`` itself."""
     return cond + (guidance_scale - 1.0) * (cond - uncond)
 
 
@@ -137,7 +137,7 @@ def sid_loss(
 
 
 def regression_loss(x0: Tensor, x0_target: Tensor, *, kind: Rho = "pseudo_huber", c: float | None = None) -> Tensor:
-    """The penalty of ``x0`` against a target without gradient: that of consistency and of regression."""
+    """The mean penalty of ``x0`` ``[B, ...]`` against a target without gradient, for consistency and regression."""
     return rho(x0 - x0_target.detach(), kind, c).mean()
 
 

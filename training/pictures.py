@@ -38,7 +38,7 @@ def cached(root: Path, identity: Mapping[str, Any], draw: Callable[[], Drawn]) -
     Args:
         root: folder of the cache; it is made.
         identity: all that the pictures depend on, as JSON.
-        draw: what to do without them; the facts are kept beside the pictures.
+        draw: what to do without them; the facts are kept with the pictures.
 
     Raises:
         TDMError: the file cannot be written.

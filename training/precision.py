@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 Precision = Literal["fp32", "bf16"]
 
-# Where the time of a network goes; a product that is not here is computed by torch, more slowly and as rightly.
+# Where the time of a network goes; a product that is not here is computed by torch: more slowly, with the same result.
 PRODUCTS = (F.linear, F.conv2d, torch.matmul, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
@@ -32,7 +32,7 @@ class Bf16OnCpu(TorchFunctionMode):
     2.13); this keeps the gain and drops the loss.
 
     On CPUs without such units torch multiplies bf16 5 to 10 times slower than float32 (AMD EPYC with AVX2 alone, torch
-    2.13), so products run in float32 there, on numbers that are rounded to bf16, and give bf16: the same but for the
+    2.13), so products run in float32 there, on numbers that are rounded to bf16, and give bf16: the same except for the
     order of sums. float64 is left alone, as by autocast.
 
     Args:

@@ -37,7 +37,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this process is the one that writes."""
         return self.rank == 0
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def any(self, here: bool, device: torch.device) -> bool:
-        """Whether it is so in any process. With several of them this waits for the device.
+        """Whether ``here`` is true in any process. With several of them this waits for the device.
 
         Raises:
             TDMError: another process has ended.

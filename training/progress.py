@@ -34,7 +34,7 @@ class Progress:
         self.start = self.last = time.monotonic()
 
     def add(self, count: int) -> None:
-        """So many parts more are done."""
+        """Count ``count`` more parts as done."""
         self.done += count
         now = time.monotonic()
         if now - self.last >= self.every or (self.done == self.total and self.last > self.start):

@@ -71,7 +71,9 @@ class Run:
         return student_of(self.config, replace(recipe, notes=notes), weights)
 
     def student(self, noise: Tensor, cond: Condition, steps: int | None = None) -> Tensor:
-        """Samples of the student (mean weights) on its grid of ``steps``; None is `trajectory`."""
+        """Samples ``[B, ...]`` of the student (mean weights) from ``noise`` of that shape, on its grid of ``steps``.
+        None means `trajectory`.
+        """
         trajectory = self.trajectory if steps is None else self.trajectories[steps]
         predict: Predict = self.roles.student
         if trajectory.config.sampler == "stochastic":
@@ -108,8 +110,7 @@ class Run:
 
     @torch.no_grad()
     def critic(self, noise: Tensor, cond: Condition) -> Tensor:
-        """The critic's clean prediction of the student's samples after they were noised again.
-
+        """The critic's clean prediction ``[B, ...]`` of the student's samples from ``noise``, noised again.
         Up to the student's last timestep, the noisiest state of clean samples that the critic is trained on with
         separate bands, and half of the range at most. The noise is the same each time.
         """

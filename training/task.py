@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..pipelines.prediction_types import PredictionType
 from ..pipelines.schedule import NoiseSchedule
 from ..pipelines.students.recipe import StudentRecipe
-from .best import Measure
+from .best import Metric
 from .preview import Preview
 from .trajectory import Condition, Trajectory
 
@@ -25,8 +25,8 @@ steps, or the critic's prediction of the student's sample.
 
 @dataclass(frozen=True)
 class Teacher:
-    """The guided teacher: a `Sample`, and in ``identity``, as JSON, what its samples depend on besides base, noise and
-    prompts. By that a task can keep what it drew for later runs.
+    """The guided teacher: a `Sample`, and in ``identity``, as JSON, what its samples depend on other than base, noise
+    and prompts. A task can use it as the key of pictures that it keeps for later runs.
     """
 
     draw: Sample
@@ -52,7 +52,7 @@ class Task(Protocol):
         ...
 
     @property
-    def measure(self) -> Measure | None:
+    def measure(self) -> Metric | None:
         """The measure of :meth:`evaluate` by which the best student is kept; None keeps none."""
         ...
 

@@ -145,7 +145,7 @@ class Trajectory:
         return unshift_sigma(time, self.config.shift)
 
     def draw_stages(self, n: int, generator: torch.Generator) -> Tensor:
-        """Stages of ``n`` samples, latest first: even over the batch (``sample``) or one for all (``update``).
+        """Stages ``[n]`` of ``n`` samples, latest first: even over the batch (``sample``) or one for all (``update``).
 
         Latest first, so that the samples that still have to roll are always the head of the batch. Samples are
         exchangeable.

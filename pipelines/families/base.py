@@ -33,7 +33,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
 
 class Size(NamedTuple):
-    """Of a picture or video, in pixels; `num_frames` is None for a picture."""
+    """The size of a picture or video, in pixels; `num_frames` is None for a picture."""
 
     height: int
     width: int
@@ -97,7 +97,7 @@ class Family(ABC):
     # ------------------------------------------------------------------ loading and calling the stock pipeline
 
     def pipeline_class(self) -> type[DiffusionPipeline]:
-        """The class to load a base with: the stock one, or ours where something in it has to be mended."""
+        """The class to load a base with: the stock one, or ours where the stock one has a fault."""
         if self.home is None:
             return getattr(importlib.import_module("diffusers"), self.pipeline)
         return getattr(importlib.import_module(self.home, __package__), f"TDM{self.pipeline}")
@@ -202,7 +202,7 @@ class Family(ABC):
         return sum(len(ids) > limit for ids in tokens)
 
     def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
-        """What the network is told beside the text, such as the size, [B, ...] for the `text` of B prompts."""
+        """The network's conditions other than text, such as the size: [B, ...] for the `text` of B prompts."""
         return {}
 
     def null(self, pipe: Any, like: Condition, **options: Any) -> Condition:
@@ -237,11 +237,11 @@ class Family(ABC):
         return to_uint8(self.pixels(pipe, latents, size))
 
     def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
-        """`decode` as the VAE gives it: about [-1, 1], in the VAE's dtype, where the VAE runs."""
+        """`decode` without rounding: pixels about in [-1, 1], in the VAE's dtype and on its device."""
         return pipe.vae.decode(self.unscale(pipe.vae, for_vae(pipe.vae, latents)), return_dict=False)[0]
 
     def first_frame(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
-        """The latents of a video's first frame alone; pictures' as they are."""
+        """Latents [B, *latent_shape] of the first frame alone, in the same rank; those of pictures as they are."""
         return latents
 
     def encode_pictures(self, pipe: Any, pictures: Tensor) -> Tensor:
@@ -262,12 +262,14 @@ class Family(ABC):
         return vae.encode(pictures).latent_dist.mode()
 
     def scale(self, vae: Any, latents: Tensor) -> Tensor:
-        """The VAE's latents as the denoiser knows them: by mean and deviation per channel, or a shift, or neither."""
+        """The VAE's latents [B, C, ...] as the denoiser knows them, in that shape: shifted and scaled by channel, or
+        all alike, as the VAE's config states.
+        """
         mean, std, factor = _statistics(vae, latents)
         return (latents - mean) * factor / std
 
     def unscale(self, vae: Any, latents: Tensor) -> Tensor:
-        """The inverse of `scale`."""
+        """The inverse of `scale`: latents [B, C, ...] of the denoiser as the VAE decodes them."""
         mean, std, factor = _statistics(vae, latents)
         return latents * std / factor + mean
 
@@ -276,7 +278,7 @@ class Family(ABC):
         return latents
 
     def unpack(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
-        """The inverse of `pack`."""
+        """The inverse of `pack`: [B, *latent_shape] of latents for a picture or video of this size."""
         return latents
 
 
@@ -318,19 +320,19 @@ def pad_text(text: Tensor, length: int) -> Tensor:
 
 
 def for_vae(vae: Any, x: Tensor) -> Tensor:
-    """x in the dtype of a VAE, where the VAE runs (an offloaded one is elsewhere until it is called)."""
+    """x, of any shape, in the dtype of a VAE, on the device where it runs (an offloaded VAE moves there in a call)."""
     from diffusers.utils.torch_utils import get_module_execution_device
 
     return x.to(get_module_execution_device(vae), vae.dtype)
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to uint8 on the CPU, with diffusers' own rounding."""
+    """Pixels of any shape in [-1, 1] to uint8 on the CPU, with diffusers' own rounding."""
     return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
 def without_variance(output: Tensor, channels: int) -> Tensor:
-    """The prediction of a network that has a learned variance behind it, or not."""
+    """The first `channels` of a network's output [B, C, ...]: the prediction without the learned variance behind it."""
     return output.chunk(2, dim=1)[0] if output.shape[1] == 2 * channels else output
 
 

@@ -30,8 +30,8 @@ class Flux(PatchedFamily):
         return pipe.transformer.config.guidance_embeds
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "max_sequence_length")
-        text, pooled, _ = pipe.encode_prompt(prompts, None, **given)
+        arguments = text_options(pipe, options, "max_sequence_length")
+        text, pooled, _ = pipe.encode_prompt(prompts, None, **arguments)
         return {"text": text, "pooled": pooled}
 
     def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002

@@ -36,7 +36,7 @@ def patches(latents: Tensor) -> Tensor:
 
 
 def from_patches(packed: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `patches`, for latents of a height and width."""
+    """The inverse of `patches`: [B, h w / 4, 4 C] to [B, C, h, w], for latents of this height and width."""
     b, _, c = packed.shape
     latents = packed.view(b, height // 2, width // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(b, c // 4, height, width)

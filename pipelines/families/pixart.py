@@ -46,9 +46,9 @@ class PixArt(Family):
     def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002
         if not pipe.transformer.use_additional_conditions:  # those are of the 1024 model of PixArt-alpha
             return {}
-        told = {"resolution": [size.height, size.width], "aspect_ratio": [size.height / size.width]}
+        conditions = {"resolution": [size.height, size.width], "aspect_ratio": [size.height / size.width]}
         like = text["text"]
-        return {key: torch.tensor(value).to(like).expand(len(like), -1) for key, value in told.items()}
+        return {key: torch.tensor(value).to(like).expand(len(like), -1) for key, value in conditions.items()}
 
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         tokens = longest_text(pipe)

@@ -31,8 +31,8 @@ class QwenImage(PatchedFamily):
         return {"negative_prompt": [""] * (1 if isinstance(prompts, str) else len(prompts))}
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "max_sequence_length")
-        text, mask = pipe.encode_prompt(prompts, **given)
+        arguments = text_options(pipe, options, "max_sequence_length")
+        text, mask = pipe.encode_prompt(prompts, **arguments)
         if mask is None:  # nothing to mask in this batch; the next may have something
             mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
         return {"text": text, "mask": mask}

@@ -23,8 +23,8 @@ class Sana(Family):
     float32_latents = True
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "max_sequence_length", "complex_human_instruction")
-        text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, **given)
+        arguments = text_options(pipe, options, "max_sequence_length", "complex_human_instruction")
+        text, mask, _, _ = pipe.encode_prompt(prompts, False, clean_caption=False, **arguments)
         return {"text": text, "mask": mask}
 
     def text_limit(self, pipe: Any) -> tuple[Any, int]:

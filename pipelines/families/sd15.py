@@ -19,8 +19,8 @@ class SD15(Family):
     lora_targets = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out")
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "clip_skip")
-        return {"text": pipe.encode_prompt(prompts, pipe._execution_device, 1, False, **given)[0]}
+        arguments = text_options(pipe, options, "clip_skip")
+        return {"text": pipe.encode_prompt(prompts, pipe._execution_device, 1, False, **arguments)[0]}
 
     def text_limit(self, pipe: Any) -> tuple[Any, int]:
         return pipe.tokenizer, clip_tokens(pipe)

@@ -22,8 +22,8 @@ class SD3(Family):
         return Size(side, side)
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "clip_skip", "max_sequence_length")
-        text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **given)
+        arguments = text_options(pipe, options, "clip_skip", "max_sequence_length")
+        text, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **arguments)
         return {"text": text, "pooled": pooled}
 
     def text_limit(self, pipe: Any) -> tuple[Any, int]:

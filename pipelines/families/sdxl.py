@@ -12,14 +12,14 @@ from .sd15 import SD15
 
 
 class SDXL(SD15):
-    """The UNet is told a pooled prompt and the picture's size, beside the text of two CLIP encoders."""
+    """A UNet conditioned on the text of two CLIP encoders, a pooled prompt and the picture's size."""
 
     name = "sdxl"
     teacher_call = TeacherCall(50, 8.0)
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "clip_skip")
-        text, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)
+        arguments = text_options(pipe, options, "clip_skip")
+        text, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **arguments)
         return {"text": text, "pooled": pooled}
 
     def text_limit(self, pipe: Any) -> tuple[Any, int]:
@@ -49,7 +49,7 @@ class SDXL(SD15):
         return network(x, timesteps, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
 
     def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
-        """As the pipeline does, in float32 where the VAE would overflow in half precision; the way back is exact."""
+        """See `Family.pixels`. A VAE that would overflow in half precision runs in float32 for the call."""
         overflows = pipe.vae.dtype == torch.float16 and pipe.vae.config.force_upcast
         if overflows:
             pipe.vae.to(dtype=torch.float32)

@@ -50,8 +50,8 @@ class Wan(Family):
         return (self.latent_channels(pipe), (frames - 1) // step + 1, size.height // factor, size.width // factor)
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "max_sequence_length")
-        return {"text": pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **given)[0]}
+        arguments = text_options(pipe, options, "max_sequence_length")
+        return {"text": pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **arguments)[0]}
 
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         return {"text": zeros(pipe, self.denoiser, n, longest_text(pipe), pipe.transformer.config.text_dim)}

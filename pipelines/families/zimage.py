@@ -30,9 +30,9 @@ class ZImage(Family):
         return 2 * pipe.vae_scale_factor
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
-        given = text_options(pipe, options, "max_sequence_length")
+        arguments = text_options(pipe, options, "max_sequence_length")
         # The pipeline writes its chat template into the list that it is given.
-        texts, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **given)
+        texts, _ = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False, **arguments)
         lengths = torch.tensor([len(text) for text in texts])  # on the CPU: they cut, and a cut must not wait
         return {"text": pad_sequence(texts, batch_first=True), "length": lengths}
 

@@ -1,1 +1,1 @@
-"""Stock pipelines with what is missing or wrong in them mended, and nothing else."""
+"""Stock pipelines with what is missing or wrong in them fixed, and nothing else."""

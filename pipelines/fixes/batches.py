@@ -1,4 +1,4 @@
-"""Stock pipelines in which diffusers 0.42 silently gives wrong batches, with that one fault mended in each."""
+"""Stock pipelines in which diffusers 0.42 silently gives wrong batches, with that one fault fixed in each."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class TDMZImagePipeline(ZImagePipeline):
     """Z-Image. The stock pipeline writes its chat template into the caller's list of prompts."""
 
     def _encode_prompt(self, prompt: str | list[str], *args: Any, **kwargs: Any) -> list[Tensor]:
-        own = list(prompt) if isinstance(prompt, list) else prompt
-        return super()._encode_prompt(own, *args, **kwargs)  # type: ignore[misc]
+        prompts = list(prompt) if isinstance(prompt, list) else prompt
+        return super()._encode_prompt(prompts, *args, **kwargs)  # type: ignore[misc]
 
 
 class TDMCogVideoXPipeline(CogVideoXPipeline):
@@ -45,14 +45,14 @@ class TDMCogVideoXPipeline(CogVideoXPipeline):
     @functools.wraps(_cogvideox_call)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(_cogvideox_call).bind_partial(self, *args, **kwargs)
-        given = bound.arguments
-        count = given.pop("num_videos_per_prompt", 1)
-        if isinstance(given.get("prompt"), str):
-            given["prompt"] = [given["prompt"]]
+        arguments = bound.arguments
+        count = arguments.pop("num_videos_per_prompt", 1)
+        if isinstance(arguments.get("prompt"), str):
+            arguments["prompt"] = [arguments["prompt"]]
         for name in ("prompt", "negative_prompt", "prompt_embeds", "negative_prompt_embeds"):
-            value = given.get(name)
+            value = arguments.get(name)
             if isinstance(value, list):
-                given[name] = [text for text in value for _ in range(count)]
+                arguments[name] = [text for text in value for _ in range(count)]
             elif isinstance(value, Tensor):
-                given[name] = value.repeat_interleave(count, dim=0)
+                arguments[name] = value.repeat_interleave(count, dim=0)
         return _cogvideox_call(*bound.args, **bound.kwargs)

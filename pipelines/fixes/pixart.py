@@ -92,9 +92,9 @@ def _with_step_end(stock: type[Any]) -> Callable[..., Any]:
         return call(*bound.args, **bound.kwargs)
 
     *parameters, rest = signature.parameters.values()
-    own = inspect.signature(__call__, follow_wrapped=False).parameters
-    ours = [own["callback_on_step_end"], own["callback_on_step_end_tensor_inputs"]]
-    __call__.__signature__ = signature.replace(parameters=[*parameters, *ours, rest])  # type: ignore[attr-defined]
+    wrapper = inspect.signature(__call__, follow_wrapped=False).parameters
+    added = [wrapper["callback_on_step_end"], wrapper["callback_on_step_end_tensor_inputs"]]
+    __call__.__signature__ = signature.replace(parameters=[*parameters, *added, rest])  # type: ignore[attr-defined]
     return __call__
 
 

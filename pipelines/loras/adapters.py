@@ -26,7 +26,7 @@ def active_adapters(module: nn.Module) -> list[str]:
 
 
 def set_active(module: nn.Module, adapters: list[str]) -> None:
-    """Switch these adapters on in a network, and no others; a layer ignores those that it has not."""
+    """Switch these adapters on in a network, and no others; a layer ignores adapters that it does not have."""
     for layer in tuner_layers(module):
         layer.set_adapter(adapters)
 

@@ -18,7 +18,7 @@ from .pairs import Layers, Lora
 
 
 class Mean(NamedTuple):
-    """Of several LoRAs: the layers, and the share of the exact mean's norm (Frobenius, over all layers) in them."""
+    """The mean of several LoRAs: its layers, and the share of the exact mean's Frobenius norm that they keep."""
 
     layers: Layers
     kept: float

@@ -1,4 +1,4 @@
-"""LoRAs that are stored in 8-bit floats, with or without scales beside them."""
+"""LoRAs that are stored in 8-bit floats, with or without scales."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class LoraFile:
         container: "safetensors" or "pickle".
         tensors: by key, on the CPU; empty if they have no names.
         positional: the tensors of an EMA list, which has an order instead of names; else None.
-        metadata: the safetensors header, or peft's `adapter_config.json` beside the file in the same form.
+        metadata: the safetensors header, or peft's `adapter_config.json` next to the file in the same form.
     """
 
     path: Path
@@ -102,8 +102,8 @@ def _load_pickle(path: Path) -> Any:
         with path.open("rb") as file:  # not the path: torch goes by its suffix
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {found[1]}, not only tensors," if found else "it holds more than tensors,"
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {match[1]}, not only tensors," if match else "it holds more than tensors,"
         raise TDMError(f"{path} is refused: {what} and loading that could run code; use a .safetensors file") from None
     except Exception as error:  # a damaged pickle can fail in any way
         raise TDMError(f"{path} is truncated or damaged: {first_line(error)}") from None
@@ -121,7 +121,7 @@ def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _sibling_config(path: Path) -> dict[str, str]:
-    """peft writes its settings, alpha among them, not into `adapter_model.*` but beside it."""
+    """peft writes its settings, alpha among them, not into `adapter_model.*` but next to it."""
     config = path.with_name("adapter_config.json")
     if path.stem != "adapter_model" or not config.is_file():
         return {}

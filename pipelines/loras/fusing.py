@@ -26,16 +26,16 @@ def require_fusable(
         for layer in tuner_layers(network):
             if layer.disable_adapters:
                 raise TDMError("the adapters are switched off, and fusing would put them into the weights; enable_lora")
-            own = set(layer.active_adapters if adapters is None else adapters) & _adapters(layer)
-            if component not in components and own:
+            fused = set(layer.active_adapters if adapters is None else adapters) & _adapters(layer)
+            if component not in components and fused:
                 raise TDMError(
-                    f"{_listed(own)} would be fused in part: there are layers in {component} too; "
+                    f"{_listed(fused)} would be fused in part: there are layers in {component} too; "
                     "leave out `components` to fuse them all"
                 )
-            if own and (dropped := _counting(layer) - own - set(layer.merged_adapters)):
+            if fused and (dropped := _counting(layer) - fused - set(layer.merged_adapters)):
                 raise TDMError(
-                    f"with {_listed(own)} fused alone, {_listed(dropped)} would be dropped from the same layers; fuse "
-                    "all adapters that are on (leave out `adapter_names`), or switch off the others: set_adapters"
+                    f"with {_listed(fused)} fused alone, {_listed(dropped)} would be dropped from the same layers; "
+                    "fuse all adapters that are on (leave out `adapter_names`), or switch off the others: set_adapters"
                 )
 
 

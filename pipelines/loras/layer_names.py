@@ -50,30 +50,30 @@ def names_of(network: nn.Module, family: str) -> Names:
         network: a denoiser of that family, or a text encoder of any.
         family: a name of `families`.
     """
-    own = list(layer_shapes(network))
-    found: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in own]
+    layers = list(layer_shapes(network))
+    meanings: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in layers]
     if hasattr(network, "down_blocks"):
-        found += _sgm_names(network, own)
-    elif is_clip(own):
-        found += [(other_clip_name(name), (name,)) for name in own]
+        meanings += _sgm_names(network, layers)
+    elif is_clip(layers):
+        meanings += [(other_clip_name(name), (name,)) for name in layers]
     else:
-        found += native_names(family, own)
-    return unambiguous(found)
+        meanings += native_names(family, layers)
+    return unambiguous(meanings)
 
 
-def unambiguous(found: Iterable[tuple[str, Meaning]]) -> dict[str, Meaning]:
+def unambiguous(meanings: Iterable[tuple[str, Meaning]]) -> dict[str, Meaning]:
     """What each of these names means, with dots or underscores; those that mean two things are left out."""
-    found = list(found)
+    meanings = list(meanings)
     names: dict[str, Meaning] = {}
     ambiguous = set()
-    for name, meaning in [*found, *((name.replace(".", "_"), meaning) for name, meaning in found)]:
+    for name, meaning in [*meanings, *((name.replace(".", "_"), meaning) for name, meaning in meanings)]:
         if names.setdefault(name, meaning) != meaning:
             ambiguous.add(name)
     return {name: meaning for name, meaning in names.items() if name not in ambiguous}
 
 
 def look_up(names: Mapping[str, Meaning], name: str) -> Meaning | None:
-    """What a name stands for, be it half in dots and half in underscores; None if it is unknown."""
+    """What a name stands for, even if it mixes dots and underscores; None if it is unknown."""
     return names[name] if name in names else names.get(name.replace(".", "_"))
 
 
@@ -109,9 +109,9 @@ def swapped(network: nn.Module) -> set[str]:
     return {f"{name}.linear" for name, module in network.named_modules() if isinstance(module, AdaLayerNormContinuous)}
 
 
-def native_names(family: str, own: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(native name, our layers in the order of its rows) by the family's table, for the layers `own`."""
-    known = set(own)
+def native_names(family: str, known_layers: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(native name, our layers in the order of its rows) by the family's table, for these layers."""
+    known = set(known_layers)
     for native, ours in NATIVE.get(family, {}).items():
         patterns = ours.split()
         for numbers in _matches(patterns[0], known):
@@ -132,7 +132,7 @@ def _numbered(pattern: str, numbers: tuple[str, ...]) -> str:
     return pattern
 
 
-def parts_of_native(shapes: Mapping[str, LayerShape], family: str) -> Names:
+def layers_of_native(shapes: Mapping[str, LayerShape], family: str) -> Names:
     """The inverse of `names_of`: each layer of a network in its original code -> our layers, in the order of its rows.
 
     Layers that are called alike are left out.
@@ -142,7 +142,7 @@ def parts_of_native(shapes: Mapping[str, LayerShape], family: str) -> Names:
         family: a name of `families`.
     """
     if "input_blocks.0.0" in shapes:
-        return dict(_parts_of_sgm(list(shapes)))
+        return dict(_layers_of_sgm(list(shapes)))
     return {
         _numbered(pattern, numbers): tuple(_numbered(part, numbers) for part in ours.split())
         for pattern, ours in NATIVE.get(family, {}).items()
@@ -158,35 +158,35 @@ class _SgmBlock(NamedTuple):
     resamples: bool
 
 
-def _sgm_names(unet: Any, own: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _sgm_names(unet: Any, layers: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The names of the original Stable Diffusion UNet (SD1.5, SDXL)."""
     down = [_SgmBlock(len(b.resnets), hasattr(b, "attentions"), bool(b.downsamplers)) for b in unet.down_blocks]
     up = [_SgmBlock(len(b.resnets), hasattr(b, "attentions"), bool(b.upsamplers)) for b in unet.up_blocks]
     stems = _sgm_stems(down, up)
-    for name in own:
-        if (found := _by_stem(name, stems)) is not None:
-            stem, rest = found
+    for name in layers:
+        if (match := _by_stem(name, stems)) is not None:
+            stem, rest = match
             yield _joined(stem, _SGM_RESNET.get(rest, rest) if ".resnets." in name else rest), (name,)
 
 
-def _parts_of_sgm(names: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _layers_of_sgm(names: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Our name of each layer of the original UNet."""
     stems = {native: ours for ours, native in _sgm_stems(*_sgm_blocks(set(names))).items()}
     resnet = {native: ours for ours, native in _SGM_RESNET.items()}
     for name in names:
-        if (found := _by_stem(name, stems)) is not None:
-            stem, rest = found
+        if (match := _by_stem(name, stems)) is not None:
+            stem, rest = match
             yield name, (_joined(stem, resnet.get(rest, rest) if ".resnets." in stem else rest),)
 
 
-def _joined(*parts: str) -> str:
-    return ".".join(filter(None, parts))
+def _joined(*segments: str) -> str:
+    return ".".join(filter(None, segments))
 
 
 def _by_stem(name: str, stems: Mapping[str, str]) -> tuple[str, str] | None:
     """(what the longest front of a name that is in the table stands for, the rest of the name)."""
-    parts = name.split(".")
-    fronts = (".".join(parts[:cut]) for cut in range(len(parts), 0, -1))
+    segments = name.split(".")
+    fronts = (".".join(segments[:cut]) for cut in range(len(segments), 0, -1))
     front = next((front for front in fronts if front in stems), None)
     return None if front is None else (stems[front], name[len(front) + 1 :])
 

@@ -116,11 +116,11 @@ _EMBEDDINGS = re.compile(r"bundle_emb\..+")
 
 def parse(file: LoraFile, *, strict: bool = True) -> NamedLoras:
     """The LoRA of each layer that a file names. Alpha comes from `.alpha` tensors, or from peft's settings in the
-    header, or else is the rank. Embeddings of a textual inversion beside it are left out.
+    header, or else is the rank. Embeddings of a textual inversion in the same file are left out.
 
     Args:
         file: from `read_lora_file`.
-        strict: False: changes of biases and whole weights beside the LoRA are left out as well.
+        strict: False: changes of biases and whole weights in the file are left out as well.
 
     Raises:
         TDMError: the file has no names; keys that are no LoRA's or another adapter's (DoRA, LoKr); with `strict`,
@@ -201,7 +201,7 @@ def _left_out(others: Mapping[str, Tensor], layers: int, strict: bool) -> list[s
     for key, tensor in others.items():
         addition = next((addition for pattern, addition in _ADDITIONS.items() if re.search(pattern, key)), None)
         if addition is None and not _EMBEDDINGS.fullmatch(key):
-            raise TDMError(f"{key!r} is not the key of a LoRA ({len(others)} such beside {layers} LoRA layers)")
+            raise TDMError(f"{key!r} is not the key of a LoRA ({len(others)} such keys next to {layers} LoRA layers)")
         if addition is None or (tensor.any() and not strict):
             left_out.append(key)
         elif tensor.any():
@@ -225,12 +225,12 @@ def _peft_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:
 def _scale_of(settings: Mapping[str, Any], address: Address, rank: int) -> float:
     """alpha / rank by peft's settings, whose keys have the component as prefix where the layers have it."""
     front = f"{address.component}." if address.component else ""
-    own = {key.removeprefix(front): value for key, value in settings.items() if key.startswith(front)}
-    if own.get("use_dora"):
+    network_settings = {key.removeprefix(front): value for key, value in settings.items() if key.startswith(front)}
+    if network_settings.get("use_dora"):
         raise TDMError("this is DoRA, which is not supported; merge it into a plain LoRA first")
-    patterns = (own.get("alpha_pattern") or {}).items()
-    found = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", address.name))
-    alpha = next(found, own.get("lora_alpha"))
+    patterns = (network_settings.get("alpha_pattern") or {}).items()
+    alphas = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", address.name))
+    alpha = next(alphas, network_settings.get("lora_alpha"))
     if alpha is None:
         return 1.0
-    return alpha / (math.sqrt(rank) if own.get("use_rslora") else rank)
+    return alpha / (math.sqrt(rank) if network_settings.get("use_rslora") else rank)

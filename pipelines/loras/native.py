@@ -20,10 +20,10 @@ from .layer_names import (
     component_of,
     is_clip,
     layer_shapes,
+    layers_of_native,
     look_up,
     native_names,
     other_clip_name,
-    parts_of_native,
     unambiguous,
 )
 from .layouts import Address, Positional, parse
@@ -55,7 +55,7 @@ def place_native(
         file: from `read_lora_file`.
         family: of the denoiser.
         networks: in their original code, by the name of the component in diffusers: the denoiser, and text encoders.
-        scale: strength to multiply in, beside the file's own alpha / rank.
+        scale: strength to multiply in, on top of the file's own alpha / rank.
         positional: what to lay an EMA list on; its network is then the family's released one.
         strict: as in `place`.
 
@@ -81,13 +81,15 @@ def place_native(
     for address, lora in layers.items():
         component = component_of(address, family.denoiser, names)
         rows = look_up(names.get(component, {}), address.name) or ()
-        parts = split(lora, [part.shape for part in rows])
-        if not parts:
-            own = stacked_widths([part.shape for part in rows])
+        slices = split(lora, [part.shape for part in rows])
+        if not slices:
+            widths = stacked_widths([part.shape for part in rows])
             absent = "no such layer" if component in networks else f"without a CLIP there is no {component}"
-            wrong.append(f"{'.'.join(filter(None, address))} ({f'{own} wide, not {lora.widths}' if own else absent})")
+            wrong.append(
+                f"{'.'.join(filter(None, address))} ({f'{widths} wide, not {lora.widths}' if widths else absent})"
+            )
             idle += not rows and lora.is_zero
-        for target, part in zip(rows, parts, strict=False):
+        for target, part in zip(rows, slices, strict=False):
             stacks.setdefault((component, target.layer), []).append((target, part))
     require_places(
         wrong,
@@ -131,7 +133,9 @@ def rows_of(network: nn.Module, family: str) -> dict[str, tuple[Rows, ...]]:
     if is_clip(shapes):
         return unambiguous([*native, *((other_clip_name(name), rows) for name, rows in native)])
     ours = dict(
-        part for layer, parts in parts_of_native(shapes, family).items() for part in _parts(layer, parts, shapes[layer])
+        pair
+        for name, layers in layers_of_native(shapes, family).items()
+        for pair in _rows_of_layers(name, layers, shapes[name])
     )
     # A family can have two original codes: a name of the one can be several layers of the other.
     others = (
@@ -142,16 +146,16 @@ def rows_of(network: nn.Module, family: str) -> dict[str, tuple[Rows, ...]]:
     return unambiguous([*native, *ours.items(), *others])
 
 
-def _parts(native: str, parts: tuple[str, ...], shape: LayerShape) -> Iterator[tuple[str, tuple[Rows, ...]]]:
+def _rows_of_layers(native: str, layers: tuple[str, ...], shape: LayerShape) -> Iterator[tuple[str, tuple[Rows, ...]]]:
     """Our layers with their rows in a native one."""
     if "adaLN_modulation" in native and shape.outputs == 2 * shape.inputs:
         # The last one, a shift and a scale: AdaLayerNormContinuous has the scale first.
         shift, scale = (Rows(native, start, LayerShape(shape.inputs, shape.inputs)) for start in (0, shape.inputs))
-        yield parts[0], (scale, shift)
-    elif len(parts) == 1:
-        yield parts[0], (Rows(native, 0, shape),)
+        yield layers[0], (scale, shift)
+    elif len(layers) == 1:
+        yield layers[0], (Rows(native, 0, shape),)
     else:
-        for i, part in enumerate(parts):  # the projections of a stack are square, and the last has what is left
+        for i, layer in enumerate(layers):  # the projections of a stack are square, and the last has what is left
             start = i * shape.inputs
-            end = shape.outputs if part == parts[-1] else start + shape.inputs
-            yield part, (Rows(native, start, LayerShape(shape.inputs, end - start)),)
+            end = shape.outputs if layer == layers[-1] else start + shape.inputs
+            yield layer, (Rows(native, start, LayerShape(shape.inputs, end - start)),)

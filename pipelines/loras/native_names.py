@@ -7,9 +7,9 @@ for a block's number. Where a native layer is several of ours stacked, they are 
 from __future__ import annotations
 
 
-def _stack(stem: str, *parts: str) -> str:
+def _stack(stem: str, *projections: str) -> str:
     """Our patterns of one stacked layer."""
-    return " ".join(f"{stem}.{part}" for part in parts)
+    return " ".join(f"{stem}.{projection}" for projection in projections)
 
 
 _QKV = ("to_q", "to_k", "to_v")
@@ -105,9 +105,9 @@ _WAN = {
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
     "time_projection.1": "condition_embedder.time_proj",
     **{
-        f"blocks.*.{native}.{part}": f"blocks.*.{ours}.{own}"
+        f"blocks.*.{native}.{part}": f"blocks.*.{ours}.{ours_part}"
         for native, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for part, own in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+        for part, ours_part in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
     },
     "blocks.*.cross_attn.k_img": "blocks.*.attn2.add_k_proj",
     "blocks.*.cross_attn.v_img": "blocks.*.attn2.add_v_proj",

@@ -207,8 +207,8 @@ def lay_out(
         stack = [shapes[component][target] for target in targets]
         loras = split(Lora(*map(wide_float, lora)).scaled(scale), stack)
         if not loras:
-            own = stacked_widths(stack)
-            why = f"{own} wide, not {lora.widths}" if own not in (None, lora.widths) else "another kernel"
+            widths = stacked_widths(stack)
+            why = f"{widths} wide, not {lora.widths}" if widths not in (None, lora.widths) else "another kernel"
             wrong.append(f"{name} ({why if targets else 'no such layer'})")
             idle += not targets and lora.is_zero
         for target, part in zip(targets, loras, strict=False):

@@ -54,7 +54,7 @@ def place(
     for address, lora in parsed.layers.items():
         component = component_of(address, family.denoiser, names)
         targets = look_up(names.get(component, {}), address.name) or ()
-        if other_way.get(component, set()).intersection(targets) and not _is_own_name(address.name, targets[0]):
+        if other_way.get(component, set()).intersection(targets) and not _is_diffusers_name(address.name, targets[0]):
             lora = Lora(lora.A, lora.B.roll(len(lora.B) // 2, 0))
         named.append((component, ".".join(filter(None, address)), targets, lora))
     shapes = {component: layer_shapes(network) for component, network in components.items()}
@@ -69,7 +69,7 @@ def warn_of_left_out(file: LoraFile, parsed: NamedLoras) -> None:
         warnings.warn(text, stacklevel=2)
 
 
-def _is_own_name(name: str, layer: str) -> bool:
+def _is_diffusers_name(name: str, layer: str) -> bool:
     """Whether a file calls a layer as diffusers does."""
     return name.replace(".", "_") == layer.replace(".", "_")
 

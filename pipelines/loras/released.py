@@ -31,9 +31,9 @@ def known_layers(family: str, layers: Mapping[Address, Lora]) -> tuple[int, int]
     known = fitting = 0
     for address, lora in layers.items():
         if address.component in (None, family_of_name(family).denoiser) and address.name in names:
-            parts = [shapes[layer] for layer in names[address.name]]
+            stack = [shapes[layer] for layer in names[address.name]]
             known += 1
-            fitting += lora.widths == (parts[0].inputs, sum(part.outputs for part in parts))
+            fitting += lora.widths == (stack[0].inputs, sum(part.outputs for part in stack))
     return known, fitting
 
 

@@ -1,4 +1,4 @@
-"""The student's place in a pipeline: the adapter "student" on its networks, beside LoRAs of the user."""
+"""The student's place in a pipeline: the adapter "student" on its networks, together with LoRAs of the user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import TDMError
 from ..families import Family
-from ..loras.adapters import active_adapters, is_on, lora_of, require_unfused, set_active, staying_active, tuner_layers
+from ..loras.adapters import active_adapters, is_on, require_unfused, set_active, staying_active, tuner_layers
 from ..loras.fusing import require_all_counted, require_fusable
 from ..loras.pairs import Layers, Lora, peft_config, state_dict_of
 from ..loras.unchanged import unchanged_on_error
@@ -22,7 +22,7 @@ STUDENT_ADAPTER = "student"  # the student's adapter name, for `pipe.set_adapter
 
 
 class StudentAdapter(DiffusionPipeline):
-    """What `TDMPipeline` does with adapters: the half of it that knows peft."""
+    """The half of `TDMPipeline` that handles adapters and knows peft."""
 
     family: Family
     turns: Turns
@@ -31,7 +31,7 @@ class StudentAdapter(DiffusionPipeline):
     _teaching = False
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Load a LoRA beside the student: the stock method, except that all adapters that were on stay on.
+        """Load a LoRA next to the student: the stock method, except that all adapters that were on stay on.
 
         Stock pipelines leave only the newest on, which would switch the student off. Strengths are set as ever, with
         ``pipe.set_adapters(["student", "style"], [1.0, 0.7])``, in any order.
@@ -91,7 +91,7 @@ class StudentAdapter(DiffusionPipeline):
             unfuse(list(self._adaptable()) if components is None else list(components), **kwargs)
 
     def set_adapters(self, *args: Any, **kwargs: Any) -> None:
-        """The stock method: which adapters are on, and how strong.
+        """Choose which adapters are on, and at what strength, as the stock method does.
 
         Raises:
             TDMError: adapters are fused into the weights, where they keep the strength that they have.
@@ -101,7 +101,7 @@ class StudentAdapter(DiffusionPipeline):
         setter.set_adapters(*args, **kwargs)
 
     def delete_adapters(self, *args: Any, **kwargs: Any) -> None:
-        """The stock method.
+        """Delete adapters as the stock method does.
 
         Raises:
             TDMError: adapters are fused into the weights, which would keep them for good.
@@ -131,8 +131,8 @@ class StudentAdapter(DiffusionPipeline):
             network.load_lora_adapter(state, prefix=component, metadata=settings, **options)
         else:
             # By its own names for the halves: diffusers knows those of peft in the attention of CLIP alone.
-            for half, own in (("lora_A", "lora_linear_layer.down"), ("lora_B", "lora_linear_layer.up")):
-                state = {key.replace(f".{half}.", f".{own}."): tensor for key, tensor in state.items()}
+            for half, legacy in (("lora_A", "lora_linear_layer.down"), ("lora_B", "lora_linear_layer.up")):
+                state = {key.replace(f".{half}.", f".{legacy}."): tensor for key, tensor in state.items()}
             load: Any = self.load_lora_into_text_encoder
             load(state, None, network, prefix=component, metadata=settings, **options)
 
@@ -160,25 +160,8 @@ class StudentAdapter(DiffusionPipeline):
         encoders = {name: getattr(self, name, None) for name in names if name.startswith("text_encoder")}
         return {self.family.denoiser: self.denoiser} | {k: v for k, v in encoders.items() if v is not None}
 
-    def _only_student(self) -> Layers:
-        """The student's LoRA, if the pipeline holds no adapter beside it."""
-        self.require_unfused()
-        attached = {name for module in self._modules() for name in getattr(module, "peft_config", {})}
-        if other := attached - {STUDENT_ADAPTER}:
-            raise TDMError(f"adapters {sorted(other)} cannot be saved with a student; delete_adapters first")
-        found = {name: lora_of(network, STUDENT_ADAPTER) for name, network in self._adaptable().items()}
-        student = {name: layers for name, layers in found.items() if layers}
-        if not student:
-            raise TDMError("the student is no longer loaded as an adapter; call load_student before saving")
-        return student
-
-    @property
-    def _whole(self) -> bool:
-        """Whether the student is in the weights and nothing is attached to them."""
-        return STUDENT_ADAPTER in self.fused_loras and not any(tuner_layers(module) for module in self._modules())
-
     def require_unfused(self) -> None:
-        """Raise TDMError if an adapter is part of the weights, be it that it was unloaded after that."""
+        """Raise TDMError if an adapter is part of the weights, even if it was unloaded after that."""
         require_unfused(self._modules())
         if self.fused_loras:
             names = ", ".join(sorted(self.fused_loras))

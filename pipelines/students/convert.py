@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import TDMError
-from ..bases import Source, base_folder, skeletons
+from ..bases import Source, base_folder, networks_without_weights
 from ..scheduler import TDMScheduler
 from .file import Student
 from .locate import student_file
@@ -41,7 +41,7 @@ def convert_lora(
     base = base or student.fields.get("base_model")
     if not base:
         raise TDMError(f"{student.name} does not name its base; pass it")
-    family, networks = skeletons(base)
+    family, networks = networks_without_weights(base)
     config = TDMScheduler.load_config(base_folder(base), subfolder="scheduler")
     complete, _ = recipe_on_base(base, family, config, student.fields)
     return Student(complete, student.place(family, networks))

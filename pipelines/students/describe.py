@@ -65,7 +65,7 @@ def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
 
     Args:
         path: the file.
-        base: what to match its layers to; None: the base that its recipe names, if that is at hand, or else the
+        base: what to match its layers to; None: the base that its recipe names, if that is on this machine, or else the
             released network of the family that its names point to.
 
     Raises:
@@ -169,14 +169,14 @@ def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
 def _match_rows(
     file: LoraFile, named: NamedLoras | None, preset: Preset | None, fields: Mapping[str, Any], base: str | None
 ) -> dict[str, str]:
-    """What the layers belong to: a base that is at hand, or else the family whose released network knows most."""
-    from ..bases import skeletons
+    """The base that the layers fit, if it is on this machine, or else the family whose released network knows most."""
+    from ..bases import networks_without_weights
     from ..loras.places import place
     from ..loras.released import family_by_names, known_layers
 
-    at_hand = base or str(fields.get("base_model", ""))
+    source = base or str(fields.get("base_model", ""))
     try:
-        family, networks = skeletons(at_hand, **({} if base else {"local_files_only": True}))
+        family, networks = networks_without_weights(source, **({} if base else {"local_files_only": True}))
     except TDMError:
         if base:
             raise
@@ -187,7 +187,7 @@ def _match_rows(
             return {"family": family.name, "matched": str(error)}
         return {
             "family": family.name,
-            "matched": f"all of its LoRA layers, {sum(map(len, placed.values()))} modules of {at_hand}",
+            "matched": f"all of its LoRA layers, {sum(map(len, placed.values()))} modules of {source}",
         }
     if named is None:
         return {}

@@ -84,8 +84,10 @@ def student_file(source: Source, hub: Mapping[str, Any]) -> Path:
     if (preset := preset_of_id(source)) is not None:
         if preset.file is None:
             return _released_lora(_snapshot(preset.repository, hub), preset)
-        if (file := download(preset.repository, preset.file, hub)) is None:  # alone: whole models may lie beside it
-            raise TDMError(f"{preset.repository}/{preset.file} is not in the local cache and not to be had{offline()}")
+        if (file := download(preset.repository, preset.file, hub)) is None:  # alone: whole models may be next to it
+            raise TDMError(
+                f"{preset.repository}/{preset.file} is not in the local cache and cannot be downloaded{offline()}"
+            )
         return file
     if path.suffix in _LORA_SUFFIXES:
         return _hub_file(source, hub)
@@ -116,12 +118,12 @@ def _released_lora(folder: Path, preset: Preset) -> Path:
     for name in filter(None, (STUDENT_FILE, preset.file)):
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.rglob("*") if path.suffix in _LORA_SUFFIXES and path.is_file())
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
-        what = f"several files that may be the LoRA, pass one of them: {names}" if found else "no LoRA file"
+    candidates = sorted(path for path in folder.rglob("*") if path.suffix in _LORA_SUFFIXES and path.is_file())
+    if len(candidates) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in candidates)
+        what = f"several files that may be the LoRA, pass one of them: {names}" if candidates else "no LoRA file"
         raise TDMError(f"{folder}: {preset.repository} has {what}")
-    return found[0]
+    return candidates[0]
 
 
 def _snapshot(repository: str, hub: Mapping[str, Any]) -> Path:
@@ -130,7 +132,7 @@ def _snapshot(repository: str, hub: Mapping[str, Any]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=[f"*{end}" for end in _LORA_SUFFIXES], **hub))
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
         raise TDMError(
-            f"{repository} is not in the local cache and not to be had ({first_line(error)}{offline()})"
+            f"{repository} is not in the local cache and cannot be downloaded ({first_line(error)}{offline()})"
         ) from None
     except OSError as error:
         raise TDMError(f"cannot reach the hub repository {repository} ({first_line(error)}{offline()})") from None

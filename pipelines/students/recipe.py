@@ -176,15 +176,15 @@ def fields_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
-def completed(known: Mapping[str, Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+def completed(known: Mapping[str, Any], overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     """Fields of a recipe, with those that a caller gives in their place. Other trained timesteps than the file's are
     run with their own step counts, so what the file prefers goes with its timesteps.
     """
-    given = given or {}
+    overrides = overrides or {}
     stays = dict(known)
-    if "trained_timesteps" in given:
+    if "trained_timesteps" in overrides:
         stays.pop("preferred_steps", None)
-    return {**stays, **given}
+    return {**stays, **overrides}
 
 
 def _timestep_table(table: Any) -> dict[int, list[float]]:

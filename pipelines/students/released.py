@@ -34,7 +34,7 @@ class Preset:
         sampler: what they call the sampler, for humans.
         source: where that is stated.
         file: the name of its LoRA, if known.
-        scale: the strength it must run at, beside the file's own alpha / rank.
+        scale: the strength it must run at, on top of the file's own alpha / rank.
         positional: the layers of an EMA list without names.
         alone: whether its repository holds no other student.
     """
@@ -280,12 +280,12 @@ def preset_of(source: str | os.PathLike[str]) -> Preset | None:
 
 def _preset_in(repository: str, file: str | None = None) -> Preset | None:
     """The preset of a repository's only student, whatever its file is called, or of one file among several."""
-    found = [preset for preset in _PRESETS if preset.repository == repository]
-    if found and not found[0].alone:
+    matches = [preset for preset in _PRESETS if preset.repository == repository]
+    if matches and not matches[0].alone:
         if file is None:
-            raise TDMError(f"{repository} holds several students; pass one: {', '.join(p.name for p in found)}")
-        found = [preset for preset in found if preset.file == file]
-    return found[0] if found else None
+            raise TDMError(f"{repository} holds several students; pass one: {', '.join(p.name for p in matches)}")
+        matches = [preset for preset in matches if preset.file == file]
+    return matches[0] if matches else None
 
 
 def known_of(file: LoraFile) -> tuple[dict[str, Any], Preset | None]:
@@ -294,6 +294,6 @@ def known_of(file: LoraFile) -> tuple[dict[str, Any], Preset | None]:
     Raises:
         TDMError: its header's recipe cannot be read (see `fields_of`).
     """
-    own = fields_of(file.metadata)
-    preset = None if own else preset_of(file.path)
-    return preset.fields if preset else own, preset
+    fields = fields_of(file.metadata)
+    preset = None if fields else preset_of(file.path)
+    return preset.fields if preset else fields, preset

@@ -82,8 +82,10 @@ class Sampler:
                 scheduler.set_timesteps(k)
             except ValueError as error:
                 raise TDMError(f"sampler: {self.scheduler} cannot run the timesteps {list(grid)}: {error}") from None
-            if (found := scheduler.timesteps.tolist()) != list(grid):
-                raise TDMError(f"sampler: {self.scheduler} runs {k} steps at {found}, not at the trained {list(grid)}")
+            if (timesteps := scheduler.timesteps.tolist()) != list(grid):
+                raise TDMError(
+                    f"sampler: {self.scheduler} runs {k} steps at {timesteps}, not at the trained {list(grid)}"
+                )
         return scheduler
 
     def __str__(self) -> str:

@@ -15,6 +15,6 @@ def violations(page: Page) -> list[str]:
     if not page.evaluate("Boolean(window.axe)"):
         page.add_script_tag(path=SCRIPT)
     page.wait_for_timeout(600)  # what fades in has its colours
-    found = page.evaluate("axe.run()")["violations"]
-    grave = [violation for violation in found if violation["impact"] in ("serious", "critical")]
+    every_violation = page.evaluate("axe.run()")["violations"]
+    grave = [violation for violation in every_violation if violation["impact"] in ("serious", "critical")]
     return [f"{v['id']}: {node['html'][:200]}" for v in grave for node in v["nodes"]]

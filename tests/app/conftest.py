@@ -88,8 +88,8 @@ def app(tmp_path_factory: pytest.TempPathFactory, students: Path) -> Iterator[Ap
 
 @pytest.fixture(scope="module")  # while it is open nothing else can have an event loop in this thread
 def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
+    with chromium() as instance:
+        yield instance
 
 
 @dataclass
@@ -103,16 +103,16 @@ class Watched:
 @pytest.fixture
 def open_page(app: App, browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens pages. At the end no console may have an error, and no request may have left this machine."""
-    seen, contexts = Watched(), []
+    watched, contexts = Watched(), []
 
     def open_one(query: str = "", **context: object) -> Page:
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context}))
         page = contexts[-1].new_page()
         page.set_default_timeout(120_000)
-        page.on("console", lambda m: seen.errors.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: seen.errors.append(str(error)))
+        page.on("console", lambda m: watched.errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: watched.errors.append(str(error)))
         inside = (app.url, "data:", "blob:")
-        page.on("request", lambda r: None if r.url.startswith(inside) else seen.outside.append(r.url))
+        page.on("request", lambda r: None if r.url.startswith(inside) else watched.outside.append(r.url))
         page.goto(app.url + query)
         page.wait_for_selector("#stage .status:not(:empty)")
         return page
@@ -120,5 +120,5 @@ def open_page(app: App, browser: Browser) -> Iterator[Callable[..., Page]]:
     yield open_one
     for context in contexts:
         context.close()
-    assert seen.errors == []
-    assert seen.outside == []
+    assert watched.errors == []
+    assert watched.outside == []

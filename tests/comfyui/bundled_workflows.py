@@ -35,7 +35,7 @@ def _bundled() -> Workflow:
 def _more_variety() -> Workflow:
     steps = steps_nodes()
     of_base = {"base sigmas": node("TDMSigmas", **{**steps["sigmas"]["inputs"], "model": ["base", 0]})}
-    parts = {"parts": node("SplitSigmas", sigmas=["sigmas", 1], step=1)}
+    split = {"parts": node("SplitSigmas", sigmas=["sigmas", 1], step=1)}
     first = {
         "base guider": node("BasicGuider", model=["base sigmas", 0], conditioning=["prompt", 0]),
         "first": node(
@@ -62,7 +62,7 @@ def _more_variety() -> Workflow:
                     "latent": empty_latent("EmptySD3LatentImage", 64, batch_size=4),
                 }
             },
-            {"Noise, and the steps in two parts": {**steps, **of_base, **parts}},
+            {"Noise, and the steps in two parts": {**steps, **of_base, **split}},
             {"The base: 1 network call": first, "The student: 3 network calls": others},
             {"Picture": {"larger": _larger(["pixels", 0]), **saved_box(["larger", 0], "more-variety")["Picture"]}},
         ],
@@ -72,7 +72,7 @@ def _more_variety() -> Workflow:
 def _image_to_image() -> Workflow:
     other = prompt_node("two yellow stars above a green moon at night", ["base", 1])
     encoded = node("VAEEncode", pixels=["first pixels", 0], vae=["base", 2])
-    seen = {
+    decoded = {
         "first larger": _larger(["first pixels", 0]),
         "first picture": node("PreviewImage", images=["first larger", 0]),
     }
@@ -100,7 +100,7 @@ def _image_to_image() -> Workflow:
                 "3 network calls": sampling_nodes(["base", 2]),
             },
             {
-                "The picture": seen,
+                "The picture": decoded,
                 "Redrawn": {
                     "larger": _larger(["pixels", 0]),
                     "picture": node("SaveImage", images=["larger", 0], filename_prefix="TDM/image-to-image"),
@@ -112,7 +112,7 @@ def _image_to_image() -> Workflow:
 
 def _compare() -> Workflow:
     _, sigmas, sampler = steps_nodes().items()
-    parts = {part: [name, 0] for part, name in (("teacher", "base"), ("student", "sigmas"), ("positive", "prompt"))}
+    inputs = {part: [name, 0] for part, name in (("teacher", "base"), ("student", "sigmas"), ("positive", "prompt"))}
     return Workflow(
         "Teacher and student",
         "The base with 50 guided steps on the left, its student with 4 steps on the right, from the same noise, with "
@@ -131,7 +131,7 @@ def _compare() -> Workflow:
                 "Both": {
                     "both": node(
                         "TDMCompare",
-                        **parts,
+                        **inputs,
                         negative=["negative", 0],
                         vae=["base", 2],
                         latent_image=["latent", 0],

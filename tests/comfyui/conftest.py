@@ -71,15 +71,15 @@ class Checkpoint:
 
 @pytest.fixture(scope="session")
 def checkpoint(server: Server) -> Checkpoint:
-    made = Checkpoint(server, tiny_sd15.build())
+    checkpoint = Checkpoint(server, tiny_sd15.build())
     for folder in ("checkpoints", "loras"):
         (server.models / folder).mkdir(exist_ok=True)
-    save_file(tiny_sd15.checkpoint(made.unet), server.models / "checkpoints" / made.file)
-    names = {f"{name}.weight": pair for name, pair in tiny_sd15.lora(made.unet, seed=2).items()}
+    save_file(tiny_sd15.checkpoint(checkpoint.unet), server.models / "checkpoints" / checkpoint.file)
+    names = {f"{name}.weight": pair for name, pair in tiny_sd15.lora(checkpoint.unet, seed=2).items()}
     style = {f"diffusion_model.{tiny_sd15.original_name(name)}": pair for name, pair in names.items()}
     layers = {name.removesuffix(".weight"): pair for name, pair in style.items()}
-    save_file(state_dict_of(layers), server.models / "loras" / made.style)
-    return made
+    save_file(state_dict_of(layers), server.models / "loras" / checkpoint.style)
+    return checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -151,8 +151,8 @@ class FrontEnd:
 
     def prompt(self) -> Graph:
         """What Run would send to the server."""
-        found = json.loads(self.page.evaluate("app.graphToPrompt().then(prompt => JSON.stringify(prompt.output))"))
-        return {number: {key: each[key] for key in ("class_type", "inputs")} for number, each in found.items()}
+        prompt = json.loads(self.page.evaluate("app.graphToPrompt().then(prompt => JSON.stringify(prompt.output))"))
+        return {number: {key: each[key] for key in ("class_type", "inputs")} for number, each in prompt.items()}
 
     def picture(self, path: Path, scale: float = 0.75) -> None:
         """A JPEG of the whole graph, and nothing of the window around it."""

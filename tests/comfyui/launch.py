@@ -5,7 +5,7 @@ import runpy
 import sys
 import threading
 
-import torchvision_ops  # noqa: F401 (beside this file)
+import torchvision_ops  # noqa: F401 (next to this file)
 
 
 def end_with_the_tests() -> None:

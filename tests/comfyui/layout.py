@@ -1,4 +1,4 @@
-"""Where the nodes of an example workflow stand on the canvas: in boxes, below and beside each other."""
+"""Where the nodes of an example workflow stand on the canvas: in boxes, below and next to each other."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def laid_out(workflow: Workflow, saved: dict[str, Any]) -> dict[str, Any]:
     """What the front end has made of a workflow's prompt, in order, with the workflow's note at its upper left."""
     nodes = {str(node["id"]): node for node in saved["nodes"]}
     for node in nodes.values():
-        own = [model for model in workflow.models if model["name"] in node.get("widgets_values", [])]
-        if own:
-            node.setdefault("properties", {})["models"] = own
+        used = [model for model in workflow.models if model["name"] in node.get("widgets_values", [])]
+        if used:
+            node.setdefault("properties", {})["models"] = used
     number = iter(workflow.graph)
     note = _note(workflow.note, len(nodes) + 1)
     groups: list[dict[str, Any]] = []

@@ -9,7 +9,7 @@ import os
 import sys
 
 import torch
-import torchvision_ops  # noqa: F401 (beside this file)
+import torchvision_ops  # noqa: F401 (next to this file)
 
 sys.path.insert(0, os.getcwd())
 import comfy.cli_args
@@ -153,7 +153,7 @@ CONFIGS = {
 }
 FRONT, BACK = "diffusion_model.", ".weight"
 
-found = {}
+network_layers = {}
 for family, (config_class, unet_config) in CONFIGS.items():
     named = {k: v for k, v in config_class.unet_config.items() if k == "image_model"}
     config = config_class({**unet_config, **named})
@@ -161,8 +161,8 @@ for family, (config_class, unet_config) in CONFIGS.items():
     model = config.get_model({}, "", device="meta")
     weights = {k: v.shape for k, v in model.state_dict().items() if k.startswith(FRONT) and k.endswith(BACK)}
     keys = comfy.lora.model_lora_keys_unet(model, {})
-    found[family] = {
+    network_layers[family] = {
         "shapes": {k[len(FRONT) : -len(BACK)]: list(shape) for k, shape in weights.items() if len(shape) > 1},
         "keys": {k: [v, None, False] if isinstance(v, str) else [v[0], v[1], len(v) > 2] for k, v in keys.items()},
     }
-print(json.dumps(found))
+print(json.dumps(network_layers))

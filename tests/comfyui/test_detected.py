@@ -1,4 +1,4 @@
-"""The mends on models that ComfyUI has detected from a file itself, against diffusers with the same weights."""
+"""The fixes on models that ComfyUI has detected from a file itself, against diffusers with the same weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .graphs import node, sampling
 from .server import Graph, Server
-from .test_mends import COGVIDEOX_2B, COGVIDEOX_SCALE
+from .test_fixes import COGVIDEOX_2B, COGVIDEOX_SCALE
 from .test_sampling import error, noise
 
 # diffusers' names and ComfyUI's
@@ -61,8 +61,8 @@ def test_cogvideox_2b(server: Server) -> None:
             name = name.replace(ours, theirs)
         weights[name] = tensor.contiguous()
     graph = detected(server, "small_cogvideox", weights, 32)
-    graph["mended"] = node("TDMCogVideoXSampling", model=["loader", 0], snr_shift_scale=3.0)
-    graph |= sampling(["mended", 0], ["prompt", 0], student=COGVIDEOX_2B, order=["sigmas", 2])
+    graph["fixed"] = node("TDMCogVideoXSampling", model=["loader", 0], snr_shift_scale=3.0)
+    graph |= sampling(["fixed", 0], ["prompt", 0], student=COGVIDEOX_2B, order=["sigmas", 2])
     graph["latent"] = node("EmptyHunyuanLatentVideo", width=720, height=480, length=5, batch_size=1)
     (found,) = server.latents(graph, ["samples", 0])
 
@@ -84,8 +84,8 @@ def test_pixart_alpha_512(server: Server) -> None:
             num_layers=1, sample_size=64, caption_channels=4096, use_additional_conditions=False
         ).eval()
     graph = detected(server, "small_pixart", network.state_dict(), 4096)
-    graph["mended"] = node("TDMPixArtAlphaLatents", model=["loader", 0])
-    graph |= sampling(["mended", 0], ["prompt", 0], timesteps=[999, 749, 499, 249], order=2)
+    graph["fixed"] = node("TDMPixArtAlphaLatents", model=["loader", 0])
+    graph |= sampling(["fixed", 0], ["prompt", 0], timesteps=[999, 749, 499, 249], order=2)
     graph["latent"] = node("EmptyLatentImage", width=512, height=512, batch_size=1)
     (found,) = server.latents(graph, ["samples", 0])
 

@@ -68,7 +68,7 @@ def original_name(name: str) -> str:
     block = next(block for block in _BLOCKS if name.startswith(f"{block}."))
     layer = name.removeprefix(f"{block}.")
     if ".resnets." in block:
-        layer = re.sub(r"^\w+", lambda found: _IN_A_RESNET[found[0]], layer)
+        layer = re.sub(r"^\w+", lambda match: _IN_A_RESNET[match[0]], layer)
     return f"{_BLOCKS[block]}.{layer}"
 
 

@@ -1,4 +1,4 @@
-"""Lets torchvision import beside a CPU torch.
+"""Lets torchvision import with a CPU torch.
 
 It registers its operators from a library built for CUDA, which does not load, and then fails because two of them have
 no schema. ComfyUI imports it without condition and samples without it: schemas are enough.

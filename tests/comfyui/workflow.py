@@ -93,10 +93,10 @@ def empty_latent(kind: str, side: int, batch_size: int = 1) -> dict[str, Any]:
 
 def steps_nodes(name: str = "", seed: int = 7, denoise: float = 1.0, student: str = "timesteps below") -> Graph:
     """Noise, and timesteps and order of the recipe of node "student"; their names begin with `name`."""
-    own = {"student": student, "timesteps": _grid(student), "recipe": ["student", 2]}
+    settings = {"student": student, "timesteps": _grid(student), "recipe": ["student", 2]}
     return {
         f"{name}noise": node("RandomNoise", noise_seed=seed),
-        f"{name}sigmas": node("TDMSigmas", model=["student", 0], steps=0, denoise=denoise, **own),
+        f"{name}sigmas": node("TDMSigmas", model=["student", 0], steps=0, denoise=denoise, **settings),
         f"{name}sampler": node("TDMSampler", order=[f"{name}sigmas", 2]),
     }
 

@@ -33,25 +33,25 @@ def updates(pipe: DiffusionPipeline, component: str, names: dict[str, tuple[str,
     """Random LoRAs for these names of a network."""
     generator = torch.Generator().manual_seed(seed)
     shapes = layer_shapes(getattr(pipe, component))
-    made = []
+    loras = []
     for name, layers in names.items():
         first, rows = shapes[layers[0]], sum(shapes[layer].outputs for layer in layers)
         A = torch.randn(RANK, first.inputs, *first.kernel, generator=generator) * 0.1
         B = torch.randn(rows, RANK, *[1] * len(first.kernel), generator=generator) * 0.1
-        made.append(Update(component, name, layers, A, B))
-    return made
+        loras.append(Update(component, name, layers, A, B))
+    return loras
 
 
-def own_names(network: nn.Module, _family: str) -> dict[str, tuple[str, ...]]:
+def diffusers_names(network: nn.Module, _family: str) -> dict[str, tuple[str, ...]]:
     return {name: (name,) for name in layer_shapes(network)}
 
 
 def native_names(network: nn.Module, family: str) -> dict[str, tuple[str, ...]]:
     """One native name per layer, where it has one; the one of the first original code, where there are two."""
-    own, left = layer_shapes(network).keys(), set(layer_shapes(network))
+    known, left = layer_shapes(network).keys(), set(layer_shapes(network))
     natives = {}
     for name, layers in names_of(network, family).items():
-        if "." in name and ".processor." not in name and name not in own and left.issuperset(layers):
+        if "." in name and ".processor." not in name and name not in known and left.issuperset(layers):
             natives[name] = layers
             left -= set(layers)
     return natives
@@ -93,33 +93,38 @@ def legacy(update: Update) -> str:
 
 
 LAYOUTS = {
-    "diffusers": Layout(own_names, lambda u: f"{dotted(u)}.lora_{{}}.weight", ("A", "B"), text_encoders=True),
-    "diffusers lora.down": Layout(own_names, lambda u: f"{dotted(u)}.lora.{{}}.weight", ("down", "up")),
+    "diffusers": Layout(diffusers_names, lambda u: f"{dotted(u)}.lora_{{}}.weight", ("A", "B"), text_encoders=True),
+    "diffusers lora.down": Layout(diffusers_names, lambda u: f"{dotted(u)}.lora.{{}}.weight", ("down", "up")),
     "legacy processors": Layout(attention_names, legacy, ("down", "up")),
-    "no prefix": Layout(own_names, lambda u: f"{u.name}.lora_{{}}.weight", ("A", "B")),
-    "raw peft": Layout(own_names, lambda u: f"base_model.model.{u.name}.lora_{{}}.weight", ("A", "B")),
-    "adapter name": Layout(own_names, lambda u: f"base_model.model.{u.name}.lora_{{}}.default.weight", ("A", "B")),
+    "no prefix": Layout(diffusers_names, lambda u: f"{u.name}.lora_{{}}.weight", ("A", "B")),
+    "raw peft": Layout(diffusers_names, lambda u: f"base_model.model.{u.name}.lora_{{}}.weight", ("A", "B")),
+    "adapter name": Layout(
+        diffusers_names, lambda u: f"base_model.model.{u.name}.lora_{{}}.default.weight", ("A", "B")
+    ),
     "kohya": Layout(
-        own_names, lambda u: f"{kohya(u)}.lora_{{}}.weight", ("down", "up"), lambda u: f"{kohya(u)}.alpha", True
+        diffusers_names, lambda u: f"{kohya(u)}.lora_{{}}.weight", ("down", "up"), lambda u: f"{kohya(u)}.alpha", True
     ),
     "kohya native": Layout(
         native_names, lambda u: f"{kohya(u)}.lora_{{}}.weight", ("down", "up"), lambda u: f"{kohya(u)}.alpha"
     ),
     "native": Layout(native_names, lambda u: f"diffusion_model.{u.name}.lora_{{}}.weight", ("A", "B")),
     "adapter name with a dash": Layout(
-        own_names, lambda u: f"{dotted(u)}.lora_{{}}.my-lora.v1.0.weight", ("A", "B"), text_encoders=True
+        diffusers_names, lambda u: f"{dotted(u)}.lora_{{}}.my-lora.v1.0.weight", ("A", "B"), text_encoders=True
     ),
     "peft in a component": Layout(
-        own_names, lambda u: f"{u.component}.base_model.model.{u.name}.lora_{{}}.weight", ("A", "B"), text_encoders=True
+        diffusers_names,
+        lambda u: f"{u.component}.base_model.model.{u.name}.lora_{{}}.weight",
+        ("A", "B"),
+        text_encoders=True,
     ),
     "lycoris": Layout(
-        own_names,
+        diffusers_names,
         lambda u: f"lycoris_{u.name.replace('.', '_')}.lora_{{}}.weight",
         ("down", "up"),
         lambda u: f"lycoris_{u.name.replace('.', '_')}.alpha",
     ),
     "kohya half in dots": Layout(
-        own_names, lambda u: f"lora_unet_{u.name.replace('.', '_', 1)}.lora_{{}}.weight", ("down", "up")
+        diffusers_names, lambda u: f"lora_unet_{u.name.replace('.', '_', 1)}.lora_{{}}.weight", ("down", "up")
     ),
     "kohya native with two underscores": Layout(
         native_names, lambda u: f"lora_unet__{u.name.replace('.', '_')}.lora_{{}}.weight", ("down", "up")
@@ -155,9 +160,9 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
     return path
 
 
-def tensors_of(layout: Layout, made: list[Update]) -> dict[str, Tensor]:
+def tensors_of(layout: Layout, loras: list[Update]) -> dict[str, Tensor]:
     tensors = {}
-    for update in made:
+    for update in loras:
         key = layout.key(update)
         tensors[key.format(layout.halves[0])] = update.A
         tensors[key.format(layout.halves[1])] = update.B
@@ -166,9 +171,9 @@ def tensors_of(layout: Layout, made: list[Update]) -> dict[str, Tensor]:
     return tensors
 
 
-def merge(pipe: Any, made: list[Update], scale: float) -> None:
+def merge(pipe: Any, loras: list[Update], scale: float) -> None:
     """Add the updates to the weights of a pipeline without adapters, in float64."""
-    for update in made:
+    for update in loras:
         network, row = getattr(pipe, update.component), 0
         for layer in update.layers:
             weight = network.get_submodule(layer).weight

@@ -11,15 +11,15 @@ from torch import nn
 
 def native_parts(network: nn.Module, family: str) -> Names:
     """Native layer -> the diffusers layers that are its rows; a layer without a native name keeps its own."""
-    own = layer_shapes(network)
+    shapes = layer_shapes(network)
     names = names_of(network, family)
-    alike = own.keys() | {name.replace(".", "_") for name in names if "." in name}
-    left, parts = set(own), {}
+    alike = shapes.keys() | {name.replace(".", "_") for name in names if "." in name}
+    left, stacks = set(shapes), {}
     for name, layers in reversed(names.items()):  # ComfyUI's names of CogVideoX come after the original ones
         if name not in alike and ".processor." not in name and left.issuperset(layers):  # those are of LoRAs alone
-            parts[name] = layers
+            stacks[name] = layers
             left -= set(layers)
-    return parts | {name: (name,) for name in own if name in left}
+    return stacks | {name: (name,) for name in shapes if name in left}
 
 
 def native_network(shapes: Mapping[str, LayerShape]) -> nn.Module:
@@ -40,9 +40,9 @@ def native_network(shapes: Mapping[str, LayerShape]) -> nn.Module:
 
 def native_of(network: nn.Module, family: str) -> tuple[nn.Module, Names]:
     """(the original network of one of diffusers, its layers as rows of diffusers layers)."""
-    own, parts = layer_shapes(network), native_parts(network, family)
+    diffusers_shapes, stacks = layer_shapes(network), native_parts(network, family)
     shapes = {
-        native: own[layers[0]]._replace(outputs=sum(own[layer].outputs for layer in layers))
-        for native, layers in parts.items()
+        native: diffusers_shapes[layers[0]]._replace(outputs=sum(diffusers_shapes[layer].outputs for layer in layers))
+        for native, layers in stacks.items()
     }
-    return native_network(shapes), parts
+    return native_network(shapes), stacks

@@ -79,8 +79,8 @@ def short_call(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
     """A call without what the student is to know: steps, guidance, size and length."""
     known = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames"}
     known |= {"use_resolution_binning", "clean_caption"}
-    given = {name: value for name, value in tiny.call_kwargs(family).items() if name not in known}
-    out = pipe(**{**given, **kwargs})[0]
+    arguments = {name: value for name, value in tiny.call_kwargs(family).items() if name not in known}
+    out = pipe(**{**arguments, **kwargs})[0]
     return out if isinstance(out, Tensor) else torch.stack(list(out))
 
 
@@ -89,8 +89,8 @@ def predictor(pipe: Any, family: str) -> tuple[Predict, Condition]:
     call, rows = tiny.call_kwargs(family), pipe.family
     size = Size(call["height"], call["width"], call.get("num_frames"))
     network, config = getattr(pipe, rows.denoiser), pipe.scheduler.config
-    told = {"height", "width", "num_frames", "prompt", "guidance_scale", "true_cfg_scale", "num_inference_steps"}
-    options = {name: value for name, value in call.items() if name not in told}
+    named = {"height", "width", "num_frames", "prompt", "guidance_scale", "true_cfg_scale", "num_inference_steps"}
+    options = {name: value for name, value in call.items() if name not in named}
 
     def predict(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         output = rows.denoise(network, x, timesteps.float(), cond)
@@ -104,8 +104,8 @@ def state(pipe: TDMPipeline) -> tuple[Any, ...]:
     return pipe.recipe, pipe.scheduler, type(pipe.scheduler), pipe.get_list_adapters(), pipe.get_active_adapters()
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).double().norm() / expected.double().norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).double().norm() / expected.double().norm())
 
 
 def without_student(pipe: TDMPipeline) -> TDMPipeline:

@@ -73,7 +73,7 @@ def test_an_impossible_backend_is_refused_with_the_reason_and_nothing_changes(fa
     pipe = tiny.build(family)
     denoiser = pipe.unet if family in ("sd15", "sdxl") else pipe.transformer
     before, default = setting(denoiser), _AttentionBackendRegistry.get_active_backend()
-    with pytest.raises(TDMError, match=f"'{backend}' cannot be had: .+; here these can: .*native") as error:
+    with pytest.raises(TDMError, match=f"'{backend}' does not work here: .+; these do: .*native") as error:
         use_attention(denoiser, backend)
     assert "\n" not in str(error.value)
     assert setting(denoiser) == before

@@ -30,8 +30,8 @@ def product(lora: Lora) -> Tensor:
     return lora.B.double().flatten(1) @ lora.A.double().flatten(1)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
@@ -58,21 +58,21 @@ def test_a_smaller_rank_keeps_the_most_that_any_can() -> None:
     layers = {"a": random_lora(4, 0), "b": random_lora(2, 5)}
     others = {"a": random_lora(4, 1), "b": random_lora(3, 6)}
     both = [{"unet": layers}, {"unet": others}]
-    found = mean(both, [1, 3], rank=2)
+    average = mean(both, [1, 3], rank=2)
     missed = whole = 0.0
     for name in layers:
         right = (product(layers[name]) + 3 * product(others[name])) / 4
-        missed += float((right - product(found.layers["unet"][name])).square().sum())
+        missed += float((right - product(average.layers["unet"][name])).square().sum())
         whole += float(right.square().sum())
-    assert found.kept == pytest.approx((1 - missed / whole) ** 0.5, rel=1e-12)
+    assert average.kept == pytest.approx((1 - missed / whole) ** 0.5, rel=1e-12)
     assert {name: lora.rank for name, lora in mean(both, [1, 1]).layers["unet"].items()} == {"a": 4, "b": 3}
 
 
 def test_the_mean_of_one_lora_with_itself_is_that_lora() -> None:
     lora = {"unet": {"a": random_lora(3, 0)}}
-    found = mean([lora, lora], [2, 5])
-    assert relative(product(found.layers["unet"]["a"]), product(lora["unet"]["a"])) < 1e-13
-    assert found.kept == pytest.approx(1, abs=1e-12)
+    average = mean([lora, lora], [2, 5])
+    assert relative(product(average.layers["unet"]["a"]), product(lora["unet"]["a"])) < 1e-13
+    assert average.kept == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("family", ["sd15", "pixart"])
@@ -81,7 +81,7 @@ def test_a_pipeline_with_the_mean_equals_one_with_averaged_weights(family: str, 
     arguments = [*map(str, files), "--weights", "1", "3", "--rank", "4", "--out", str(tmp_path / "mean.safetensors")]
     assert main(["average", *arguments]) == 0
     pipe = load(tmp_path / "mean.safetensors")
-    made = latents(pipe, family)
+    drawn = latents(pipe, family)
 
     pipe.load_student(files[0])
     clean = without_student(pipe)
@@ -90,9 +90,9 @@ def test_a_pipeline_with_the_mean_equals_one_with_averaged_weights(family: str, 
     for file, share in zip(files, (0.25, 0.75), strict=True):
         (layers,) = read_student(file).layers.values()
         merge(network, {name: lora.scaled(share) for name, lora in layers.items()})
-    assert error(made, latents(clean, family)) < 1e-5
-    assert error(made, latents(load(files[0]), family)) > 1e-2
-    assert error(made, latents(load(files[1]), family)) > 1e-3
+    assert error(drawn, latents(clean, family)) < 1e-5
+    assert error(drawn, latents(load(files[0]), family)) > 1e-2
+    assert error(drawn, latents(load(files[1]), family)) > 1e-3
 
 
 def test_the_file_says_what_it_is_and_keeps_the_notes_that_all_have(
@@ -124,7 +124,7 @@ def test_what_cannot_be_averaged_is_one_line(make: Make, tmp_path: Path, capsys:
     fewer = {component: dict(list(layers.items())[1:]) for component, layers in student.layers.items()}
     save_student(tmp_path / "fewer.safetensors", Student(student.recipe, fewer))
     (tmp_path / "run").mkdir()
-    for arguments, said in (
+    for arguments, message in (
         ([one], "two students or more"),
         ([one, other], "trained_timesteps is"),
         ([one, pixart], "base_model is"),
@@ -135,7 +135,7 @@ def test_what_cannot_be_averaged_is_one_line(make: Make, tmp_path: Path, capsys:
         ([one, str(tmp_path / "run")], "not the folder of a run"),
         ([one, str(tmp_path / "none.safetensors")], "none.safetensors"),
     ):
-        assert said in refused(["average", *arguments, "--out", out], capsys)
+        assert message in refused(["average", *arguments, "--out", out], capsys)
     assert not Path(out).exists()
     before = Path(two).read_bytes()
     assert "--force" in refused(["average", one, two, "--out", two], capsys)

@@ -32,12 +32,12 @@ def adapters(pipe: TDMPipeline) -> list[Any]:
 
 def watch(pipe: TDMPipeline) -> list[tuple[bool, ...]]:
     """Whether (student, style) have a part in each network call, as it happens."""
-    seen: list[tuple[bool, ...]] = []
+    recorded: list[tuple[bool, ...]] = []
     network = pipe.denoiser
     network.register_forward_pre_hook(
-        lambda *_: seen.append((is_on(network, "student"), is_on(network, "style"))),
+        lambda *_: recorded.append((is_on(network, "student"), is_on(network, "style"))),
     )
-    return seen
+    return recorded
 
 
 def by_hand(pipe: TDMPipeline, family: str, **kwargs: Any) -> Tensor:
@@ -66,13 +66,13 @@ def by_hand(pipe: TDMPipeline, family: str, **kwargs: Any) -> Tensor:
 def test_the_picture_is_that_of_a_run_by_hand(family: str, loaded: Loaded) -> None:
     pipe = loaded(family)
     expected, student, before = by_hand(pipe, family), latents(pipe, family), adapters(pipe)
-    seen = watch(pipe)
+    recorded = watch(pipe)
     with pipe.base_first():
         first, second = latents(pipe, family), latents(pipe, family)
         *_, last = pipe.stream(**tiny.call_kwargs(family))
-    assert seen == [(False, False), *[(True, False)] * 3] * 3
-    for made in (first, second, torch.stack(list(last.output[0]))):
-        assert torch.equal(made, expected)
+    assert recorded == [(False, False), *[(True, False)] * 3] * 3
+    for drawn in (first, second, torch.stack(list(last.output[0]))):
+        assert torch.equal(drawn, expected)
     assert not torch.allclose(first, student, atol=1e-3)
     assert adapters(pipe) == before
     assert torch.equal(latents(pipe, family), student)
@@ -81,11 +81,11 @@ def test_the_picture_is_that_of_a_run_by_hand(family: str, loaded: Loaded) -> No
 @pytest.mark.parametrize("family", ["sd15", "wan"])
 def test_both_halves_of_guidance_are_the_bases(family: str, loaded: Loaded) -> None:
     pipe, guided = loaded(family), {"guidance_scale": 3.0}
-    expected, seen = by_hand(pipe, family, **guided), watch(pipe)
+    expected, recorded = by_hand(pipe, family, **guided), watch(pipe)
     with pipe.base_first():
         assert torch.equal(latents(pipe, family, **guided), expected)
-    a_step = len(seen) // 4
-    assert [student for student, _ in seen] == [False] * a_step + [True] * (3 * a_step)
+    a_step = len(recorded) // 4
+    assert [student for student, _ in recorded] == [False] * a_step + [True] * (3 * a_step)
 
 
 def test_a_lora_of_the_user_is_on_in_every_step(make: Make) -> None:
@@ -93,11 +93,11 @@ def test_a_lora_of_the_user_is_on_in_every_step(make: Make) -> None:
     style = {f"unet.{key}": value for key, value in lora_for(tiny.build("sd15").unet, seed=5).items()}
     pipe.load_lora_weights(style, adapter_name="style")
     pipe.set_adapters(["student", "style"], [0.7, 0.5])
-    expected, seen = None, watch(pipe)
+    expected, recorded = None, watch(pipe)
     before = adapters(pipe)
     with pipe.base_first():
-        made = latents(pipe, "sd15")
-    assert seen == [(False, True), *[(True, True)] * 3]
+        drawn = latents(pipe, "sd15")
+    assert recorded == [(False, True), *[(True, True)] * 3]
     assert adapters(pipe) == before
 
     def student_on(*_: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def test_a_lora_of_the_user_is_on_in_every_step(make: Make) -> None:
     pipe.set_adapters(["style"], [0.5])
     with pytest.warns(UserWarning, match="student is switched off"):
         expected = latents(pipe, "sd15", callback_on_step_end=student_on)
-    assert torch.equal(made, expected)
+    assert torch.equal(drawn, expected)
 
 
 def test_image_to_image_begins_with_the_base(loaded: Loaded) -> None:
@@ -115,13 +115,13 @@ def test_image_to_image_begins_with_the_base(loaded: Loaded) -> None:
     picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", "strength": 0.7}
     student = pipe.image_to_image(tiny.PROMPT, picture, **call)[0]
-    seen = watch(pipe)
+    recorded = watch(pipe)
     with pipe.base_first():
-        made = pipe.image_to_image(tiny.PROMPT, picture, **call | {"generator": torch.Generator().manual_seed(0)})[0]
-        assert [on for on, _ in seen] == [False, True, True]
+        drawn = pipe.image_to_image(tiny.PROMPT, picture, **call | {"generator": torch.Generator().manual_seed(0)})[0]
+        assert [on for on, _ in recorded] == [False, True, True]
         with pytest.raises(TDMError, match="2 steps or more"):
             pipe.image_to_image(tiny.PROMPT, picture, **call | {"strength": 0.3})
-    assert not torch.allclose(made, student, atol=1e-3)
+    assert not torch.allclose(drawn, student, atol=1e-3)
     assert is_on(pipe.unet, "student")
 
 
@@ -131,12 +131,12 @@ def test_the_teacher_is_the_teacher_and_the_setting_is_back_after_it(loaded: Loa
         expected = latents(pipe, "sd15")
     student = latents(pipe, "sd15")
     with pipe.base_first():
-        made = latents(pipe, "sd15")
+        drawn = latents(pipe, "sd15")
         with pipe.teacher():
             assert torch.equal(latents(pipe, "sd15"), expected)
         with pipe.base_first():
             pass
-        assert torch.equal(latents(pipe, "sd15"), made)
+        assert torch.equal(latents(pipe, "sd15"), drawn)
     assert torch.equal(latents(pipe, "sd15"), student)
 
 
@@ -168,13 +168,13 @@ def test_errors_and_cancelled_streams_leave_the_adapters_as_they_were(at: int, m
 
 
 def test_the_users_callback_gets_what_it_asks_for_and_may_change_it(loaded: Loaded) -> None:
-    pipe, seen = loaded("sd15"), []
+    pipe, recorded = loaded("sd15"), []
 
     class Look(PipelineCallback):
         tensor_inputs = ["prompt_embeds"]  # noqa: RUF012
 
         def callback_fn(self, _pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            seen.append((i, list(tensors)))
+            recorded.append((i, list(tensors)))
             return tensors
 
     def zero_at_the_end(_: Any, i: int, __: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ def test_the_users_callback_gets_what_it_asks_for_and_may_change_it(loaded: Load
     with pipe.base_first():
         latents(pipe, "sd15", callback_on_step_end=Look())
         assert not latents(pipe, "sd15", callback_on_step_end=zero_at_the_end).any()
-    assert seen == [(i, ["prompt_embeds"]) for i in range(4)]
+    assert recorded == [(i, ["prompt_embeds"]) for i in range(4)]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

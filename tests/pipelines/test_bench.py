@@ -38,31 +38,31 @@ def test_a_call_makes_k_network_calls_and_its_steps_wait_for_nothing(family: str
     assert stock.calls[denoiser] == (5 if family == "sd15" else 4)  # PNDM makes one more
     kind = {"sd15": "epsilon", "sdxl": "epsilon", "pixart": "epsilon", "cogvideox": "v_prediction"}
     operators = 4 * PER_STEP[kind.get(family, "flow_prediction")]
-    assert ours.parts["steps"] == Cost(operators=operators, allocations=operators, copies=0, reads=0)
+    assert ours.costs["steps"] == Cost(operators=operators, allocations=operators, copies=0, reads=0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_outside_the_networks_it_does_no_more_than_the_stock_pipeline(family: str, make: Make) -> None:
     ours, stock = counted(family, make)
     for what in ("operators", "allocations", "copies", "reads"):
-        rest, stock_rest = (getattr(counts.parts["rest"], what) for counts in (ours, stock))
+        rest, stock_rest = (getattr(counts.costs["rest"], what) for counts in (ours, stock))
         assert rest <= stock_rest, what
-    outside, stock_outside = (c.parts["steps"].operators + c.parts["rest"].operators for c in (ours, stock))
+    outside, stock_outside = (c.costs["steps"].operators + c.costs["rest"].operators for c in (ours, stock))
     assert outside <= stock_outside + (5 if family in FLOW_EULER else 0)
-    assert ours.parts["networks"].operators > 10 * outside
+    assert ours.costs["networks"].operators > 10 * outside
     # The predicted clean picture, which `pipe.stream` shows, stays alive one step longer than in most stock schedulers.
     assert ours.peak <= stock.peak + latents(load(make(family)), family).nbytes
 
 
 def test_the_counters_see_what_stock_schedulers_and_pipelines_do(make: Make) -> None:
-    assert counted("sdxl", make)[1].parts["steps"].reads > 0  # Euler compares timesteps and looks up sigmas
-    flow_euler = counted("flux", make)[1].parts
+    assert counted("sdxl", make)[1].costs["steps"].reads > 0  # Euler compares timesteps and looks up sigmas
+    flow_euler = counted("flux", make)[1].costs
     assert flow_euler["rest"].copies > 0  # fills in the ids of the latents
     assert flow_euler["steps"].operators - flow_euler["steps"].allocations == 2 * 4  # each looks up two sigmas: views
 
 
 def test_the_second_order_costs_three_operators_more_where_it_has_a_previous_step(make: Make) -> None:
-    first, second = (counted("sd3", make, name=f"{n}.safetensors", solver_order=n)[0].parts["steps"] for n in (1, 2))
+    first, second = (counted("sd3", make, name=f"{n}.safetensors", solver_order=n)[0].costs["steps"] for n in (1, 2))
     assert second == Cost(operators=first.operators + 3 * 3, allocations=first.allocations + 3 * 3)
 
 
@@ -72,8 +72,8 @@ def test_the_bare_networks_are_the_very_calls_of_the_pipeline(make: Make) -> Non
     _, runs = runs_of(pipe, call)
     outputs: list[torch.Tensor] = []
     with pipe.transformer.register_forward_hook(lambda _, __, out: outputs.append(out[0])):
-        again = bare(pipe, runs["TDMPipeline"])
-        again()
+        repeat = bare(pipe, runs["TDMPipeline"])
+        repeat()
     assert len(outputs) == 8
     assert all(torch.equal(a, b) for a, b in zip(outputs[:4], outputs[4:], strict=True))
     assert not torch.equal(outputs[0], outputs[1])

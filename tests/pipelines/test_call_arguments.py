@@ -25,16 +25,16 @@ def timesteps(pipe: TDMPipeline, family: str, *, streamed: bool = False, **call:
     """Where the network is called."""
     if streamed:
         known = ("num_inference_steps", "guidance_scale", "true_cfg_scale")
-        given = {k: v for k, v in tiny.call_kwargs(family).items() if k not in known}
-        return [step.timestep for step in pipe.stream(**{**given, **call}) if step.output is None]
-    seen: list[float] = []
+        arguments = {k: v for k, v in tiny.call_kwargs(family).items() if k not in known}
+        return [step.timestep for step in pipe.stream(**{**arguments, **call}) if step.output is None]
+    recorded: list[float] = []
 
     def note(_: Any, __: int, timestep: Any, ___: Any) -> dict[str, Any]:
-        seen.append(float(timestep))
+        recorded.append(float(timestep))
         return {}
 
     short_call(pipe, family, callback_on_step_end=note, **call)
-    return seen
+    return recorded
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -48,14 +48,14 @@ def test_sigmas_are_followed_wherever_a_call_takes_them(family: str, streamed: b
     flow = pipe.scheduler.schedule.kind == "flow"
     for sigmas in ([1.0, 0.8, 0.5], [1.0, 0.75, 0.5, 0.25]):  # the second is what pipelines pass for "4 steps"
         levels = sigmas if flow else [10 * sigma for sigma in sigmas]
-        found = timesteps(pipe, family, streamed=streamed, sigmas=levels)
-        assert len(found) == len(sigmas)
-        assert found == sorted(found, reverse=True)
+        grid = timesteps(pipe, family, streamed=streamed, sigmas=levels)
+        assert len(grid) == len(sigmas)
+        assert grid == sorted(grid, reverse=True)
         if flow:
             shift = 1000 * pipe.scheduler.sigmas[: len(sigmas)]
-            assert found == pytest.approx(shift.tolist(), abs=0.1)
-            assert found[0] == pytest.approx(1000)
-        assert found != pytest.approx([900, 700, 500, 300], abs=20)
+            assert grid == pytest.approx(shift.tolist(), abs=0.1)
+            assert grid[0] == pytest.approx(1000)
+        assert grid != pytest.approx([900, 700, 500, 300], abs=20)
     assert timesteps(pipe, family, streamed=streamed) == pytest.approx([900, 700, 500, 300])  # the next call
 
 
@@ -77,23 +77,23 @@ def guidance_warnings(pipe: TDMPipeline, family: str, **call: Any) -> list[str]:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_guidance_that_the_student_was_not_made_for_is_warned_of_once_a_value(family: str, make: Make) -> None:
     pipe = load(make(family))
-    own = pipe.family.guidance_argument
-    right = pipe.family.guidance(1.0)[own]
+    argument = pipe.family.guidance_argument
+    right = pipe.family.guidance(1.0)[argument]
     assert guidance_warnings(pipe, family) == []
-    assert guidance_warnings(pipe, family, **{own: right}) == []
+    assert guidance_warnings(pipe, family, **{argument: right}) == []
     for scale in (7.5, 4.0):
-        (text,) = guidance_warnings(pipe, family, **{own: scale})
-        assert f"made for {own}={right:g}" in text
-        assert f"{own}={scale:g}" in text
-        assert guidance_warnings(pipe, family, **{own: scale}) == []
+        (text,) = guidance_warnings(pipe, family, **{argument: scale})
+        assert f"made for {argument}={right:g}" in text
+        assert f"{argument}={scale:g}" in text
+        assert guidance_warnings(pipe, family, **{argument: scale}) == []
     if takes(pipe, "negative_prompt"):
         (text,) = guidance_warnings(pipe, family, negative_prompt="blurry")
         assert "negative_prompt has no effect" in text
         assert guidance_warnings(pipe, family, negative_prompt="blurry") == []
     pipe.load_student(make(family, "other.safetensors", seed=2))
-    assert len(guidance_warnings(pipe, family, **{own: 7.5})) == 1
+    assert len(guidance_warnings(pipe, family, **{argument: 7.5})) == 1
     with pipe.teacher():
-        assert guidance_warnings(pipe, family, num_inference_steps=2, **{own: 3.0}) == []
+        assert guidance_warnings(pipe, family, num_inference_steps=2, **{argument: 3.0}) == []
 
 
 def test_a_second_guidance_argument_is_warned_of_too_and_image_to_image_as_a_call(make: Make) -> None:

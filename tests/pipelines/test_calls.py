@@ -32,14 +32,14 @@ def pictures(pipe: TDMPipeline, family: str, output_type: str, **kwargs: Any) ->
 
 def counted(pipe: TDMPipeline, family: str, **kwargs: Any) -> tuple[int, Tensor]:
     """(how many samples went through the network, latents) of a call."""
-    seen: list[int] = []
+    recorded: list[int] = []
 
     def count(_: Any, args: Any, kwargs: Any) -> None:
-        seen.append(len(args[0] if args else kwargs["hidden_states"]))
+        recorded.append(len(args[0] if args else kwargs["hidden_states"]))
 
     with getattr(pipe, pipe.family.denoiser).register_forward_pre_hook(count, with_kwargs=True):
         out = latents(pipe, family, **kwargs)
-    return sum(seen), out
+    return sum(recorded), out
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -75,14 +75,14 @@ def test_guidance_calls_the_network_on_both_halves_and_the_negative_prompt_matte
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_callback_sees_each_trained_timestep_and_can_change_the_latents(family: str, loaded: Loaded) -> None:
-    pipe, seen = loaded(family), []
+    pipe, recorded = loaded(family), []
 
     def zero_at_the_end(owner: Any, i: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append((owner is pipe, i, float(timestep), list(tensors)))
+        recorded.append((owner is pipe, i, float(timestep), list(tensors)))
         return {"latents": torch.zeros_like(tensors["latents"])} if i == 3 else tensors
 
     out = latents(pipe, family, callback_on_step_end=zero_at_the_end)
-    assert seen == [(True, i, timestep, ["latents"]) for i, timestep in enumerate(GRIDS[4])]
+    assert recorded == [(True, i, timestep, ["latents"]) for i, timestep in enumerate(GRIDS[4])]
     assert not out.any()
 
     def halve_at_first(_: Any, i: int, __: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,16 +116,16 @@ def test_every_output_type_has_the_size_that_was_asked_for(family: str, loaded: 
 def test_half_precision_gives_finite_pictures_on_the_exact_timesteps(
     family: str, dtype: torch.dtype, make: Make
 ) -> None:
-    pipe, seen = load(make(family), dtype=dtype), []
+    pipe, recorded = load(make(family), dtype=dtype), []
     networks = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
     assert {name: module.dtype for name, module in networks.items()} == dict.fromkeys(networks, dtype)
 
-    def look(_: Any, __: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(float(timestep))
+    def on_step_end(_: Any, __: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        recorded.append(float(timestep))
         return tensors
 
-    out = pictures(pipe, family, "pt", callback_on_step_end=look)
-    assert seen == GRIDS[4]
+    out = pictures(pipe, family, "pt", callback_on_step_end=on_step_end)
+    assert recorded == GRIDS[4]
     assert out.isfinite().all()
     assert out.std() > 0.01
     exact = latents(load(make(family)), family)

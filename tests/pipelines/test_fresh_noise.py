@@ -50,16 +50,16 @@ def test_a_seed_is_one_picture_and_its_noise_is_that_of_training(
     family: str, eta: float, fresh: Callable[..., Any]
 ) -> None:
     pipe = fresh(family, eta=eta)
-    found = short_call(pipe, family)
-    assert torch.equal(short_call(pipe, family), found)
+    actual = short_call(pipe, family)
+    assert torch.equal(short_call(pipe, family), actual)
     call = tiny.call_kwargs(family)
     size = Size(call["height"], call["width"], call.get("num_frames"))
     generator = seeded()
     noise = torch.randn(1, *pipe.family.latent_shape(pipe, size), generator=generator)
     expected = pipe.family.pack(by_hand(pipe, family, noise, generator, GRIDS[4]))
-    assert error(found, expected) < 1e-5
+    assert error(actual, expected) < 1e-5
     pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, stochastic_sampling=False)
-    assert error(short_call(pipe, family), found) > 1e-3
+    assert error(short_call(pipe, family), actual) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3", "flux", "zimage"])
@@ -93,16 +93,16 @@ def test_image_to_image_draws_the_same_alone_and_in_a_batch(family: str, fresh: 
 @pytest.mark.parametrize("family", ["pixart", "sd3", "qwenimage"])
 def test_streams_half_precision_and_the_first_step_by_the_base(family: str, fresh: Callable[..., Any]) -> None:
     pipe = fresh(family)
-    given = {k: v for k, v in tiny.call_kwargs(family).items() if k != "generator"}
-    *steps, last = pipe.stream(**given, generator=seeded(5))
+    arguments = {k: v for k, v in tiny.call_kwargs(family).items() if k != "generator"}
+    *steps, last = pipe.stream(**arguments, generator=seeded(5))
     assert len(steps) == 4
-    assert torch.equal(last.output[0], pipe(**given, generator=seeded(5))[0])
+    assert torch.equal(last.output[0], pipe(**arguments, generator=seeded(5))[0])
     with pipe.base_first():
-        first = pipe(**given, generator=seeded(5))[0]
+        first = pipe(**arguments, generator=seeded(5))[0]
     assert error(first, last.output[0]) > 1e-4
     assert pipe.scheduler.noise_source is None  # nothing of a call stays behind
     pipe.to(torch.bfloat16)
-    assert pipe(**given, generator=seeded(5))[0].isfinite().all()
+    assert pipe(**arguments, generator=seeded(5))[0].isfinite().all()
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
@@ -111,14 +111,14 @@ def test_image_to_image_takes_the_noise_of_the_steps_behind_that_of_the_start(
 ) -> None:
     pipe = fresh(family)
     side = tiny.call_kwargs(family)["height"]
-    found = redrawn(pipe, family, strength=0.75, generator=seeded(3))
+    actual = redrawn(pipe, family, strength=0.75, generator=seeded(3))
     generator, grid = seeded(3), GRIDS[4][1:]
     pixels = pipe.image_processor.preprocess(picture(side, side))
     alpha, sigma = pipe.scheduler.schedule.alpha_sigma(torch.tensor(grid[0], dtype=torch.float64))
     with torch.no_grad():
         x0 = pipe.family.encode_pictures(pipe, pixels)
         start = float(alpha) * x0 + float(sigma) * torch.randn(x0.shape, generator=generator)
-    assert error(found, pipe.family.pack(by_hand(pipe, family, start, generator, grid))) < 1e-5
+    assert error(actual, pipe.family.pack(by_hand(pipe, family, start, generator, grid))) < 1e-5
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -185,7 +185,7 @@ def test_the_next_state_is_the_forward_process_of_x0(options: dict[str, Any], dt
     grid = [999, 749, 499, 249]
     scheduler = TDMScheduler(**options, trained_timesteps=grid, stochastic_sampling=True)
     scheduler.set_timesteps(4)
-    x, generator, again = torch.randn(2, 4, 8, 8, generator=seeded(1), dtype=dtype), seeded(7), seeded(7)
+    x, generator, twin = torch.randn(2, 4, 8, 8, generator=seeded(1), dtype=dtype), seeded(7), seeded(7)
     for i, t in enumerate(scheduler.timesteps):
         out = torch.randn(x.shape, generator=seeded(20 + i), dtype=dtype)
         x, x0 = scheduler.step(out, t, x, return_dict=False, generator=generator)
@@ -193,10 +193,10 @@ def test_the_next_state_is_the_forward_process_of_x0(options: dict[str, Any], dt
             assert torch.equal(x, x0)
             break
         alpha, sigma = scheduler.schedule.alpha_sigma(torch.tensor(float(grid[i + 1])))
-        expected = alpha * x0.double() + sigma * torch.randn(x.shape, generator=again).double()
+        expected = alpha * x0.double() + sigma * torch.randn(x.shape, generator=twin).double()
         assert x.dtype == dtype
         assert error(x, expected) < (1e-6 if dtype == torch.float32 else 1e-2)
-    assert torch.equal(generator.get_state(), again.get_state())  # the last step draws nothing
+    assert torch.equal(generator.get_state(), twin.get_state())  # the last step draws nothing
 
 
 def test_it_is_diffusers_lcm_on_the_same_timesteps() -> None:
@@ -221,9 +221,9 @@ def test_a_scheduler_without_a_generator_is_refused_and_none_is_torchs_own() -> 
         scheduler.step(x, scheduler.timesteps[0], x)
     scheduler.set_timesteps(2)
     torch.manual_seed(3)
-    found = scheduler.step(x, scheduler.timesteps[0], x, generator=None).prev_sample
+    actual = scheduler.step(x, scheduler.timesteps[0], x, generator=None).prev_sample
     torch.manual_seed(3)
-    assert error(found, 0.5 * torch.randn(x.shape)) < 1e-6
+    assert error(actual, 0.5 * torch.randn(x.shape)) < 1e-6
 
 
 def test_settings_that_contradict_each_other_are_refused_and_a_base_does_not_decide() -> None:

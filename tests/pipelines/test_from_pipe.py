@@ -50,14 +50,14 @@ def test_a_quantised_pipeline_takes_a_student(make: Make, bases: Callable[[str],
 def test_a_pipeline_pickles_and_copies(family: str, make: Make) -> None:
     pipe = load(make(family))
     expected = short_call(pipe, family)
-    for again in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
-        assert type(again) is type(pipe)
-        assert again.recipe == pipe.recipe
-        assert torch.equal(short_call(again, family), expected)
-        again.load_student(make(family, "second.safetensors", seed=1))
-        with again.teacher():
+    for copied in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert type(copied) is type(pipe)
+        assert copied.recipe == pipe.recipe
+        assert torch.equal(short_call(copied, family), expected)
+        copied.load_student(make(family, "second.safetensors", seed=1))
+        with copied.teacher():
             pass
-        assert not torch.equal(short_call(again, family), expected)
+        assert not torch.equal(short_call(copied, family), expected)
     assert torch.equal(short_call(pipe, family), expected)
 
 
@@ -65,8 +65,8 @@ def test_a_pipeline_pickles_and_copies(family: str, make: Make) -> None:
 def test_the_sampler_of_another_method_pickles(scheduler: str, make: Make) -> None:
     sampler = {"scheduler": scheduler, "default_steps": 4}
     pipe = load(make("sd15", sampler=sampler, trained_timesteps={4: [999, 759, 499, 259]}))
-    again = pickle.loads(pickle.dumps(pipe))
-    assert torch.equal(short_call(again, "sd15"), short_call(pipe, "sd15"))
+    copied = pickle.loads(pickle.dumps(pipe))
+    assert torch.equal(short_call(copied, "sd15"), short_call(pipe, "sd15"))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

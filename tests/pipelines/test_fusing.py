@@ -81,13 +81,13 @@ def test_what_comes_after_fusing_is_not_lost_in_silence(make: Make) -> None:
         with pytest.raises(TDMError, match="unfuse_lora first"):
             change()
     pipe.load_lora_weights(style("sd15", "to_q", seed=7), adapter_name="late")  # peft takes the others out again
-    found = short_call(pipe, "sd15")
+    actual = short_call(pipe, "sd15")
     pipe.set_adapters(["student", "style", "late"])
-    assert error(short_call(pipe, "sd15"), found) < 1e-5
+    assert error(short_call(pipe, "sd15"), actual) < 1e-5
     with pipe.teacher():
         pass
     pipe.unet.fuse_lora(adapter_names=["late"])  # past the pipeline
     with pytest.raises(TDMError, match="'student' and 'style' would be dropped, because 'late' was fused"):
         short_call(pipe, "sd15")
     pipe.unet.unfuse_lora()
-    assert error(short_call(pipe, "sd15"), found) < 1e-5
+    assert error(short_call(pipe, "sd15"), actual) < 1e-5

@@ -90,8 +90,8 @@ def denoiser(family: str) -> Any:
 
 
 def layers(text: str) -> tuple[str, ...]:
-    stem, _, parts = text.removesuffix("}").partition("{")
-    return tuple(stem + part for part in parts.split()) or (text,)
+    stem, _, ends = text.removesuffix("}").partition("{")
+    return tuple(stem + part for part in ends.split()) or (text,)
 
 
 @pytest.mark.parametrize("family", PINS)
@@ -112,10 +112,10 @@ def test_every_layer_is_found_under_its_own_name_with_dots_or_underscores(family
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart", "sd3", "flux", "sana", "wan"])
 def test_every_layer_has_a_native_name(family: str) -> None:
     network = denoiser(family)
-    own = layer_shapes(network).keys()
-    alike = own | {name.replace(".", "_") for name in own}
-    native = {layer for name, found in names_of(network, family).items() if name not in alike for layer in found}
-    assert own - native == UNNAMED.get(family, set())
+    layers = layer_shapes(network).keys()
+    alike = layers | {name.replace(".", "_") for name in layers}
+    native = {layer for name, meaning in names_of(network, family).items() if name not in alike for layer in meaning}
+    assert layers - native == UNNAMED.get(family, set())
 
 
 class Forgiving(dict[str, Tensor]):
@@ -142,9 +142,9 @@ def test_a_native_checkpoint_by_these_names_is_converted_back_by_diffusers(
     family: str, converter: str, prefix: str
 ) -> None:
     network = denoiser(family)
-    own = layer_shapes(network).keys()
-    natives = {name: ours for name, ours in names_of(network, family).items() if "." in name and name not in own}
-    weights = {name: network.get_submodule(name).weight for name in own}
+    layers = layer_shapes(network).keys()
+    natives = {name: ours for name, ours in names_of(network, family).items() if "." in name and name not in layers}
+    weights = {name: network.get_submodule(name).weight for name in layers}
     checkpoint = Forgiving({f"{prefix}context_embedder.weight": torch.zeros(16, 1)})
     for native, ours in natives.items():
         weight = torch.cat([weights[layer] for layer in ours])

@@ -136,8 +136,8 @@ def test_a_lora_without_metadata_needs_the_missing_values(make: Make, bases: Cal
         load(bases("pixart"), student=file)
     with pytest.raises(TDMError, match="lacks: height, width;"):
         load(bases("pixart"), student=file, recipe={"trained_timesteps": GRIDS, "guidance_scale": 1.0})
-    given = {"trained_timesteps": GRIDS, "guidance_scale": 1.0, "height": 16, "width": 16}
-    pipe = load(bases("pixart"), student=file, recipe=given)
+    fields = {"trained_timesteps": GRIDS, "guidance_scale": 1.0, "height": 16, "width": 16}
+    pipe = load(bases("pixart"), student=file, recipe=fields)
     assert torch.equal(short_call(pipe, "pixart"), expected)
     assert (pipe.recipe.family, pipe.recipe.prediction_type) == ("pixart", "epsilon")
 

@@ -19,7 +19,7 @@ from tdm.pipelines.loras.native import place_native
 from tdm.pipelines.loras.pairs import Lora
 from tdm.pipelines.students.convert import convert_lora
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
+from tdm.tests.pipelines.lora_files import LAYOUTS, Update, diffusers_names, merge, tensors_of, updates, write
 from tdm.tests.pipelines.native_networks import native_of
 from tdm.tests.pipelines.students import error, latents, load, lora_for, plain, recipe_for, short_call, without_student
 from torch import Tensor
@@ -32,9 +32,9 @@ def recipe(family: str, bases: Bases) -> dict[str, Any]:
     return vars(recipe_for(family, bases(family)))
 
 
-def by_hand(pipe: TDMPipeline, base: Path, family: str, made: list[Update]) -> Tensor:
+def by_hand(pipe: TDMPipeline, base: Path, family: str, loras: list[Update]) -> Tensor:
     merged, clean = plain(base), without_student(pipe)
-    merge(merged, made, 1.0)
+    merge(merged, loras, 1.0)
     for component in pipe._adaptable():
         setattr(clean, component, getattr(merged, component))
     return short_call(clean, family)
@@ -51,16 +51,16 @@ def test_layers_of_t5_find_it_and_go_where_the_student_goes(
     family: str, encoder: str, prefix: str, bases: Bases, tmp_path: Path
 ) -> None:
     network = getattr(tiny.build(family), encoder)
-    t5 = updates(tiny.build(family), encoder, own_names(network, family), seed=3)
-    tensors = tensors_of(LAYOUTS["diffusers"], made := attention(tiny.build(family), family))
+    t5 = updates(tiny.build(family), encoder, diffusers_names(network, family), seed=3)
+    tensors = tensors_of(LAYOUTS["diffusers"], loras := attention(tiny.build(family), family))
     for update in t5:
         name = update.name.replace(".", "_") if prefix.endswith("_") else update.name
         tensors |= {f"{prefix}{name}.lora_down.weight": update.A, f"{prefix}{name}.lora_up.weight": update.B}
     pipe = load(bases(family), student=write(tmp_path / "lora.safetensors", tensors), recipe=recipe(family, bases))
-    expected = by_hand(pipe, bases(family), family, [*made, *t5])
-    found = short_call(pipe, family)
-    assert error(found, expected) <= 1e-5
-    assert error(found, by_hand(pipe, bases(family), family, made)) > 1e-4  # T5's do something
+    expected = by_hand(pipe, bases(family), family, [*loras, *t5])
+    actual = short_call(pipe, family)
+    assert error(actual, expected) <= 1e-5
+    assert error(actual, by_hand(pipe, bases(family), family, loras)) > 1e-4  # T5's do something
     with pipe.teacher():
         base = latents(plain(bases(family)), family, guidance_scale=3.0)
         assert error(latents(pipe, family, guidance_scale=3.0), base) <= 1e-5
@@ -76,40 +76,40 @@ def test_layers_of_t5_find_it_and_go_where_the_student_goes(
 )
 def test_clip_has_the_names_of_comfyui(family: str, name: str, component: str, bases: Bases, tmp_path: Path) -> None:
     pipe = tiny.build(family)
-    clip = updates(pipe, component, own_names(getattr(pipe, component), family), seed=3)
-    tensors = tensors_of(LAYOUTS["diffusers"], made := attention(pipe, family))
+    clip = updates(pipe, component, diffusers_names(getattr(pipe, component), family), seed=3)
+    tensors = tensors_of(LAYOUTS["diffusers"], loras := attention(pipe, family))
     for update in clip:
         key = f"text_encoders.{name}.transformer.text_model.{update.name.removeprefix('text_model.')}"
         tensors |= {f"{key}.lora_down.weight": update.A, f"{key}.lora_up.weight": update.B}
     pipe = load(bases(family), student=write(tmp_path / "lora.safetensors", tensors), recipe=recipe(family, bases))
-    assert error(short_call(pipe, family), by_hand(pipe, bases(family), family, [*made, *clip])) <= 1e-5
+    assert error(short_call(pipe, family), by_hand(pipe, bases(family), family, [*loras, *clip])) <= 1e-5
 
 
 def test_xlabs_processors_are_the_attention_of_flux(loaded: Loaded, bases: Bases, tmp_path: Path) -> None:
     pipe = loaded("flux")
     names = {n: layers for n, layers in names_of(pipe.transformer, "flux").items() if ".processor." in n}
     assert len(names) == 2 * 4 + 2 * 2
-    made = updates(pipe, "transformer", names)
-    tensors = {f"{u.name}.{end}.weight": half for u in made for end, half in (("down", u.A), ("up", u.B))}
+    loras = updates(pipe, "transformer", names)
+    tensors = {f"{u.name}.{end}.weight": half for u in loras for end, half in (("down", u.A), ("up", u.B))}
     pipe.load_student(write(tmp_path / "lora.safetensors", tensors), recipe=recipe("flux", bases))
-    found = short_call(pipe, "flux")
-    assert error(found, by_hand(pipe, bases("flux"), "flux", made)) <= 1e-5
+    actual = short_call(pipe, "flux")
+    assert error(actual, by_hand(pipe, bases("flux"), "flux", loras)) <= 1e-5
     stock = plain(bases("flux"))
     stock.load_lora_weights(dict(tensors))
     clean = without_student(pipe)
     clean.transformer = stock.transformer
-    assert error(found, short_call(clean, "flux")) <= 1e-5
+    assert error(actual, short_call(clean, "flux")) <= 1e-5
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_embeddings_beside_a_lora_are_left_out_and_named(
     family: str, loaded: Loaded, bases: Bases, tmp_path: Path
 ) -> None:
-    pipe, tensors = loaded(family), tensors_of(LAYOUTS["diffusers"], made := attention(tiny.build(family), family))
+    pipe, tensors = loaded(family), tensors_of(LAYOUTS["diffusers"], loras := attention(tiny.build(family), family))
     tensors["bundle_emb.token.clip_l"] = torch.randn(1, 8)
     with pytest.warns(UserWarning, match=r"1 tensors next to the LoRA are left out: bundle_emb.token.clip_l"):
         pipe.load_student(write(tmp_path / "lora.safetensors", tensors), recipe=recipe(family, bases))
-    assert error(short_call(pipe, family), by_hand(pipe, bases(family), family, made)) <= 1e-5
+    assert error(short_call(pipe, family), by_hand(pipe, bases(family), family, loras)) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -117,12 +117,12 @@ def test_embeddings_beside_a_lora_are_left_out_and_named(
 def test_halves_in_8_bits_are_what_they_say(
     family: str, dtype: torch.dtype, loaded: Loaded, bases: Bases, tmp_path: Path
 ) -> None:
-    pipe, made = (
+    pipe, loras = (
         loaded(family),
         [u._replace(A=u.A.to(dtype), B=u.B.to(dtype)) for u in attention(tiny.build(family), family)],
     )
-    wide = [u._replace(A=u.A.float(), B=u.B.float()) for u in made]
-    file = write(tmp_path / "lora.safetensors", tensors_of(LAYOUTS["diffusers"], made))
+    wide = [u._replace(A=u.A.float(), B=u.B.float()) for u in loras]
+    file = write(tmp_path / "lora.safetensors", tensors_of(LAYOUTS["diffusers"], loras))
     pipe.load_student(file, recipe=recipe(family, bases))
     assert error(short_call(pipe, family), by_hand(pipe, bases(family), family, wide)) <= 1e-5
     student = convert_lora(file, base=str(bases(family)), recipe=recipe(family, bases))
@@ -131,10 +131,10 @@ def test_halves_in_8_bits_are_what_they_say(
 
 @pytest.mark.parametrize("ending", [".scale_weight", ".weight_scale", ".weight.scale"])
 def test_scales_of_8_bit_halves_are_multiplied_in(ending: str, loaded: Loaded, bases: Bases, tmp_path: Path) -> None:
-    pipe, made = loaded("sd15"), attention(tiny.build("sd15"), "sd15")
+    pipe, loras = loaded("sd15"), attention(tiny.build("sd15"), "sd15")
     tensors: dict[str, Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
     scaled = []
-    for i, update in enumerate(made):
+    for i, update in enumerate(loras):
         halves = []
         for name, half in (("A", update.A), ("B", update.B)):
             rows = half.flatten(1).abs().amax(1)
@@ -158,13 +158,13 @@ EXTRAS = {
 def test_biases_and_layers_without_a_place_are_left_out_where_the_user_asks(
     loaded: Loaded, bases: Bases, tmp_path: Path
 ) -> None:
-    pipe, made = loaded("wan"), attention(tiny.build("wan"), "wan")
-    tensors = tensors_of(LAYOUTS["diffusers"], made)
+    pipe, loras = loaded("wan"), attention(tiny.build("wan"), "wan")
+    tensors = tensors_of(LAYOUTS["diffusers"], loras)
     image = {
         f"diffusion_model.blocks.0.cross_attn.k_img.lora_{e}.weight": torch.ones(s)
         for e, s in (("down", (2, 24)), ("up", (24, 2)))
     }
-    right = by_hand(pipe, bases("wan"), "wan", made)
+    right = by_hand(pipe, bases("wan"), "wan", loras)
 
     with warnings.catch_warnings():  # what is 0 is no part of the update
         warnings.simplefilter("error", UserWarning)

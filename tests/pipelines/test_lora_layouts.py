@@ -18,9 +18,9 @@ from tdm.tests.pipelines.lora_files import (
     LAYOUTS,
     RANK,
     Update,
+    diffusers_names,
     layouts_of,
     merge,
-    own_names,
     sd15_lora,
     tensors_of,
     updates,
@@ -42,25 +42,25 @@ SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 FILES = [(family, layout) for family in tiny.FAMILIES for layout in layouts_of(family)]
 
 
-def merged_call(pipe: TDMPipeline, base: Path, family: str, made: list[Update], scale: float) -> Tensor:
+def merged_call(pipe: TDMPipeline, base: Path, family: str, loras: list[Update], scale: float) -> Tensor:
     """The student pipeline's call with the LoRA in the weights and no adapter."""
     by_hand = plain(base)
-    merge(by_hand, made, scale)
+    merge(by_hand, loras, scale)
     clean = without_student(pipe)
-    for component in {update.component for update in made} | {pipe.family.denoiser}:
+    for component in {update.component for update in loras} | {pipe.family.denoiser}:
         setattr(clean, component, getattr(by_hand, component))
     return short_call(clean, family)
 
 
-def made_for(pipe: TDMPipeline, family: str, layout: str) -> list[Update]:
+def loras_for(pipe: TDMPipeline, family: str, layout: str) -> list[Update]:
     components = [family_of_name(family).denoiser]
     if LAYOUTS[layout].text_encoders:
         components += [name for name in pipe._adaptable() if name.startswith("text_encoder")]
-    made = []
+    loras = []
     for i, component in enumerate(components):
-        names = (LAYOUTS[layout].names if i == 0 else own_names)(getattr(pipe, component), family)
-        made += updates(pipe, component, names, seed=10 * FILES.index((family, layout)) + i)
-    return made
+        names = (LAYOUTS[layout].names if i == 0 else diffusers_names)(getattr(pipe, component), family)
+        loras += updates(pipe, component, names, seed=10 * FILES.index((family, layout)) + i)
+    return loras
 
 
 @pytest.mark.parametrize(("family", "layout"), FILES)
@@ -72,15 +72,15 @@ def test_a_file_equals_its_weights_merged_by_hand(
     tmp_path: Path,
 ) -> None:
     pipe = loaded(family)
-    made = made_for(pipe, family, layout)
+    loras = loras_for(pipe, family, layout)
     suffix = SUFFIXES[FILES.index((family, layout)) % len(SUFFIXES)]
-    file = write(tmp_path / f"lora{suffix}", tensors_of(LAYOUTS[layout], made))
+    file = write(tmp_path / f"lora{suffix}", tensors_of(LAYOUTS[layout], loras))
     before = short_call(pipe, family)
     pipe.load_student(file, recipe=vars(recipe_for(family, bases(family))))
     scale = 1.0 if LAYOUTS[layout].alpha is None else ALPHA / RANK
-    found, expected = short_call(pipe, family), merged_call(pipe, bases(family), family, made, scale)
-    assert error(found, expected) <= 1e-5
-    assert error(found, before) > 1e-3  # the LoRA does something
+    actual, expected = short_call(pipe, family), merged_call(pipe, bases(family), family, loras, scale)
+    assert error(actual, expected) <= 1e-5
+    assert error(actual, before) > 1e-3  # the LoRA does something
 
 
 STOCK = [  # what diffusers itself can load, on attention layers
@@ -97,8 +97,8 @@ def test_a_file_means_what_it_means_to_diffusers(
 ) -> None:
     pipe, stock = loaded(family), plain(bases(family))
     denoiser = family_of_name(family).denoiser
-    made = [u for u in made_for(pipe, family, layout) if u.component == denoiser and "att" in u.name]
-    tensors = tensors_of(LAYOUTS[layout], made)
+    loras = [u for u in loras_for(pipe, family, layout) if u.component == denoiser and "att" in u.name]
+    tensors = tensors_of(LAYOUTS[layout], loras)
     pipe.load_student(write(tmp_path / "lora.bin", tensors), recipe=vars(recipe_for(family, bases(family))))
     stock.load_lora_weights(tensors)
     clean = without_student(pipe)
@@ -133,8 +133,8 @@ def test_alpha_is_read_from_the_settings_of_peft(
     pipe = loaded("sd15")
     expected = call_with(pipe, write(tmp_path / "scaled.pt", sd15_lora(scale)), bases)
     header = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in settings.items()})}
-    found = call_with(pipe, write(tmp_path / "header.safetensors", sd15_lora(), header), bases)
-    assert error(found, expected) <= 1e-6
+    actual = call_with(pipe, write(tmp_path / "header.safetensors", sd15_lora(), header), bases)
+    assert error(actual, expected) <= 1e-6
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     raw = sd15_lora(key="base_model.model.{}.lora_{}.weight")
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
@@ -147,24 +147,24 @@ def test_alpha_may_be_a_plain_number_in_a_pickle(
     pipe = loaded("sd15")
     expected = call_with(pipe, write(tmp_path / "scaled.pt", sd15_lora(2.5)), bases)
     alphas: dict[str, Any] = {key.replace("lora_A.weight", "alpha"): 5.0 for key in sd15_lora() if "lora_A" in key}
-    found = call_with(pipe, write(tmp_path / "alpha.pt", sd15_lora() | alphas), bases)
-    assert error(found, expected) <= 1e-6
+    actual = call_with(pipe, write(tmp_path / "alpha.pt", sd15_lora() | alphas), bases)
+    assert error(actual, expected) <= 1e-6
 
 
 def test_kernel_axes_of_length_one_may_be_there_or_not(
     loaded: Callable[[str], TDMPipeline], bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pipe = loaded("sd15")
-    made = [u for u in made_for(pipe, "sd15", "no prefix") if "attentions" in u.name]
+    loras = [u for u in loras_for(pipe, "sd15", "no prefix") if "attentions" in u.name]
     other = [
         u._replace(A=u.A[..., None, None], B=u.B[..., None, None])
         if u.A.ndim == 2
         else u._replace(A=u.A.flatten(1), B=u.B.flatten(1))
-        for u in made
+        for u in loras
     ]
-    assert {u.A.ndim for u in made} == {2, 4}
+    assert {u.A.ndim for u in loras} == {2, 4}
     layout = LAYOUTS["no prefix"]
-    expected = call_with(pipe, write(tmp_path / "a.pt", tensors_of(layout, made)), bases)
+    expected = call_with(pipe, write(tmp_path / "a.pt", tensors_of(layout, loras)), bases)
     assert torch.equal(call_with(pipe, write(tmp_path / "b.pt", tensors_of(layout, other)), bases), expected)
 
 
@@ -175,7 +175,7 @@ def test_kernel_axes_of_length_one_may_be_there_or_not(
 def test_layers_of_text_encoders_go_off_in_the_teacher_and_survive_saving(
     family: str, loaded: Callable[[str], TDMPipeline], bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    file = write(tmp_path / "lora.pt", tensors_of(LAYOUTS["kohya"], made_for(loaded(family), family, "kohya")))
+    file = write(tmp_path / "lora.pt", tensors_of(LAYOUTS["kohya"], loras_for(loaded(family), family, "kohya")))
     recipe = vars(recipe_for(family, bases(family)))
     pipe = load(bases(family), student=file, recipe=recipe)
     expected = short_call(pipe, family)

@@ -111,9 +111,9 @@ def test_a_wrong_file_is_one_clear_line_and_the_pipeline_stays_as_it_was(
     pipe = loaded("sd15")
     torch.save(content(), tmp_path / "wrong.pt")
     before, tensors = state(pipe), weights(pipe)
-    with pytest.raises(TDMError, match=message) as found:
+    with pytest.raises(TDMError, match=message) as refused:
         pipe.load_student(tmp_path / "wrong.pt", recipe=vars(recipe_for("sd15", bases("sd15"))))
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(refused.value)
     assert state(pipe) == before
     after = weights(pipe)
     assert after.keys() == tensors.keys()
@@ -145,9 +145,9 @@ def test_a_damaged_pickle_is_one_clear_line(tmp_path: Path) -> None:
         torch.save(sd15_lora(), file, _use_new_zipfile_serialization=not old)
         assert read_lora_file(file).tensors.keys() == sd15_lora().keys()
         file.write_bytes(file.read_bytes()[:-2000])
-        with pytest.raises(TDMError, match="truncated or damaged") as found:
+        with pytest.raises(TDMError, match="truncated or damaged") as refused:
             read_lora_file(file)
-        assert "\n" not in str(found.value)
+        assert "\n" not in str(refused.value)
 
 
 def test_the_container_is_told_by_content(tmp_path: Path) -> None:

@@ -11,12 +11,21 @@ from safetensors.torch import save_file
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.file import read_lora_file
-from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes, parts_of_native, swapped
+from tdm.pipelines.loras.layer_names import LayerShape, layer_shapes, layers_of_native, swapped
 from tdm.pipelines.loras.native import place_native
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
 from tdm.pipelines.loras.released import released
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import ALPHA, LAYOUTS, RANK, Update, layouts_of, own_names, tensors_of, updates
+from tdm.tests.pipelines.lora_files import (
+    ALPHA,
+    LAYOUTS,
+    RANK,
+    Update,
+    diffusers_names,
+    layouts_of,
+    tensors_of,
+    updates,
+)
 from tdm.tests.pipelines.native_networks import native_network, native_of
 from torch import Tensor, nn
 
@@ -29,19 +38,19 @@ def delta(lora: Lora) -> Tensor:
     return B @ A
 
 
-def deltas_by_hand(made: list[Update], pipe: Any, native: nn.Module, scale: float) -> dict[str, Tensor]:
+def deltas_by_hand(loras: list[Update], pipe: Any, native: nn.Module, scale: float) -> dict[str, Tensor]:
     """The update of each diffusers layer, its halves in the order of the native network."""
-    found, same = {}, layer_shapes(native).keys()  # Qwen-Image's last modulation is diffusers' own, by name and order
-    for update in made:
+    deltas, same = {}, layer_shapes(native).keys()  # Qwen-Image's last modulation is diffusers' own, by name and order
+    for update in loras:
         row = 0
         for layer in update.layers:
             rows = getattr(pipe, update.component).get_submodule(layer).weight.shape[0]
-            found[layer] = delta(Lora(update.A, update.B[row : row + rows])) * scale
+            deltas[layer] = delta(Lora(update.A, update.B[row : row + rows])) * scale
             own_name = update.name.replace(".", "_") == layer.replace(".", "_")
             if own_name and layer not in same and layer in swapped(getattr(pipe, update.component)):
-                found[layer] = found[layer].roll(rows // 2, 0)  # scale, shift: native ones are shift, scale
+                deltas[layer] = deltas[layer].roll(rows // 2, 0)  # scale, shift: native ones are shift, scale
             row += rows
-    return found
+    return deltas
 
 
 @pytest.mark.parametrize(("family", "layout"), FILES)
@@ -49,14 +58,14 @@ def test_the_update_of_each_native_layer_is_that_of_its_parts(family: str, layou
     pipe = tiny.build(family)
     component = family_of_name(family).denoiser
     network = getattr(pipe, component)
-    native, parts = native_of(network, family)
-    made = updates(pipe, component, LAYOUTS[layout].names(network, family))
+    native, stacks = native_of(network, family)
+    loras = updates(pipe, component, LAYOUTS[layout].names(network, family))
     file = tmp_path / "lora.safetensors"
-    save_file(tensors_of(LAYOUTS[layout], made), file)
+    save_file(tensors_of(LAYOUTS[layout], loras), file)
 
     placed = place_native(read_lora_file(file), family_of_name(family), {component: native})
-    expected = deltas_by_hand(made, pipe, native, 1.0 if LAYOUTS[layout].alpha is None else ALPHA / RANK)
-    touched = {name: layers for name, layers in parts.items() if expected.keys() & set(layers)}
+    expected = deltas_by_hand(loras, pipe, native, 1.0 if LAYOUTS[layout].alpha is None else ALPHA / RANK)
+    touched = {name: layers for name, layers in stacks.items() if expected.keys() & set(layers)}
     assert placed[component].keys() == touched.keys()
     assert sum(len(layers) for layers in touched.values()) == len(expected)
     shapes = layer_shapes(native)
@@ -72,21 +81,23 @@ def test_the_update_of_each_native_layer_is_that_of_its_parts(family: str, layou
 def test_parts_without_a_lora_keep_their_rows_as_they_are(family: str, tmp_path: Path) -> None:
     pipe = tiny.build(family)
     component = family_of_name(family).denoiser
-    native, parts = native_of(pipe.transformer, family)
+    native, stacks = native_of(pipe.transformer, family)
     ends = ("to_v", "add_k_proj", "proj_mlp")
-    made = updates(pipe, component, {n: o for n, o in own_names(pipe.transformer, "").items() if n.endswith(ends)})
-    save_file(tensors_of(LAYOUTS["diffusers"], made), tmp_path / "lora.safetensors")
+    loras = updates(
+        pipe, component, {n: o for n, o in diffusers_names(pipe.transformer, "").items() if n.endswith(ends)}
+    )
+    save_file(tensors_of(LAYOUTS["diffusers"], loras), tmp_path / "lora.safetensors")
     placed = place_native(read_lora_file(tmp_path / "lora.safetensors"), family_of_name(family), {component: native})
-    expected = deltas_by_hand(made, pipe, native, 1.0)
+    expected = deltas_by_hand(loras, pipe, native, 1.0)
     for name, lora in placed[component].items():
-        zeros = [(pipe.transformer.get_submodule(layer).weight.double() * 0).flatten(1) for layer in parts[name]]
-        whole = torch.cat([expected.get(layer, zero) for layer, zero in zip(parts[name], zeros, strict=True)])
+        zeros = [(pipe.transformer.get_submodule(layer).weight.double() * 0).flatten(1) for layer in stacks[name]]
+        whole = torch.cat([expected.get(layer, zero) for layer, zero in zip(stacks[name], zeros, strict=True)])
         torch.testing.assert_close(delta(lora), whole, rtol=0, atol=1e-6)
-    assert sum(len(set(parts[name]) & expected.keys()) for name in placed[component]) == len(made)
+    assert sum(len(set(stacks[name]) & expected.keys()) for name in placed[component]) == len(loras)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_file_in_the_own_names_of_a_network_stays_as_it_is(family: str, tmp_path: Path) -> None:
+def test_a_file_in_the_diffusers_names_of_a_network_stays_as_it_is(family: str, tmp_path: Path) -> None:
     native, _ = native_of(getattr(tiny.build(family), family_of_name(family).denoiser), family)
     layers = {
         name: Lora(torch.randn(2, inputs, *kernel), torch.randn(outputs, 2, *[1] * len(kernel)))
@@ -95,9 +106,9 @@ def test_a_file_in_the_own_names_of_a_network_stays_as_it_is(family: str, tmp_pa
     file = tmp_path / "lora.safetensors"
     save_file({f"diffusion_model.{key}": tensor for key, tensor in state_dict_of(layers).items()}, file)
     placed = place_native(read_lora_file(file), family_of_name(family), {family_of_name(family).denoiser: native})
-    (found,) = placed.values()
-    assert found.keys() == layers.keys()
-    assert all(torch.equal(half, mine) for n in layers for half, mine in zip(found[n], layers[n], strict=True))
+    (placed_layers,) = placed.values()
+    assert placed_layers.keys() == layers.keys()
+    assert all(torch.equal(half, mine) for n in layers for half, mine in zip(placed_layers[n], layers[n], strict=True))
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
@@ -105,8 +116,10 @@ def test_a_file_in_the_own_names_of_a_network_stays_as_it_is(family: str, tmp_pa
 def test_a_file_for_the_text_encoders_too_finds_them(family: str, layout: str, tmp_path: Path) -> None:
     pipe = tiny.build(family)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
-    made = [u for name in ("unet", *encoders) for u in updates(pipe, name, own_names(getattr(pipe, name), family))]
-    save_file(tensors_of(LAYOUTS[layout], made), tmp_path / "lora.safetensors")
+    loras = [
+        u for name in ("unet", *encoders) for u in updates(pipe, name, diffusers_names(getattr(pipe, name), family))
+    ]
+    save_file(tensors_of(LAYOUTS[layout], loras), tmp_path / "lora.safetensors")
     file = read_lora_file(tmp_path / "lora.safetensors")
     networks = {"unet": native_of(pipe.unet, family)[0]}
     for name in encoders:  # as they are called there, whatever transformers does
@@ -115,7 +128,7 @@ def test_a_file_for_the_text_encoders_too_finds_them(family: str, layout: str, t
         networks[name] = native_network(there)
     placed = place_native(file, family_of_name(family), networks)
     scale = 1.0 if LAYOUTS[layout].alpha is None else ALPHA / RANK
-    for update in (u for u in made if u.component != "unet"):
+    for update in (u for u in loras if u.component != "unet"):
         name = update.name if update.name.startswith("text_") else f"text_model.{update.name}"
         by_hand = delta(Lora(update.A, update.B)) * scale
         torch.testing.assert_close(delta(placed[update.component][name]), by_hand, rtol=0, atol=1e-6)
@@ -176,14 +189,14 @@ def test_scale_and_shift_of_a_last_modulation_change_places(
     save_file(tensors, tmp_path / "lora.safetensors")
     file = read_lora_file(tmp_path / "lora.safetensors")
     placed = place_native(file, family_of_name("sd3"), {"transformer": native_network(SD3)})
-    (found,) = placed["transformer"].values()
+    (placed_lora,) = placed["transformer"].values()
     expected = delta(lora).roll(outputs // 2, 0) if swapped else delta(lora)
     assert list(placed["transformer"]) == [native]
-    torch.testing.assert_close(delta(found), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(delta(placed_lora), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_the_blocks_of_a_native_unet_are_counted_back(family: str) -> None:
     for network in (tiny.build(family).unet, released(family)):
-        native, parts = native_of(network, family)
-        assert parts_of_native(layer_shapes(native), family) == parts
+        native, stacks = native_of(network, family)
+        assert layers_of_native(layer_shapes(native), family) == stacks

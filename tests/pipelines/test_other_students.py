@@ -23,7 +23,7 @@ from tdm.pipelines.students.file import read_header, save_student
 from tdm.pipelines.students.recipe import HEADER_KEY, StudentRecipe
 from tdm.pipelines.students.released import PRESETS, Preset, known_of, preset_of
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import LAYOUTS, own_names, tensors_of, updates, write
+from tdm.tests.pipelines.lora_files import LAYOUTS, diffusers_names, tensors_of, updates, write
 from tdm.tests.pipelines.students import Make, latents, load, plain, recipe_for, short_call
 from tdm.tests.pipelines.test_presets import in_cache
 
@@ -63,9 +63,9 @@ def write_released(folder: Path, preset: Preset, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     assert preset.file is not None
     unet = tiny.build(preset.family).unet
-    names = {n: layers for n, layers in own_names(unet, "").items() if n.endswith(("to_q", "to_v", "to_out.0"))}
-    made = updates(tiny.build(preset.family), "unet", names, seed)
-    tensors = tensors_of(LAYOUTS["diffusers" if preset.repository == LIGHTNING else "kohya"], made)
+    names = {n: layers for n, layers in diffusers_names(unet, "").items() if n.endswith(("to_q", "to_v", "to_out.0"))}
+    loras = updates(tiny.build(preset.family), "unet", names, seed)
+    tensors = tensors_of(LAYOUTS["diffusers" if preset.repository == LIGHTNING else "kohya"], loras)
     alphas = {key: torch.tensor(1.0) for key in tensors if key.endswith(".alpha")}  # of 2: exact, wherever multiplied
     return write(folder / preset.file, tensors | alphas)
 
@@ -106,18 +106,18 @@ def test_a_student_runs_as_its_authors_run_it(
     stock.load_lora_weights(tmp_path / preset.repository, weight_name=preset.file)
     stock.scheduler = getattr(diffusers, scheduler).from_config(stock.scheduler.config, **overrides)
 
-    seen: list[float] = []
-    with pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(float(args[1]))):
-        found = short_call(pipe, preset.family)
-    assert seen == timesteps
-    assert torch.equal(found, latents(stock, preset.family, **{"guidance_scale": 0.0, **call}))
-    assert torch.equal(found, short_call(pipe, preset.family))
+    recorded: list[float] = []
+    with pipe.unet.register_forward_pre_hook(lambda _, args: recorded.append(float(args[1]))):
+        actual = short_call(pipe, preset.family)
+    assert recorded == timesteps
+    assert torch.equal(actual, latents(stock, preset.family, **{"guidance_scale": 0.0, **call}))
+    assert torch.equal(actual, short_call(pipe, preset.family))
     other_seed = torch.Generator().manual_seed(1)
-    assert not torch.equal(found, pipe(tiny.PROMPT, generator=other_seed, output_type="latent")[0])
+    assert not torch.equal(actual, pipe(tiny.PROMPT, generator=other_seed, output_type="latent")[0])
     for k in {min(pipe.recipe.trained_timesteps), max(pipe.recipe.trained_timesteps)} - {len(timesteps)}:
-        given = {**call, "num_inference_steps": k, "guidance_scale": 0.0}
+        options = {**call, "num_inference_steps": k, "guidance_scale": 0.0}
         assert torch.equal(
-            short_call(pipe, preset.family, num_inference_steps=k), latents(stock, preset.family, **given)
+            short_call(pipe, preset.family, num_inference_steps=k), latents(stock, preset.family, **options)
         )
 
 
@@ -143,11 +143,11 @@ def test_the_id_alone_is_enough(name: str, base: Callable[[str], Path], tmp_path
     shutil.copytree(base(preset.family), in_cache(tmp_path / "cache", preset.base), dirs_exist_ok=True)
     hub: dict[str, Any] = {"cache_dir": tmp_path / "cache", "local_files_only": True, "recipe": SMALL}
     pipe = load(name, **hub)
-    found = short_call(pipe, preset.family)
+    actual = short_call(pipe, preset.family)
     assert pipe.recipe.base_model == preset.base
     file = write_released(tmp_path / preset.repository, preset)
-    assert torch.equal(short_call(load(file, **hub), preset.family), found)
-    assert torch.equal(short_call(load(base(preset.family), student=name, **hub), preset.family), found)
+    assert torch.equal(short_call(load(file, **hub), preset.family), actual)
+    assert torch.equal(short_call(load(base(preset.family), student=name, **hub), preset.family), actual)
     with pytest.raises(TDMError, match=rf"{preset.repository}/{preset.file} is not in the local cache"):
         load(name, cache_dir=tmp_path / "empty", local_files_only=True)
 
@@ -185,11 +185,11 @@ def test_a_step_count_that_is_not_stated_runs_on_the_schedulers_own_grid_with_on
 ) -> None:
     pipe = other(DMD2)
     with pytest.warns(UserWarning, match="for 4 steps; 2 steps run on the grid of LCMScheduler"):
-        found = short_call(pipe, "sdxl", num_inference_steps=2)
+        actual = short_call(pipe, "sdxl", num_inference_steps=2)
     assert pipe.scheduler.timesteps.tolist() == [999, 499]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert torch.equal(short_call(pipe, "sdxl", num_inference_steps=2), found)
+        assert torch.equal(short_call(pipe, "sdxl", num_inference_steps=2), actual)
         short_call(pipe, "sdxl", timesteps=[999, 599, 199])
         assert pipe.scheduler.timesteps.tolist() == [999, 599, 199]
 
@@ -230,11 +230,11 @@ def test_the_teacher_and_a_tdm_student_do_not_inherit_the_sampler(
     other: Callable[[str], TDMPipeline], base: Callable[[str], Path], make: Make
 ) -> None:
     pipe = other(TCD)
-    found = short_call(pipe, "sd15")
+    actual = short_call(pipe, "sd15")
     with pipe.teacher():
         teacher = latents(pipe, "sd15", guidance_scale=3.0)
     assert torch.equal(teacher, latents(plain(base("sd15")), "sd15", guidance_scale=3.0))
-    assert torch.equal(short_call(pipe, "sd15"), found)
+    assert torch.equal(short_call(pipe, "sd15"), actual)
     student = make("sd15")
     pipe.load_student(student)
     assert isinstance(pipe.scheduler, TDMScheduler)
@@ -245,10 +245,10 @@ def test_a_converted_or_saved_student_carries_its_sampler(
     other: Callable[[str], TDMPipeline], base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pipe = other(TCD)
-    found = short_call(pipe, "sd15")
+    actual = short_call(pipe, "sd15")
     out = tmp_path / "out.safetensors"
     save_student(out, convert_lora(tmp_path / TCD, base=str(base("sd15")), recipe=SMALL))
-    assert torch.equal(short_call(load(base("sd15"), student=out), "sd15"), found)
+    assert torch.equal(short_call(load(base("sd15"), student=out), "sd15"), actual)
     assert json.loads(read_header(out)[HEADER_KEY])["sampler"] == {
         "scheduler": "TCDScheduler",
         "config": {},
@@ -257,9 +257,9 @@ def test_a_converted_or_saved_student_carries_its_sampler(
     }
     assert "TCDScheduler, eta 0.3; 4 steps if none are asked for" in describe(out)
     pipe.save_pretrained(tmp_path / "saved")
-    again = load(tmp_path / "saved")
-    assert again.recipe == pipe.recipe
-    assert torch.equal(short_call(again, "sd15"), found)
+    reloaded = load(tmp_path / "saved")
+    assert reloaded.recipe == pipe.recipe
+    assert torch.equal(short_call(reloaded, "sd15"), actual)
 
 
 def test_the_header_of_a_tdm_student_knows_nothing_of_samplers(make: Make) -> None:

@@ -65,26 +65,26 @@ OF_GREY: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_it_is_the_picture_that_it_shows(name: str) -> None:
-    (found,) = pixels(SAME[name])
-    torch.testing.assert_close(found.float(), torch.from_numpy(CHANNELS_FIRST) / 255, rtol=0, atol=1e-5)
+    (picture,) = pixels(SAME[name])
+    torch.testing.assert_close(picture.float(), torch.from_numpy(CHANNELS_FIRST) / 255, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OF_GREY)
 def test_grey_is_grey(name: str) -> None:
-    (found,) = pixels(OF_GREY[name])
+    (picture,) = pixels(OF_GREY[name])
     torch.testing.assert_close(
-        found.float(), (torch.from_numpy(np.array(GREY)) / 255).expand(3, -1, -1), rtol=0, atol=1e-5
+        picture.float(), (torch.from_numpy(np.array(GREY)) / 255).expand(3, -1, -1), rtol=0, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("mode", ["P", "PA", "CMYK", "1", "YCbCr", "HSV", "RGBX"])
 def test_other_modes_are_what_pil_makes_of_them(mode: str) -> None:
     image = RGB.convert("P").convert(mode) if mode == "PA" else RGB.convert(mode)
-    (found,) = pixels(image)
-    assert torch.equal(found, torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0) / 255)
+    (picture,) = pixels(image)
+    assert torch.equal(picture, torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0) / 255)
     bits = RGB.convert("1")
-    (found,) = pixels(np.array(bits))
-    assert torch.equal(found[0], torch.from_numpy(np.array(bits)).float())
+    (picture,) = pixels(np.array(bits))
+    assert torch.equal(picture[0], torch.from_numpy(np.array(bits)).float())
 
 
 def test_paths_are_read_as_they_lie(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_paths_are_read_as_they_lie(tmp_path: Path) -> None:
     turned = Image.Exif()
     turned[0x0112] = 3  # upside down
     RGB.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "b.png", exif=turned)
-    for found in pixels([tmp_path / "a.png", str(tmp_path / "b.png")]):
-        assert torch.equal(found, torch.from_numpy(CHANNELS_FIRST) / 255)
+    for picture in pixels([tmp_path / "a.png", str(tmp_path / "b.png")]):
+        assert torch.equal(picture, torch.from_numpy(CHANNELS_FIRST) / 255)
 
 
 @pytest.mark.parametrize(

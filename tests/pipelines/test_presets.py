@@ -18,7 +18,7 @@ from tdm.pipelines.students.file import Student, save_student
 from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.pipelines.students.released import PRESETS, Preset, preset_of
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import own_names, updates
+from tdm.tests.pipelines.lora_files import diffusers_names, updates
 from tdm.tests.pipelines.students import load, plain, recipe_for, short_call
 from torch import Tensor
 
@@ -42,11 +42,11 @@ def write_released(folder: Path, preset: Preset) -> Path:
         tensors = [torch.randn(shape, generator=generator) * 0.05 for shape in shapes]
         torch.save({"decay": 0.999, "ema_parameters": tensors}, file)
         return file
-    names = {n: layers for n, layers in own_names(getattr(pipe, component), "").items() if n.endswith(LAYERS)}
-    made = updates(pipe, component, names)
+    names = {n: layers for n, layers in diffusers_names(getattr(pipe, component), "").items() if n.endswith(LAYERS)}
+    loras = updates(pipe, component, names)
     kohya = preset.family == "sd15"
     state: dict[str, Tensor] = {}
-    for update in made:
+    for update in loras:
         stem = f"lora_unet_{update.name.replace('.', '_')}" if kohya else f"{component}.{update.name}"
         state[f"{stem}.lora_{'down' if kohya else 'A'}.weight"] = update.A
         state[f"{stem}.lora_{'up' if kohya else 'B'}.weight"] = update.B
@@ -91,13 +91,13 @@ def test_the_id_alone_resolves_everything_through_the_cache_or_a_folder(
     assert pipe.recipe.base_model == preset.base
     assert pipe.recipe.trained_timesteps == {4: [float(t) for t in preset.recipe["trained_timesteps"][4]]}
     call = {"num_frames": 9} if preset.family == "cogvideox" else {}
-    found = short_call(pipe, preset.family, **call)
+    actual = short_call(pipe, preset.family, **call)
     assert pipe.scheduler.timesteps.tolist() == pytest.approx(preset.recipe["trained_timesteps"][4])
     for source in (tmp_path / repository, file):
-        assert torch.equal(short_call(load(source, **hub), preset.family, **call), found)
+        assert torch.equal(short_call(load(source, **hub), preset.family, **call), actual)
     for student in (repository, file):
         other = load(bases(preset.family), student=student, **hub)
-        assert torch.equal(short_call(other, preset.family, **call), found)
+        assert torch.equal(short_call(other, preset.family, **call), actual)
 
 
 def test_the_scale_of_a_preset_is_folded_in_once(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_the_scale_of_a_preset_is_folded_in_once(bases: Callable[[str], Path], t
     # A file with a recipe of its own, in the same folder, is not scaled again.
     recipe = StudentRecipe.from_fields(preset.fields | SMALL)
     save_student(file.parent / "student.safetensors", Student.from_state_dict(recipe, scaled))
-    again = load(bases("sd3"), student=file.parent)
-    assert torch.equal(short_call(again, "sd3"), short_call(pipe, "sd3"))
+    reloaded = load(bases("sd3"), student=file.parent)
+    assert torch.equal(short_call(reloaded, "sd3"), short_call(pipe, "sd3"))
 
 
 def test_what_a_released_repository_lacks_or_has_too_much_of_is_said(

@@ -77,9 +77,9 @@ def test_whole_weights_run_and_are_saved_as_a_student(make: Make, bases: Callabl
 def test_a_merged_folder_is_explained(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(make("sd15")).save_merged(tmp_path / "merged")
     assert main(["info", str(tmp_path / "merged")]) == 0
-    told = capsys.readouterr().out
-    assert "a pipeline with the student in its weights" in told
-    assert "900, 700, 500, 300" in told
+    printed = capsys.readouterr().out
+    assert "a pipeline with the student in its weights" in printed
+    assert "900, 700, 500, 300" in printed
 
 
 def test_what_cannot_be_merged_is_refused_and_leaves_nothing(make: Make, tmp_path: Path) -> None:

@@ -33,19 +33,19 @@ def denoiser(pipe):
     return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
-def timesteps_seen(pipe, family, **kwargs):
+def timesteps_run(pipe, family, **kwargs):
     """The timesteps with which one pipeline call runs its network, on the scheduler's clock, repeats merged."""
-    seen = []
+    recorded = []
 
     def record(_, args, kwargs):
         t = kwargs["timestep"] if "timestep" in kwargs else args[1]
         assert len(t.unique()) == 1
-        seen.append(CLOCKS.get(family, lambda t: t)(t.flatten()[0].item()))
+        recorded.append(CLOCKS.get(family, lambda t: t)(t.flatten()[0].item()))
 
     handle = denoiser(pipe).register_forward_pre_hook(record, with_kwargs=True)
     pipe(**{**tiny.call_kwargs(family), **kwargs})
     handle.remove()
-    return [t for i, t in enumerate(seen) if i == 0 or t != seen[i - 1]]  # Wan guides in two calls
+    return [t for i, t in enumerate(recorded) if i == 0 or t != recorded[i - 1]]  # Wan guides in two calls
 
 
 def latents(pipe, family, **kwargs):
@@ -59,8 +59,8 @@ def test_the_network_is_called_at_the_trained_timesteps(family, order):
     pipe = student(family, solver_order=order)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        seen = timesteps_seen(pipe, family, num_inference_steps=4)
-    assert seen == pytest.approx(trained_grid(family), abs=2e-4)  # float32 clocks
+        recorded = timesteps_run(pipe, family, num_inference_steps=4)
+    assert recorded == pytest.approx(trained_grid(family), abs=2e-4)  # float32 clocks
     assert (order == 1) == torch.equal(latents(pipe, family), latents(student(family), family))
 
 
@@ -68,9 +68,9 @@ def test_the_network_is_called_at_the_trained_timesteps(family, order):
 def test_another_step_count_warns_and_keeps_the_first_timestep(family):
     pipe = student(family)
     with pytest.warns(UserWarning, match="trained for 4 steps"):
-        seen = timesteps_seen(pipe, family, num_inference_steps=2)
+        recorded = timesteps_run(pipe, family, num_inference_steps=2)
     grid = trained_grid(family)
-    assert seen == pytest.approx([grid[0], grid[2]], abs=2e-4)
+    assert recorded == pytest.approx([grid[0], grid[2]], abs=2e-4)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -133,13 +133,13 @@ def test_image_to_image_runs_the_end_of_the_grid(family, pipeline, grid):
     pipe = pipeline.from_pipe(student(family, solver_order=2))
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    seen = timesteps_seen(pipe, family, image=image, strength=0.5)
-    assert seen == pytest.approx(grid[2:], abs=2e-4)
+    recorded = timesteps_run(pipe, family, image=image, strength=0.5)
+    assert recorded == pytest.approx(grid[2:], abs=2e-4)
     assert pipe.scheduler.step_index == 4  # stepped with the levels of those timesteps, not with the first two
 
 
 def test_explicit_timesteps_and_sigmas_reach_the_network():
     pipe = student("sd15")
-    assert timesteps_seen(pipe, "sd15", timesteps=[900, 600, 300]) == [900, 600, 300]
+    assert timesteps_run(pipe, "sd15", timesteps=[900, 600, 300]) == [900, 600, 300]
     pipe = student("sd3")
-    assert timesteps_seen(pipe, "sd3", sigmas=[0.9, 0.5]) == pytest.approx([964.2857, 750], abs=1e-3)  # shift 3
+    assert timesteps_run(pipe, "sd3", sigmas=[0.9, 0.5]) == pytest.approx([964.2857, 750], abs=1e-3)  # shift 3

@@ -78,16 +78,16 @@ def test_a_step_holds_the_predicted_clean_sample(family: str, loaded: Loaded) ->
 
 
 def test_under_the_teachers_own_scheduler_a_step_holds_the_noisy_sample(loaded: Loaded) -> None:
-    pipe, seen = loaded("sd3"), []
+    pipe, recorded = loaded("sd3"), []
 
-    def look(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append(tensors["latents"])
+    def on_step_end(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        recorded.append(tensors["latents"])
         return tensors
 
     with pipe.teacher():
-        *steps, _ = pipe.stream(**call("sd3", callback_on_step_end=look))
-    assert len(seen) == 4
-    assert all(torch.equal(step.latents, sample) for step, sample in zip(steps, seen, strict=True))
+        *steps, _ = pipe.stream(**call("sd3", callback_on_step_end=on_step_end))
+    assert len(recorded) == 4
+    assert all(torch.equal(step.latents, sample) for step, sample in zip(steps, recorded, strict=True))
 
 
 # ---------------------------------------------------------------------- previews
@@ -230,32 +230,32 @@ def test_an_error_reaches_the_consumer_as_itself(family: str, loaded: Loaded) ->
 
 @pytest.mark.parametrize("family", ["sd15", "pixart", "flux"])
 def test_the_users_callback_runs_too_and_may_change_the_latents(family: str, loaded: Loaded) -> None:
-    pipe, seen = loaded(family), []
+    pipe, recorded = loaded(family), []
 
     def halve(owner: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append((owner is pipe, i, float(t), list(tensors)))
+        recorded.append((owner is pipe, i, float(t), list(tensors)))
         return {"latents": tensors["latents"] / 2}
 
     *_, last = pipe.stream(**call(family, callback_on_step_end=halve))
-    assert seen == [(True, i, t, ["latents"]) for i, t in enumerate(GRIDS[4])]
+    assert recorded == [(True, i, t, ["latents"]) for i, t in enumerate(GRIDS[4])]
     assert torch.equal(last.output[0], pipe(**call(family, callback_on_step_end=halve))[0])
     assert not torch.equal(last.output[0], pipe(**call(family))[0])
 
 
 def test_the_users_callback_gets_the_tensors_that_it_asks_for(loaded: Loaded) -> None:
-    seen = []
+    recorded = []
 
     class Look(PipelineCallback):
         tensor_inputs = ["prompt_embeds"]  # noqa: RUF012
 
         def callback_fn(self, _pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            seen.append(list(tensors))
+            recorded.append(list(tensors))
             return tensors
 
     list(loaded("sd15").stream(**call("sd15", callback_on_step_end=Look())))
     names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     list(loaded("sd15").stream(**call("sd15", callback_on_step_end=Look().callback_fn, **names)))
-    assert seen == [["prompt_embeds"]] * 8
+    assert recorded == [["prompt_embeds"]] * 8
 
 
 def test_it_may_be_resumed_from_any_thread(loaded: Loaded) -> None:
@@ -269,17 +269,17 @@ def test_it_may_be_resumed_from_any_thread(loaded: Loaded) -> None:
 
 
 def test_the_run_has_the_settings_of_the_consumers_thread(loaded: Loaded) -> None:
-    pipe, seen = loaded("sd15"), []
+    pipe, recorded = loaded("sd15"), []
     variable = contextvars.ContextVar("variable", default="none")
 
-    def look(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        seen.append((variable.get(), torch.get_default_device(), tensors["latents"].is_inference()))
+    def on_step_end(_pipe: Any, _i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        recorded.append((variable.get(), torch.get_default_device(), tensors["latents"].is_inference()))
         return tensors
 
     variable.set("mine")
     with torch.inference_mode(), torch.device("cpu:0"):
-        list(pipe.stream(**call("sd15", callback_on_step_end=look)))
-    assert seen == [("mine", torch.device("cpu:0"), True)] * 4
+        list(pipe.stream(**call("sd15", callback_on_step_end=on_step_end)))
+    assert recorded == [("mine", torch.device("cpu:0"), True)] * 4
 
     with torch.autocast("cpu", torch.bfloat16):
         *_, last = pipe.stream(**call("sd15"))

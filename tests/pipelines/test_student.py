@@ -84,8 +84,8 @@ def test_timesteps_of_ones_own_are_run_with_their_own_step_count() -> None:
     assert completed(known, None) == known
     assert completed(known, {"guidance_scale": 2.0}) == known | {"guidance_scale": 2.0}
     assert StudentRecipe.from_fields(completed(known, {"trained_timesteps": {2: [999.0, 499.0]}})).default_steps == 2
-    own = {"trained_timesteps": {2: [999.0, 499.0], 3: [999.0, 666.0, 333.0]}, "preferred_steps": 2}
-    assert StudentRecipe.from_fields(completed(known, own)).default_steps == 2
+    overrides = {"trained_timesteps": {2: [999.0, 499.0], 3: [999.0, 666.0, 333.0]}, "preferred_steps": 2}
+    assert StudentRecipe.from_fields(completed(known, overrides)).default_steps == 2
 
 
 def test_a_file_comes_back_bit_equal(file: Path) -> None:

@@ -90,9 +90,9 @@ def test_an_argument_of_the_caller_wins(loaded: Loaded) -> None:
         named = counted(pipe, "qwenimage", num_inference_steps=3, true_cfg_scale=3.0, negative_prompt="blurry")[1]
         text, mask = pipe.encode_prompt(["blurry"])
         tensors = {"negative_prompt_embeds": text, "negative_prompt_embeds_mask": mask}
-        given = counted(pipe, "qwenimage", num_inference_steps=3, true_cfg_scale=3.0, **tensors)[1]
+        by_tensors = counted(pipe, "qwenimage", num_inference_steps=3, true_cfg_scale=3.0, **tensors)[1]
     assert not torch.equal(empty, named)
-    assert torch.equal(given, named)
+    assert torch.equal(by_tensors, named)
 
 
 def test_the_bundled_teacher_has_its_own_steps_and_guidance() -> None:

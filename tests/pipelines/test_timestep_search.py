@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +41,11 @@ def true_error(schedule: NoiseSchedule, grid: list[float]) -> float:
     """Of a run on a grid for that network, against the flow's own end: both are the start times a number."""
     alphas, sigmas = (values.tolist() for values in grid_pairs(schedule, grid))
     exact = STD / math.sqrt(alphas[0] ** 2 * STD**2 + sigmas[0] ** 2)
-    made = 1.0
+    value = 1.0
     for t, alpha, sigma in zip(grid, alphas[1:], sigmas[1:], strict=True):
-        x0, eps = gaussian(schedule)(torch.tensor(made, dtype=torch.float64), t)
-        made = float(ddim_step(x0, eps, alpha, sigma))
-    return abs(made / exact - 1)
+        x0, eps = gaussian(schedule)(torch.tensor(value, dtype=torch.float64), t)
+        value = float(ddim_step(x0, eps, alpha, sigma))
+    return abs(value / exact - 1)
 
 
 def random_costs(n: int, seed: int) -> Tensor:
@@ -88,14 +89,15 @@ def test_on_a_gaussian_the_found_grids_beat_the_uniform_ones_and_more_steps_are_
 
 def test_the_costs_are_those_of_the_steps() -> None:
     schedule = SCHEDULES["flow"]
-    fine, noise, seen = [1000.0, 800.0, 500.0, 100.0], torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), []
+    fine, recorded = [1000.0, 800.0, 500.0, 100.0], []
+    noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
 
     def predict(x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
-        seen.append(timestep)
+        recorded.append(timestep)
         return gaussian(schedule)(x, timestep)
 
     costs, x0 = fine_run(predict, schedule, fine, noise)
-    assert seen == fine
+    assert recorded == fine
     assert costs.dtype == x0.dtype == torch.float64
     assert costs.diagonal(1).tolist() == [0.0] * 4
     assert bool((costs.isinf() == torch.ones(4, 5).tril().bool()).all())
@@ -151,18 +153,17 @@ def test_guidance_makes_two_passes_as_the_pipeline_does(family: str, make: Make)
 
 
 def test_the_search_on_a_student_compares_with_what_it_runs_on_otherwise(make: Make) -> None:
-    pipe, told = load(make("sd15")), []
+    pipe, expected_calls = load(make("sd15")), []
     calls: list[int] = []
     pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    found = search(
-        pipe, pipe.family, pipe.recipe, [tiny.PROMPT] * 3, [2, 3], levels=12, guidance_scale=1.0, expect=told.append
-    )
-    assert told == [sum(calls)]
-    assert {k: list(grids) for k, grids in found.items()} == {
+    options: dict[str, Any] = {"levels": 12, "guidance_scale": 1.0, "expect": expected_calls.append}
+    grids_by_steps = search(pipe, pipe.family, pipe.recipe, [tiny.PROMPT] * 3, [2, 3], **options)
+    assert expected_calls == [sum(calls)]
+    assert {k: list(grids) for k, grids in grids_by_steps.items()} == {
         2: ["found", "trained", "uniform"],
         3: ["found", "re-spaced", "uniform"],
     }
-    for k, grids in found.items():
+    for k, grids in grids_by_steps.items():
         assert grids["found"].predicted == min(grid.predicted for grid in grids.values())
         assert all(len(grid.timesteps) == k and grid.timesteps[0] == 900 for grid in grids.values())
 
@@ -200,11 +201,11 @@ def test_a_teacher_is_a_base_by_itself(make: Make, tmp_path: Path, capsys: pytes
     assert "guidance 3" in printed
     assert "trained |" not in printed
     assert "TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps={2: [" in printed
-    for wrong, said in (
+    for wrong, message in (
         (["--out", str(tmp_path / "x.safetensors")], "name one with --student"),
         (["--steps", "2,x"], "whole numbers"),
         (["--steps", "0"], "at least 1"),
         (["--steps", "9", "--levels", "8"], "no less than"),
     ):
-        assert said in refused([*arguments, *wrong], capsys)
+        assert message in refused([*arguments, *wrong], capsys)
     assert "--prompts is missing" in refused(["timesteps", "--model", base], capsys)

@@ -58,10 +58,10 @@ def test_calls_and_image_to_image_of_several_threads_are_those_of_one(make: Make
     expected = [run() for run in runs]
     streamed = runs.pop()
     for _ in range(3):
-        for found, right in zip(at_once(runs), expected, strict=False):
-            torch.testing.assert_close(found, right, rtol=0, atol=1e-6)
-    for found in at_once([streamed, runs[0], streamed]):
-        assert isinstance(found, Tensor) or "a stream of this pipeline is open" in str(found)
+        for actual, right in zip(at_once(runs), expected, strict=False):
+            torch.testing.assert_close(actual, right, rtol=0, atol=1e-6)
+    for actual in at_once([streamed, runs[0], streamed]):
+        assert isinstance(actual, Tensor) or "a stream of this pipeline is open" in str(actual)
 
 
 def test_a_call_between_two_items_of_a_stream_is_one_line(make: Make) -> None:
@@ -81,16 +81,20 @@ def test_a_callback_that_calls_the_pipeline_is_refused_and_the_run_goes_on(strea
     pipe = load(make("sd15"))
     expected, refused = draw(pipe, 0), []
 
-    def again(*_: Any) -> dict[str, Any]:
+    def call_in_callback(*_: Any) -> dict[str, Any]:
         for use in (lambda: draw(pipe, 1), lambda: pipe.image_to_image("a", Image.new("RGB", (16, 16)))):
             with pytest.raises(TDMError, match="in the middle of a call"):
                 use()
             refused.append(1)
         return {}
 
-    call = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", "callback_on_step_end": again}
-    found = list(pipe.stream("a red cube", **call))[-1].output if streamed else pipe("a red cube", **call)
-    torch.testing.assert_close(found.images, expected, rtol=0, atol=1e-6)
+    call = {
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+        "callback_on_step_end": call_in_callback,
+    }
+    actual = list(pipe.stream("a red cube", **call))[-1].output if streamed else pipe("a red cube", **call)
+    torch.testing.assert_close(actual.images, expected, rtol=0, atol=1e-6)
     assert len(refused) == 8
 
 

@@ -1,4 +1,4 @@
-"""User LoRAs beside a student: any order, any strength, the sum of all of them; the student is never lost silently."""
+"""User LoRAs next to a student: any order, any strength, the sum of all of them; the student is never lost silently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tdm import TDMPipeline, TDMScheduler
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
+from tdm.tests.pipelines.lora_files import LAYOUTS, Update, diffusers_names, merge, tensors_of, updates, write
 from tdm.tests.pipelines.students import (
     Make,
     error,
@@ -35,19 +35,19 @@ def random_lora(family: str, seed: int, *, text: bool) -> list[Update]:
     pipe, components = tiny.build(family), [family_of_name(family).denoiser]
     if text:
         components += [name for name in pipe._lora_loadable_modules if name.startswith("text_encoder")]
-    made = []
+    loras = []
     for i, name in enumerate(components):
-        names = {n: layers for n, layers in own_names(getattr(pipe, name), family).items() if n.endswith(LAYERS)}
-        made += updates(pipe, name, names, seed=seed + i)
-    return made
+        names = {n: layers for n, layers in diffusers_names(getattr(pipe, name), family).items() if n.endswith(LAYERS)}
+        loras += updates(pipe, name, names, seed=seed + i)
+    return loras
 
 
 def merged(pipe: TDMPipeline, base: Path, family: str, loras: dict[float, list[Update]]) -> Tensor:
     """The student's call with LoRAs merged into the weights in float64, each at its strength."""
     by_hand, clean = plain(base), without_student(pipe)
-    for strength, made in loras.items():
-        merge(by_hand, made, strength)
-    for component in {update.component for made in loras.values() for update in made}:
+    for strength, random_loras in loras.items():
+        merge(by_hand, random_loras, strength)
+    for component in {update.component for random_loras in loras.values() for update in random_loras}:
         setattr(clean, component, getattr(by_hand, component))
     return short_call(clean, family)
 
@@ -57,23 +57,23 @@ def test_user_loras_add_up_with_the_student_in_any_order_and_leave_no_trace(
     family: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     text, base = family in WITH_TEXT, bases(family)
-    made = {name: random_lora(family, seed, text=text) for name, seed in (("student", 0), ("a", 10), ("b", 20))}
+    loras = {name: random_lora(family, seed, text=text) for name, seed in (("student", 0), ("a", 10), ("b", 20))}
     files = {
         name: write(tmp_path / f"{name}.safetensors", tensors_of(LAYOUTS["diffusers"], lora))
-        for name, lora in made.items()
+        for name, lora in loras.items()
     }
     recipe = vars(recipe_for(family, base))
     pipe = load(base, student=files["student"], recipe=recipe)
     alone = short_call(pipe, family)
 
     pipe.load_lora_weights(str(files["a"]), adapter_name="a")
-    with_a = merged(pipe, base, family, {1.0: [*made["student"], *made["a"]]})
+    with_a = merged(pipe, base, family, {1.0: [*loras["student"], *loras["a"]]})
     assert error(short_call(pipe, family), with_a) <= 1e-5
     assert error(with_a, alone) > 1e-3  # the LoRA does something
 
     pipe.load_lora_weights(str(files["b"]), adapter_name="b")
     pipe.set_adapters(["student", "a", "b"], [1.0, 0.7, -0.4])
-    expected = merged(pipe, base, family, {1.0: made["student"], 0.7: made["a"], -0.4: made["b"]})
+    expected = merged(pipe, base, family, {1.0: loras["student"], 0.7: loras["a"], -0.4: loras["b"]})
     assert error(short_call(pipe, family), expected) <= 1e-5
     pipe.set_adapters(["b", "student", "a"], [-0.4, 1.0, 0.7])
     assert error(short_call(pipe, family), expected) <= 1e-5
@@ -101,10 +101,10 @@ def test_a_new_lora_switches_nothing_on_that_was_off(make: Make) -> None:
     pipe.load_lora_weights(str(make("sd15", "b.safetensors", seed=2)), adapter_name="b")
     assert pipe.get_active_adapters() == ["a", "b"]
     with pytest.warns(UserWarning, match="switched off"):
-        found = short_call(pipe, "sd15")
+        actual = short_call(pipe, "sd15")
     pipe.set_adapters(["a", "b"], [0.5, 1.0])
     with pytest.warns(UserWarning, match="switched off"):
-        assert torch.equal(short_call(pipe, "sd15"), found)
+        assert torch.equal(short_call(pipe, "sd15"), actual)
 
 
 def test_a_student_that_is_gone_is_an_error_and_not_the_base_in_disguise(
@@ -120,8 +120,8 @@ def test_a_student_that_is_gone_is_an_error_and_not_the_base_in_disguise(
     with pipe.teacher():
         call = guided("sd15")
         assert torch.equal(latents(pipe, "sd15", **call), latents(plain(bases("sd15")), "sd15", **call))
-    own = TDMScheduler.from_config(pipe.scheduler.config)
-    sampler, pipe.scheduler = pipe.scheduler, own  # a scheduler of the caller's own is the caller's choice
+    replacement = TDMScheduler.from_config(pipe.scheduler.config)
+    sampler, pipe.scheduler = pipe.scheduler, replacement  # a scheduler of the caller's own is the caller's choice
     assert not torch.equal(short_call(pipe, "sd15"), expected)
     pipe.scheduler = sampler
     pipe.load_student(make("sd15"))

@@ -32,6 +32,6 @@ def task_of(
 
 def trained(run: Run) -> FinishedRun:
     """The student of a finished run."""
-    found = read_run(run.out_dir)
-    assert found is not None
-    return found
+    finished = read_run(run.out_dir)
+    assert finished is not None
+    return finished

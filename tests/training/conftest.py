@@ -69,13 +69,15 @@ def settings(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def runs(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """A finished run on a tiny base, made once. Nothing but the run itself is in its folder."""
-    made: dict[str, Run] = {}
+    finished: dict[str, Run] = {}
 
     def of(family: str) -> Run:
-        if family not in made:
+        if family not in finished:
             config = load_config(None, settings(family))
             folder = tmp_path_factory.mktemp("runs") / family
-            made[family] = distill(build_task(config.task, config.memory, "cpu"), config, folder, report=lambda _: None)
-        return made[family]
+            finished[family] = distill(
+                build_task(config.task, config.memory, "cpu"), config, folder, report=lambda _: None
+            )
+        return finished[family]
 
     return of

@@ -28,9 +28,9 @@ def outline_folder(name: str, folder: Path) -> Path:
         vae = model.autoencoder() if model else diffusers.AutoencoderKL(**FLUX_VAE)
     stock = model.scheduler if model else "FlowMatchEulerDiscreteScheduler"
     scheduler = getattr(diffusers, stock)(**(model.schedule if model else {"shift": 3.0}))
-    parts = {family.denoiser: denoiser, "vae": vae, "scheduler": scheduler}
-    for part, network in parts.items():
+    components = {family.denoiser: denoiser, "vae": vae, "scheduler": scheduler}
+    for part, network in components.items():
         network.save_config(folder / part)
-    index = {part: ["diffusers", type(network).__name__] for part, network in parts.items()}
+    index = {part: ["diffusers", type(network).__name__] for part, network in components.items()}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": family.pipeline, **index}))
     return folder

@@ -32,22 +32,22 @@ FILE = Path(__file__).with_suffix(".json")
 
 def weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     """The same random weights wherever they are made, near 1 where a norm multiplies."""
-    made = {}
+    tensors = {}
     for i, (name, shape) in enumerate(sorted(shapes.items())):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(i))
         norm = name.endswith("weight") and len(shape) == 1
-        made[name] = 1 + 0.1 * noise if norm else noise / (shape[-1] if shape else 1) ** 0.5
-    return made
+        tensors[name] = 1 + 0.1 * noise if norm else noise / (shape[-1] if shape else 1) ** 0.5
+    return tensors
 
 
 def pictures() -> list[Image.Image]:
     """Of sizes and shapes of their own, smooth enough that resizing keeps something."""
-    found = []
+    images = []
     for i, (height, width) in enumerate([(32, 32), (48, 48), (40, 64), (80, 50)]):
         noise = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(i))
         smooth = torch.nn.functional.interpolate(noise, (height, width), mode="bilinear")[0]
-        found.append(Image.fromarray((255 * smooth).byte().permute(1, 2, 0).numpy()))
-    return found
+        images.append(Image.fromarray((255 * smooth).byte().permute(1, 2, 0).numpy()))
+    return images
 
 
 def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
@@ -79,11 +79,11 @@ def image_reward() -> dict[str, object]:
     vocabulary.unlink()
     model.blip.tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     model.blip.tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})
-    found = shapes(model)
-    model.load_state_dict(weights(found), strict=False)
+    weight_shapes = shapes(model)
+    model.load_state_dict(weights(weight_shapes), strict=False)
     model.eval()
     scores = [model.score(prompt, picture) for prompt, picture in zip(PROMPTS, pictures(), strict=True)]
-    return {"shapes": found, "scores": scores}
+    return {"shapes": weight_shapes, "scores": scores}
 
 
 def hps() -> dict[str, object]:
@@ -99,15 +99,19 @@ def hps() -> dict[str, object]:
         vision_cfg={"image_size": 32, "layers": 2, "width": 32, "head_width": 2, "patch_size": 8, "mlp_ratio": 2.0},
         text_cfg={"context_length": 32, "vocab_size": len(tokenizer.encoder), "width": 48, "heads": 16, "layers": 2},
     )
-    found = shapes(model)
-    found.pop("attn_mask", None)
-    model.load_state_dict(weights(found), strict=False)
+    weight_shapes = shapes(model)
+    weight_shapes.pop("attn_mask", None)
+    model.load_state_dict(weights(weight_shapes), strict=False)
     model.eval()
     see = image_transform_v2(PreprocessCfg(size=32), is_train=False)
     with torch.no_grad():
-        seen = model.encode_image(torch.stack([see(picture) for picture in pictures()]), normalize=True)
+        image_embeds = model.encode_image(torch.stack([see(picture) for picture in pictures()]), normalize=True)
         read = model.encode_text(tokenizer(PROMPTS), normalize=True)
-    return {"shapes": found, "vocabulary": list(tokenizer.encoder), "scores": (100 * (seen * read).sum(1)).tolist()}
+    return {
+        "shapes": weight_shapes,
+        "vocabulary": list(tokenizer.encoder),
+        "scores": (100 * (image_embeds * read).sum(1)).tolist(),
+    }
 
 
 if __name__ == "__main__":

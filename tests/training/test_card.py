@@ -1,4 +1,4 @@
-"""The model card beside an exported student: facts of the run, and lines that can be copied and run."""
+"""The model card next to an exported student: facts of the run, and lines that can be copied and run."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def changed(run: FinishedRun, **changes: Any) -> FinishedRun:
 def test_the_card_tells_the_facts_of_the_run(runs: Callable[[str], Run], tmp_path: Path) -> None:
     run = trained(runs("sd15"))
     text = model_card(run, "student.safetensors", "student")
-    assert "load beside" not in text
+    assert "load with it" not in text
     notes = run.recipe.notes | {"load_beside": "style.safetensors@0.8"}
-    beside = changed(run, notes=notes)
-    assert "| load beside it | style.safetensors@0.8 |" in model_card(beside, "student.safetensors", "student")
+    with_lora = changed(run, notes=notes)
+    assert "| load with it | style.safetensors@0.8 |" in model_card(with_lora, "student.safetensors", "student")
     for fact in (
         "| updates | 2 |",
         "| samples per update | 2 |",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tdm.errors import TDMError
 from tdm.tests.processes import finish, start
-from tdm.training.best import BestStudent, Measure
+from tdm.training.best import BestStudent, Metric
 from tdm.training.checkpoint import read_checkpoint
 
 RECIPE = Path(__file__).parents[2] / "training/configs/mixture.yaml"
@@ -154,7 +154,7 @@ def test_checkpoints_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("higher", "best"), [(True, [1, 2, 2, 4]), (False, [1, 1, 3, 3])])
 def test_the_best_student_is_kept_over_a_resume(tmp_path: Path, higher: bool, best: list[int]) -> None:
-    path, measure = tmp_path / "best.pt", Measure("score", higher_is_better=higher)
+    path, measure = tmp_path / "best.pt", Metric("score", higher_is_better=higher)
     values = [0.5, 0.7, 0.2, 0.7 + 0.1 * higher]
     for step, value in enumerate(values, 1):
         keeper = BestStudent(path, measure, resume=step > 1)
@@ -165,5 +165,5 @@ def test_the_best_student_is_kept_over_a_resume(tmp_path: Path, higher: bool, be
         assert payload.pop("weights")["a"].tolist() == [right, right]
         assert payload == {"format": 1, "step": right, "measure": "score", "value": values[right - 1]}
     with pytest.raises(TDMError, match="ranks students by score, not energy"):
-        BestStudent(path, Measure("energy", higher_is_better=False), resume=True)
+        BestStudent(path, Metric("energy", higher_is_better=False), resume=True)
     assert BestStudent(path, measure, resume=False).keep(9, {}, {"score": 0.0})["best/step"] == 9

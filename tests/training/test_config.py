@@ -17,7 +17,7 @@ def test_file_then_overrides(tmp_path):
     )
     config = load_config(path, ["student.rank=8", "critic.target=clean", "objective.huber_c=null", "task.name=world"])
     assert (config.updates, config.student.lr, config.student.betas) == (7, 1e-5, (0.0, 0.95))
-    assert all(type(beta) is float for beta in config.student.betas)  # AdamW refuses an int beside a float
+    assert all(type(beta) is float for beta in config.student.betas)  # AdamW refuses an int next to a float
     assert config.trajectory.timesteps == (900.0, 600.0, 300.0, 100.0)
     assert (config.student.rank, config.critic.target, config.objective.huber_c) == (8, "clean", None)
     assert config.task == {"name": "world"}

@@ -11,14 +11,14 @@ import pytest
 import torch
 from tdm.bench.memory import LiveMemory
 from tdm.errors import TDMError
-from tdm.pipelines.bases import outline
+from tdm.pipelines.bases import pipeline_without_weights
 from tdm.pipelines.families import Size
 from tdm.tests import tiny
 from tdm.tests.training.outlines import outline_folder
 from tdm.training.batch import draw_batch
 from tdm.training.config import DistillConfig
 from tdm.training.estimate.estimator import CONTEXT, GIB, USABLE, Estimator, Gpu, largest_micro_batch, what_to_lower
-from tdm.training.estimate.rehearsal import AsOnGpu, Outline, Rehearsal
+from tdm.training.estimate.rehearsal import AsOnGpu, Rehearsal, TaskWithoutWeights
 from tdm.training.objectives import objective_of
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES
@@ -40,7 +40,7 @@ def settings(family: str, base: Path, *more: str, preset: str | None = None) -> 
     return load_config(preset, [*common, *size, "student.rank=4", "critic.rank=4", *more])
 
 
-class WithWeights(Outline):
+class WithWeights(TaskWithoutWeights):
     """The task of a rehearsal with the real network on the CPU."""
 
     def __init__(self, config: DistillConfig) -> None:
@@ -55,7 +55,7 @@ class WithWeights(Outline):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_rehearsal_holds_and_computes_what_the_real_update_does(family: str, bases: Bases) -> None:
     config = settings(family, bases(family))
-    tasks = Outline(config.task, torch.float32), WithWeights(config)
+    tasks = TaskWithoutWeights(config.task, torch.float32), WithWeights(config)
     if family == "zimage":  # the tiny one has room for no more
         for task in tasks:
             task._cond = {"text": task._cond["text"][:, :64], "length": torch.tensor([64])}
@@ -68,7 +68,7 @@ def test_a_rehearsal_holds_and_computes_what_the_real_update_does(family: str, b
 def test_blank_conditions_are_those_of_prompts(family: str, bases: Bases) -> None:
     call = tiny.call_kwargs(family)
     size = Size(call["height"], call["width"], call.get("num_frames"))
-    kind, without = outline(str(bases(family)))
+    kind, without = pipeline_without_weights(str(bases(family)))
     pipe = kind.pipeline_class().from_pretrained(bases(family))
     blank, real = kind.blank(without, 2, size), kind.encode(pipe, [tiny.PROMPT] * 2, size)
     padded = family not in ("zimage", "qwenimage")  # whose pipelines pad to the longest prompt of a batch only
@@ -116,7 +116,7 @@ def test_gradient_checkpointing_trades_memory_for_a_forward(bases: Bases) -> Non
 
 def test_memory_of_more_samples_follows_from_one_and_two(bases: Bases) -> None:
     config = settings("pixart", bases("pixart"), "batch_size=8", "micro_batch_size=8")
-    rehearsed = Rehearsal(config, Outline(config.task, torch.bfloat16), bf16=False).update(8).peak
+    rehearsed = Rehearsal(config, TaskWithoutWeights(config.task, torch.bfloat16), bf16=False).update(8).peak
     assert Estimator()(config).memory["update"] == pytest.approx(rehearsed, rel=0.02)
 
 
@@ -152,7 +152,7 @@ def test_what_to_lower_is_just_enough(bases: Bases) -> None:
 
 @pytest.mark.parametrize(("family", "billions"), [("sdxl", 2.567), ("sd3", 2.03), ("pixart", 0.611), ("flux", 11.90)])
 def test_full_size_bases_have_their_published_number_of_weights(family: str, billions: float, tmp_path: Path) -> None:
-    kind, pipe = outline(str(outline_folder(family, tmp_path)))
+    kind, pipe = pipeline_without_weights(str(outline_folder(family, tmp_path)))
     denoiser = getattr(pipe, kind.denoiser)
     assert sum(p.numel() for p in denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=0.06)
     assert all(p.device.type == "meta" for p in denoiser.parameters())
@@ -165,7 +165,7 @@ def test_a_tokenizer_that_the_base_names_and_lacks_is_said(tmp_path: Path) -> No
     named = {"tokenizer": ["transformers", "CLIPTokenizer"]}
     index.write_text(json.dumps({**json.loads(index.read_text()), **named}))
     with pytest.raises(TDMError, match=r"the config of tokenizer of the base .* \(there is no folder tokenizer\)"):
-        outline(str(tmp_path))
+        pipeline_without_weights(str(tmp_path))
 
 
 def test_on_a_gpu_products_are_half_and_norms_single() -> None:

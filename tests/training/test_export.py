@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from tdm import TDMScheduler
 from tdm.cli import main
-from tdm.pipelines.bases import skeletons
+from tdm.pipelines.bases import networks_without_weights
 from tdm.pipelines.loras.file import read_lora_file
 from tdm.pipelines.loras.places import place
 from tdm.pipelines.students.describe import describe
@@ -58,7 +58,7 @@ def test_kohya_names_are_the_same_student(family: str, runs: Callable[[str], Run
     prefix = "lora_unet_" if family in ("sd15", "sdxl") else "lora_transformer_"
     assert all(key.startswith(prefix) for key in read.tensors)
     assert {float(read.tensors[key]) for key in read.tensors if key.endswith(".alpha")} == {2.0}  # the rank: scale 1
-    kind, networks = skeletons(run.recipe.base_model)
+    kind, networks = networks_without_weights(run.recipe.base_model)
     (expected,), (found,) = (place(f, kind, networks).values() for f in (read_lora_file(file), read))
     assert found.keys() == expected.keys()
     for layer, lora in found.items():

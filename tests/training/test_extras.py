@@ -84,7 +84,7 @@ def test_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:
     state = weights(reference("image_reward")["shapes"])
     del state["blip.visual_encoder.blocks.1.norm2.bias"]
     torch.save(state, tmp_path / "part.pt")
-    with pytest.raises(TDMError, match=r"image_reward=.*: its weights are not to be had"):
+    with pytest.raises(TDMError, match=r"image_reward=.*: its weights cannot be loaded"):
         extra(f"image_reward={tmp_path / 'part.pt'}")
 
 
@@ -97,15 +97,15 @@ def reference(name: str) -> dict:
     ("text", "line"),
     [
         ("clip", "clip wants the name of a CLIP: clip=..."),
-        ("clip={tmp}/none", "clip=.*: its weights are not to be had"),
+        ("clip={tmp}/none", "clip=.*: its weights cannot be loaded"),
         ("fid", "fid wants a folder of real pictures"),
         ("fid={tmp}", "no folder with .png or .jpg pictures"),
         ("hpsv2=v3", "hpsv2=v3: no such file, nor a version; there are v2.0, v2.1"),
-        ("hpsv2", "hpsv2=v2.1: its weights are not to be had"),
-        ("image_reward", "image_reward=v1.0: its weights are not to be had"),
-        ("hpsv2={tmp}/other.pt", "hpsv2=.*other.pt: its weights are not to be had"),
-        ("image_reward={tmp}/other.pt", "its weights are not to be had .the weights have no blip.visual_encoder"),
-        ("image_reward={tmp}/code.pt", "code.pt: its weights are not to be had"),
+        ("hpsv2", "hpsv2=v2.1: its weights cannot be loaded"),
+        ("image_reward", "image_reward=v1.0: its weights cannot be loaded"),
+        ("hpsv2={tmp}/other.pt", "hpsv2=.*other.pt: its weights cannot be loaded"),
+        ("image_reward={tmp}/other.pt", "its weights cannot be loaded .the weights have no blip.visual_encoder"),
+        ("image_reward={tmp}/code.pt", "code.pt: its weights cannot be loaded"),
     ],
 )
 def test_what_is_not_there_is_one_line(text: str, line: str, tmp_path: Path) -> None:

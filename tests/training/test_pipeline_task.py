@@ -13,7 +13,7 @@ from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
-from tdm.tests.pipelines.lora_files import LAYOUTS, Update, merge, own_names, tensors_of, updates, write
+from tdm.tests.pipelines.lora_files import LAYOUTS, Update, diffusers_names, merge, tensors_of, updates, write
 from tdm.training.export import export, export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.settings import from_dict, load_config
@@ -117,7 +117,7 @@ def random_lora(family: str, *, text: bool) -> list[Update]:
     ends = ("to_q", "to_v", "to_out.0", "q_proj", "v_proj", "conv1")
     made = []
     for i, name in enumerate(components):
-        names = {n: layers for n, layers in own_names(getattr(pipe, name), family).items() if n.endswith(ends)}
+        names = {n: layers for n, layers in diffusers_names(getattr(pipe, name), family).items() if n.endswith(ends)}
         made += updates(pipe, name, names, seed=i)
     return made
 

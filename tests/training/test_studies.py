@@ -18,7 +18,7 @@ from tdm.training.cost import passes
 from tdm.training.studies import runs
 from tdm.training.studies.question import Question, is_of, load_question, questions
 from tdm.training.studies.report import at_passes, at_updates, interval, reached, table
-from tdm.training.studies.runs import Point, Trained, answer, read_runs, results_file, save_picture, valid_runs
+from tdm.training.studies.runs import Point, StudyRun, answer, read_runs, results_file, save_picture, valid_runs
 
 SMALL = """\
 asks: does it work?
@@ -171,9 +171,9 @@ def test_a_run_belongs_to_its_settings_and_a_younger_setting_does_not_matter(que
     assert not is_of(stored, config)
 
 
-def run_of(values: list[float], passes_each: float = 10.0) -> Trained:
+def run_of(values: list[float], passes_each: float = 10.0) -> StudyRun:
     points = [Point(2 * (i + 1), passes_each * (i + 1), {"energy": v}) for i, v in enumerate(values)]
-    return Trained("TDM", 0, {}, 1.0, "a machine", points)
+    return StudyRun("TDM", 0, {}, 1.0, "a machine", points)
 
 
 def test_values_are_read_where_the_budgets_end(question: Question) -> None:

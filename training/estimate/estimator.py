@@ -20,7 +20,7 @@ from ..objectives.passes import Passes
 from ..presets import MEMORY
 from ..settings import load_config
 from ..stages import stages_of
-from .rehearsal import Course, Outline, Rehearsal
+from .rehearsal import Course, Rehearsal, TaskWithoutWeights
 
 GIB = 2**30
 CONTEXT = 0.6 * GIB  # CUDA's context and the workspaces of its libraries: assumed
@@ -189,7 +189,7 @@ class Estimator:
         same = replace(config, batch_size=1, micro_batch_size=None, memory=memory)
         key = f"{dtype} {same}"
         if key not in self._rehearsals:
-            task = Outline(config.task, dtype)
+            task = TaskWithoutWeights(config.task, dtype)
             self._rehearsals[key] = Rehearsal(same, task, bf16=config.precision != "fp32")
         return key, self._rehearsals[key]
 

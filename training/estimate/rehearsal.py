@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from ...bench.memory import LiveMemory
 from ...errors import TDMError
-from ...pipelines.bases import outline
+from ...pipelines.bases import pipeline_without_weights
 from ...pipelines.families import Condition
 from ...pipelines.scheduler import TDMScheduler
 from ..batch import Batch, draw_batch
@@ -101,7 +101,7 @@ def _attention(
     return _ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
 
 
-class Outline:
+class TaskWithoutWeights:
     """``Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
 
     Raises:
@@ -113,7 +113,7 @@ class Outline:
             raise TDMError(f"only task.name=pipeline can be estimated, not {section.get('name')!r}")
         config = from_dict(PipelineTaskConfig, section, "task.")
         self.dtype = dtype
-        self.family, self.pipe = outline(config.model)
+        self.family, self.pipe = pipeline_without_weights(config.model)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
         self.targets, self.time_embedder = self.family.lora_targets, self.family.time_embedder
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
@@ -161,7 +161,7 @@ class Rehearsal:
         trained: numbers of trained weights by role.
     """
 
-    def __init__(self, config: DistillConfig, task: Outline, bf16: bool) -> None:
+    def __init__(self, config: DistillConfig, task: TaskWithoutWeights, bf16: bool) -> None:
         self.task, self.bf16 = task, bf16
         self.shapes = shapes_of(self.task.base)
         self.largest_block = _largest_block(self.task.base)
@@ -239,7 +239,7 @@ class _Tally(LiveMemory):
 
         return watched
 
-    def seen(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
+    def record(self, function: Any, args: Any, kwargs: Any, out: Any, allocations: int) -> None:  # noqa: ARG002
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
             self.flops[self.current] += formula(*args, **kwargs, out_val=out)

@@ -1,4 +1,4 @@
-"""Does a student draw what its teacher's ODE leads to from the same noise, or only something of the same law?"""
+"""Does a student draw the end of its teacher's ODE from the same noise, or only from the same distribution?"""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 
-def agreement(made: Tensor, same: Tensor, others: Tensor) -> Tensor:
+def agreement(samples: Tensor, same: Tensor, others: Tensor) -> Tensor:
     """For each sample (its distance to the teacher's from the same noise, the teacher's own distance between noises).
 
     The mean of the first over the mean of the second is 0 for the teacher's ODE itself, and about 1 for a sampler that
-    draws from the teacher's law but pays no heed to which noise it started from.
+    draws from the teacher's distribution independently of the noise that it started from.
 
     Args:
-        made: ``[n, ...]``, a student's samples: pictures or points.
+        samples: ``[n, ...]``, a student's samples: pictures or points.
         same: ``[n, ...]``, the teacher's from the same conditions and noise.
         others: ``[n, k, ...]``, the teacher's from the same conditions and k other noises.
 
     Returns:
         float64 ``[n, 2]``, Euclidean distances.
     """
-    made, same, others = made.double().flatten(1), same.double().flatten(1), others.double().flatten(2)
-    own = (others - same[:, None]).norm(dim=2).mean(1)
-    return torch.stack([(made - same).norm(dim=1), own], 1)
+    samples, same, others = samples.double().flatten(1), same.double().flatten(1), others.double().flatten(2)
+    spread = (others - same[:, None]).norm(dim=2).mean(1)
+    return torch.stack([(samples - same).norm(dim=1), spread], 1)

@@ -89,7 +89,7 @@ def distances_by_prompt(pictures: Tensor, reference: Tensor) -> Tensor:
 
 
 def distance(pictures: Tensor, reference: Tensor) -> tuple[float, float]:
-    """The mean of `distances_by_prompt` and its standard error over prompts."""
+    """The mean of `distances_by_prompt` and its standard error over prompts; pictures as there."""
     each = distances_by_prompt(pictures, reference)
     return float(each.mean()), float(each.std() / len(each) ** 0.5)
 

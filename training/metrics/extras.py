@@ -3,14 +3,14 @@
     clip=MODEL         CLIP score, 100 times the cosine of picture and prompt: a CLIP of transformers, folder or hub id
     hpsv2, hpsv2=v2.0  Human Preference Score v2.1 or v2.0, weights from the hub
     image_reward       ImageReward v1.0, weights from the hub
-    hpsv2=FILE, image_reward=FILE    the same from a file, the tokenizer from beside it or from the hub
+    hpsv2=FILE, image_reward=FILE    the same from a file, the tokenizer from the file's folder or from the hub
     fid=FOLDER         FID to the pictures in a folder, of the package torch-fidelity; means little below some thousands
 
-No published weights were at hand. What was run: CLIP, on tiny random weights, against transformers' own logits; HPSv2
+No published weights were available. What was run: CLIP, on tiny random weights, against transformers' own logits; HPSv2
 and ImageReward, on tiny random weights in the published layouts, against the published code, HPSv2 once on random
 weights at its real size; FID, on random weights in the package's own network (torch-fidelity 0.4.0), against the
-distance of its features; and every refusal. What cannot be imported, or whose weights cannot be had, is refused in one
-line.
+distance of its features; and every refusal. A score that cannot be imported, or whose weights cannot be loaded, is
+refused in one line.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Preference:
             self.network = network(weights)
 
     def __call__(self, pictures: Tensor, prompts: Sequence[str]) -> Value:
-        parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
-        return measured(torch.cat([self.network(_pil(pictures[part]), prompts[part]) for part in parts]))
+        batches = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+        return measured(torch.cat([self.network(_pil(pictures[batch]), prompts[batch]) for batch in batches]))
 
 
 class Fid:
@@ -181,4 +181,4 @@ def _weights(name: str) -> Iterator[None]:
         raise TDMError(f"{name}: its package cannot be used with what is here ({first_line(error)})") from error
     except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         # no network, no such model, files of something else
-        raise TDMError(f"{name}: its weights are not to be had ({first_line(error)})") from error
+        raise TDMError(f"{name}: its weights cannot be loaded ({first_line(error)})") from error

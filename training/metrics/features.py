@@ -48,14 +48,14 @@ def _features(pictures: Tensor, cells: int) -> Tensor:
     x = pictures.float() / 127.5 - 1.0
     if (side := min(x.shape[2:])) < LEAST_SIDE:
         x = F.interpolate(x, scale_factor=math.ceil(LEAST_SIDE / side), mode="nearest")
-    seen = []
+    statistics = []
     for level in range(LEVELS):
         low = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), blur, groups=3)
         answer = F.conv2d(x - low if level < LEVELS - 1 else x, random)
-        seen.append(F.adaptive_avg_pool2d(answer.abs(), cells).flatten(1))
-        seen.append(F.adaptive_avg_pool2d(answer.square(), cells).sqrt().flatten(1))
+        statistics.append(F.adaptive_avg_pool2d(answer.abs(), cells).flatten(1))
+        statistics.append(F.adaptive_avg_pool2d(answer.square(), cells).sqrt().flatten(1))
         x = low[..., ::2, ::2]
-    return torch.cat(seen, 1)
+    return torch.cat(statistics, 1)
 
 
 def standardised(pictures: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

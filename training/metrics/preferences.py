@@ -1,6 +1,6 @@
 """What people prefer, as two published networks learned it: HPSv2 and ImageReward, in the networks of transformers.
 
-Their own packages do not run beside transformers 5 (hpsv2 1.2.0 lacks its vocabulary file, image-reward 1.5 imports
+Their own packages do not run with transformers 5 (hpsv2 1.2.0 lacks its vocabulary file, image-reward 1.5 imports
 what is gone). Their checkpoints do, under other names: HPSv2 is a CLIP in open_clip's layout, ImageReward a BLIP with a
 linear head. Sizes are read from the weights.
 """
@@ -54,8 +54,8 @@ class HpsNetwork(nn.Module):
     def forward(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """(N,) scores of N pictures, each for its prompt."""
         text = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.tokens, return_tensors="pt")
-        found = self.clip(**text, pixel_values=_pixels(pictures, self.size))
-        return 100 * torch.cosine_similarity(found.image_embeds, found.text_embeds)
+        embeddings = self.clip(**text, pixel_values=_pixels(pictures, self.size))
+        return 100 * torch.cosine_similarity(embeddings.image_embeds, embeddings.text_embeds)
 
 
 class RewardNetwork(nn.Module):
@@ -91,9 +91,9 @@ class RewardNetwork(nn.Module):
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=REWARD_TOKENS, return_tensors="pt"
         )
-        seen = self.vision(_pixels(pictures, self.size)).last_hidden_state
+        states = self.vision(_pixels(pictures, self.size)).last_hidden_state
         read = self.text(
-            input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=seen, is_decoder=False
+            input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=states, is_decoder=False
         )
         return (self.head(read.last_hidden_state[:, 0])[:, 0] - REWARD_MEAN) / REWARD_STD
 
@@ -131,19 +131,19 @@ VIT_NAMES = (  # BLIP, transformers
 
 def clip_state(state: State) -> dict[str, Tensor]:
     """A CLIP of open_clip, as transformers' `CLIPModel` names and shapes its weights."""
-    found = {}
+    renamed = {}
     for name, value in state.items():
         if name == "attn_mask":  # a constant
             continue
         new = _renamed(name, CLIP_NAMES)
         if new in ("visual_projection.weight", "text_projection.weight"):
-            found[new] = value.T
+            renamed[new] = value.T
         elif ".in_proj_" in new:  # query, key and value in one
             for part, piece in zip("qkv", value.chunk(3), strict=True):
-                found[new.replace("in_proj_", f"{part}_proj.")] = piece
+                renamed[new.replace("in_proj_", f"{part}_proj.")] = piece
         else:
-            found[new] = value
-    return found
+            renamed[new] = value
+    return renamed
 
 
 def clip_config(state: State) -> transformers.CLIPConfig:
@@ -172,7 +172,7 @@ def clip_config(state: State) -> transformers.CLIPConfig:
 
 
 def blip_vision_state(state: State) -> dict[str, Tensor]:
-    """The part that sees of a BLIP, as transformers' `BlipVisionModel` names it."""
+    """The vision tower of a BLIP, as transformers' `BlipVisionModel` names it."""
     return {_renamed(name, VIT_NAMES): value for name, value in _under(state, "blip.visual_encoder.").items()}
 
 
@@ -214,8 +214,8 @@ def _file(repository: str, versions: Mapping[str, str], weights: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    state = found.get("state_dict", found) if isinstance(found, dict) else {}
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no weights")
     return state
@@ -227,10 +227,10 @@ def _loaded(model: M, state: State) -> M:
 
 
 def _under(state: State, prefix: str) -> dict[str, Tensor]:
-    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    if not found:
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not weights:
         raise ValueError(f"the weights have no {prefix}*")
-    return found
+    return weights
 
 
 def _renamed(name: str, names: Sequence[tuple[str, str]]) -> str:

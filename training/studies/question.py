@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "questions"
 
 @dataclass(frozen=True)
 class Further:
-    """A measure beside the first one; see `Question`."""
+    """A further measure of a question; see `Question`."""
 
     higher_is_better: bool
     reach: float | None = None
@@ -34,7 +34,7 @@ class Question:
         asks: the question, in one line.
         configs: that all variants share, as for ``tdm distill``.
         settings: likewise, ``key=value``.
-        variants: by name, what each has beside; the first one is what the others are compared with.
+        variants: by name, what each changes; the first one is what the others are compared with.
         updates: that each variant gets; and as many more as it needs for the network passes of the first one.
         passes_only: a variant gets those passes and no more: a dearer one fewer updates.
         every: updates between two evaluations of the first variant, a divisor of `updates`; those of a dearer one are
@@ -61,7 +61,7 @@ class Question:
     further: dict[str, Further] = field(default_factory=dict)
 
     def config(self, variant: str, seed: int) -> DistillConfig:
-        """The configuration of one run: at least the passes of the first variant and, but for `passes_only`, at least
+        """The configuration of one run: at least the passes of the first variant and, unless `passes_only`, at least
         `updates`.
         """
         texts = self.variants[variant]

@@ -18,12 +18,12 @@ from ...files import replacing
 from ..cost import mean_passes
 from ..metrics import bootstrap_interval
 from .question import Question
-from .runs import BASE, TEACHER, Trained, picture_folder, slug
+from .runs import BASE, TEACHER, StudyRun, picture_folder, slug
 
-Answer = Mapping[tuple[str, int], Trained]
+Answer = Mapping[tuple[str, int], StudyRun]
 
 
-def at_steps(question: Question, answer: Answer, steps: int) -> tuple[Question, dict[tuple[str, int], Trained]]:
+def at_steps(question: Question, answer: Answer, steps: int) -> tuple[Question, dict[tuple[str, int], StudyRun]]:
     """The question and its answer at a step count: of unified students that learned it, and of those of it alone.
 
     Raises:
@@ -31,7 +31,7 @@ def at_steps(question: Question, answer: Answer, steps: int) -> tuple[Question, 
     """
     name = f"{question.measure}/{steps}_steps"
 
-    def measure_of(run: Trained) -> str:
+    def measure_of(run: StudyRun) -> str:
         return question.measure if run.config["trajectory"]["steps"] == steps else name
 
     measured = _measured(answer, name, measure_of)
@@ -40,17 +40,17 @@ def at_steps(question: Question, answer: Answer, steps: int) -> tuple[Question, 
     return replace(question, measure=name, name=f"{question.name}-{steps}-steps", reach=None), measured
 
 
-def of_further(question: Question, answer: Answer, name: str) -> tuple[Question, dict[tuple[str, int], Trained]]:
+def of_further(question: Question, answer: Answer, name: str) -> tuple[Question, dict[tuple[str, int], StudyRun]]:
     """The question and its answer by one of its further measures; of runs in which that was not taken, none."""
     further = question.further[name]
     about = replace(question, measure=name, name=f"{question.name}-{name}", **vars(further))
     return about, _measured(answer, name, lambda _: name)
 
 
-def _measured(answer: Answer, name: str, measure_of: Callable[[Trained], str]) -> dict[tuple[str, int], Trained]:
+def _measured(answer: Answer, name: str, measure_of: Callable[[StudyRun], str]) -> dict[tuple[str, int], StudyRun]:
     """The runs with a measure, which is called ``measure_of(run)`` in each, as ``name`` and no other."""
 
-    def renamed(run: Trained) -> Trained:
+    def renamed(run: StudyRun) -> StudyRun:
         measure = measure_of(run)
         points = [replace(p, measures={name: p.measures[measure]}) for p in run.curve if measure in p.measures]
         return replace(run, curve=points)
@@ -58,7 +58,7 @@ def _measured(answer: Answer, name: str, measure_of: Callable[[Trained], str]) -
     return {key: run for key, run in ((key, renamed(run)) for key, run in answer.items()) if run.curve}
 
 
-def seeds_of(question: Question, answer: Answer, variant: str) -> list[Trained]:
+def seeds_of(question: Question, answer: Answer, variant: str) -> list[StudyRun]:
     """The runs of a variant that are there."""
     return [answer[variant, seed] for seed in question.seeds if (variant, seed) in answer]
 
@@ -69,24 +69,24 @@ def reference(question: Question, answer: Answer, name: str) -> float | None:
     return None if run is None else run.curve[0].measures.get(question.measure)
 
 
-def at_updates(question: Question, run: Trained) -> float:
+def at_updates(question: Question, run: StudyRun) -> float:
     """The measure after the question's updates: of the last evaluation up to there."""
     return [p.measures[question.measure] for p in run.curve if p.step <= question.updates][-1]
 
 
-def at_passes(question: Question, run: Trained) -> float:
+def at_passes(question: Question, run: StudyRun) -> float:
     """The measure after the question's network passes: of the last evaluation up to there."""
     budget = question.budget() * (1 + 1e-9)
     return [p.measures[question.measure] for p in run.curve if p.passes <= budget][-1]
 
 
-def best_to_last(question: Question, run: Trained) -> tuple[float, float]:
+def best_to_last(question: Question, run: StudyRun) -> tuple[float, float]:
     """The best and the last value of a run's measure."""
     values = [p.measures[question.measure] for p in run.curve]
     return (max if question.higher_is_better else min)(values), values[-1]
 
 
-def reached(question: Question, run: Trained) -> tuple[int, float] | None:
+def reached(question: Question, run: StudyRun) -> tuple[int, float] | None:
     """(updates, network passes per sample) of the first evaluation at `question.reach` or beyond; None: none is."""
     assert question.reach is not None
     sign = 1 if question.higher_is_better else -1
@@ -107,7 +107,7 @@ def interval(values: Sequence[float]) -> str:
 def table(question: Question, answer: Answer) -> str:
     """The answer as a Markdown table; what is not trained yet is a dash."""
     m = question.measure
-    columns: dict[str, Callable[[Sequence[Trained]], str]] = {}
+    columns: dict[str, Callable[[Sequence[StudyRun]], str]] = {}
     if not question.passes_only:
         columns[f"{m}, {question.updates} updates"] = lambda runs: interval([at_updates(question, r) for r in runs])
     columns[f"{m}, equal passes"] = lambda runs: interval([at_passes(question, run) for run in runs])
@@ -129,7 +129,7 @@ def table(question: Question, answer: Answer) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _reached(question: Question, runs: Sequence[Trained]) -> str:
+def _reached(question: Question, runs: Sequence[StudyRun]) -> str:
     first = [reached(question, run) for run in runs]
     there = [f for f in first if f is not None]
     if not there:
@@ -188,7 +188,7 @@ def plot(question: Question, answer: Answer, path: Path) -> None:
     axis.set_ylabel(question.measure)
     figure.suptitle(question.asks, fontsize=10, wrap=True)
     axis.grid(alpha=0.3)
-    # Beside the curves: over them it hides some.
+    # Next to the curves: over them it hides some.
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=8)
     _save(figure, path)
 

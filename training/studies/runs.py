@@ -39,7 +39,7 @@ SECONDS = "seconds"
 
 @dataclass(frozen=True)
 class Point:
-    """What an evaluation said.
+    """The measures of one evaluation.
 
     Attributes:
         step: updates before it.
@@ -53,7 +53,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Trained:
+class StudyRun:
     """One run.
 
     Attributes:
@@ -76,7 +76,7 @@ def results_file(question: Question) -> Path:
     return FOLDER / f"{question.name}.jsonl"
 
 
-def read_runs(path: Path) -> list[Trained]:
+def read_runs(path: Path) -> list[StudyRun]:
     """All whole lines of a file of results; none if there is no file.
 
     Raises:
@@ -90,13 +90,13 @@ def read_runs(path: Path) -> list[Trained]:
             continue
         try:
             fields = json.loads(line)
-            runs.append(Trained(**{**fields, "curve": [Point(**point) for point in fields["curve"]]}))
+            runs.append(StudyRun(**{**fields, "curve": [Point(**point) for point in fields["curve"]]}))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise TDMError(f"{path}, line {number}, is no run: {error}") from None
     return runs
 
 
-def valid_runs(question: Question, runs: Sequence[Trained]) -> dict[tuple[str, int], Trained]:
+def valid_runs(question: Question, runs: Sequence[StudyRun]) -> dict[tuple[str, int], StudyRun]:
     """The runs that are still what the question asks for, by (variant, seed)."""
     wanted = _wanted(question)
     known = [run for run in runs if (run.variant, run.seed) in wanted]
@@ -116,9 +116,10 @@ def answer(
     seeds: Sequence[int] = (),
     report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[tuple[str, int], Trained]:
-    """Make all runs that are missing, and keep each as soon as it has ended; one that another question beside it had
-    made is taken from there. Two processes may share a question, each with variants or seeds of its own.
+) -> dict[tuple[str, int], StudyRun]:
+    """Make all runs that are missing, and keep each as soon as it has ended. A run of another question in the same
+    folder is used if its configuration is the same. Two processes may share a question, each with variants or seeds of
+    its own.
 
     Args:
         path: of the results.
@@ -159,7 +160,7 @@ def answer(
 
 def borrow(question: Question, path: Path) -> None:
     """Keep as this question's what is missing, and was trained with the same configuration for another question whose
-    results lie beside `path`; a variant's name may be another there.
+    results are in the folder of `path`; a variant's name may be another there.
     """
     for other in sorted(set(path.parent.glob("*.jsonl")) - {path}):
         kept = _kept(question, path)
@@ -174,17 +175,17 @@ def borrow(question: Question, path: Path) -> None:
                         save_picture(picture_folder(path), name, image)
 
 
-def _is_it(run: Trained, key: tuple[str, int], config: DistillConfig) -> bool:
+def _is_it(run: StudyRun, key: tuple[str, int], config: DistillConfig) -> bool:
     """Whether a run of any question is what `key` names, which has this configuration."""
     references = {run.variant, key[0]} & {BASE, TEACHER}
     return (not references or run.variant == key[0]) and is_of(run.config, config)
 
 
-def _kept(question: Question, path: Path) -> dict[tuple[str, int], Trained]:
+def _kept(question: Question, path: Path) -> dict[tuple[str, int], StudyRun]:
     return valid_runs(question, read_runs(path))
 
 
-def _keep(path: Path, runs: Sequence[Trained]) -> None:
+def _keep(path: Path, runs: Sequence[StudyRun]) -> None:
     """Add lines, so that two processes can; a line that is cut short by a kill counts for nothing."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +201,8 @@ def train(
     pictures: Path | None = None,
     report: Report = print_line,
     stop: Callable[[], bool] = lambda: False,
-) -> Trained | None:
-    """One run, in a folder that goes when it ends; None if it was stopped, and then another call goes on from there.
+) -> StudyRun | None:
+    """Train one run in a folder that is removed when it ends. None if it was stopped: the next call then resumes it.
 
     Args:
         pictures: folder for what its student draws; None draws nothing.
@@ -212,12 +213,12 @@ def train(
         if (shown := line.get(f"eval/{question.measure}")) is not None:
             report(f"  {variant}, seed {seed}: update {run.step}/{run.updates}, {question.measure} {shown:.4g}")
 
-    begun, said = time.monotonic(), _in_brief(report)
+    begun, brief_report = time.monotonic(), _in_brief(report)
     with unfinished(config) as folder:
         before = _seconds_before(folder)
-        task = build_task(config.task, config.memory, device(), said)
+        task = build_task(config.task, config.memory, device(), brief_report)
         resume = (folder / "checkpoint.pt").is_file()
-        run = distill(task, config, folder, callbacks=[tell], resume=resume, report=said, stop=stop)
+        run = distill(task, config, folder, callbacks=[tell], resume=resume, report=brief_report, stop=stop)
         seconds = before + time.monotonic() - begun
         if run.step < run.updates:
             (folder / SECONDS).write_text(str(seconds), encoding="utf-8")
@@ -226,7 +227,7 @@ def train(
         curve = _curve(folder / "metrics.jsonl", config)
     if pictures is not None:
         save_picture(pictures, variant, task.show(run.student))
-    return Trained(variant, seed, asdict(config), seconds, machine(), curve)
+    return StudyRun(variant, seed, asdict(config), seconds, machine(), curve)
 
 
 @contextlib.contextmanager
@@ -271,7 +272,7 @@ def _curve(metrics: Path, config: DistillConfig) -> list[Point]:
 
 
 def _in_brief(report: Report) -> Report:
-    """A run's own lines, among those of many runs: set in, and of those about progress one a minute."""
+    """A report for one run among many: its lines are indented, and of those about progress one a minute is kept."""
     last = time.monotonic()
 
     def say(line: str) -> None:
@@ -302,7 +303,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def references(question: Question, pictures: Path) -> list[Trained]:
+def references(question: Question, pictures: Path) -> list[StudyRun]:
     """What training starts from, on the first variant's grid, and the guided teacher on its many steps: the same
     evaluation, without training.
     """
@@ -315,7 +316,7 @@ def references(question: Question, pictures: Path) -> list[Trained]:
         measures = run.task.evaluate(sampler, run.teacher)
         save_picture(pictures, name, run.task.show(sampler))
         point = Point(0, 0.0, measures)
-        measured.append(Trained(name, 0, asdict(config), time.monotonic() - begun, machine(), [point]))
+        measured.append(StudyRun(name, 0, asdict(config), time.monotonic() - begun, machine(), [point]))
     return measured
 
 

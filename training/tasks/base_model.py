@@ -21,7 +21,7 @@ from torch import nn
 
 from ...errors import TDMError
 from ...pipelines.base_weights import components, left_out, load_network, reading, require_tokenizers
-from ...pipelines.bases import base_folder, family_of_base, network_without_weights, skeletons
+from ...pipelines.bases import base_folder, family_of_base, network_without_weights, networks_without_weights
 from ...pipelines.families import Family
 from ...pipelines.loras.file import read_lora_file
 from ...pipelines.loras.merge import merge
@@ -115,16 +115,16 @@ class BaseModel:
         text = json.dumps({"files": self._hashes(self._classes), "loras": self._lora_hashes()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _identity(self, parts: Iterable[str]) -> dict[str, Any]:
+    def _identity(self, components: Iterable[str]) -> dict[str, Any]:
         return {
             "pipeline": self.family.pipeline,
-            "files": self._hashes(parts),
+            "files": self._hashes(components),
             "loras": self._lora_hashes(),
             "versions": [diffusers.__version__, transformers.__version__],
         }
 
-    def _hashes(self, parts: Iterable[str]) -> dict[str, str]:
-        folders = [Path(self.folder) / name for name in sorted(parts)]
+    def _hashes(self, components: Iterable[str]) -> dict[str, str]:
+        folders = [Path(self.folder) / name for name in sorted(components)]
         files = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
         return {str(path.relative_to(self.folder)): _sha256(path) for path in files}
 
@@ -145,7 +145,7 @@ class BaseModel:
         networks = {name: load_network(self._class(name), self.folder, name, dtype) for name in encoders}
         pipe = self._assembled(dtype, **absent, **networks)
         del networks
-        setattr(pipe, self.family.denoiser, _ConfigOnly(self._skeleton(self.family.denoiser).config))
+        setattr(pipe, self.family.denoiser, _ConfigOnly(self._without_weights(self.family.denoiser).config))
         for name in encoders:
             encoder = getattr(pipe, name)
             self._merge_loras(name, encoder)
@@ -180,12 +180,12 @@ class BaseModel:
         What the pipeline takes from the VAE's config, such as the factor between pixels and latents, is there.
 
         Raises:
-            TDMError: the storage cannot be had here, or a LoRA does not fit.
+            TDMError: the storage does not work here, or a LoRA does not fit.
         """
         name = self.family.denoiser
         merge_loras = functools.partial(self._merge_loras, name) if self.loras else None
         denoiser, dtype = load_denoiser(self._class(name), self.folder, name, memory, device, merge_loras)
-        vae = self._skeleton("vae")
+        vae = self._without_weights("vae")
         absent = {part: None for part in self._classes if part not in (name, "vae", "scheduler")}
         pipe = self._assembled(dtype, **{**absent, name: denoiser, "vae": vae})
         pipe.vae = None
@@ -201,19 +201,19 @@ class BaseModel:
                 getattr(vae, switch)()
         return vae
 
-    def _assembled(self, dtype: torch.dtype, **parts: Any) -> Any:
+    def _assembled(self, dtype: torch.dtype, **components: Any) -> Any:
         """The pipeline of these parts; the others, scheduler and tokenizers, are read here."""
-        require_tokenizers(self.folder, {name: self._index[name] for name in self._classes if name not in parts})
+        require_tokenizers(self.folder, {name: self._index[name] for name in self._classes if name not in components})
         with reading(f"the base {self.folder}"):
             return self.family.pipeline_class().from_pretrained(
-                self.folder, dtype=dtype, **{**left_out(self._index), **parts}
+                self.folder, dtype=dtype, **{**left_out(self._index), **components}
             )
 
     def _class(self, name: str) -> Any:
         library, class_name = self._classes[name]
         return getattr(importlib.import_module(library), class_name)
 
-    def _skeleton(self, name: str) -> Any:
+    def _without_weights(self, name: str) -> Any:
         with reading(f"the config of {name} of the base {self.folder}"):
             return network_without_weights(*self._classes[name], self.folder, name, {})
 
@@ -224,7 +224,7 @@ class BaseModel:
         """The layers of each LoRA, on the names of all networks that can take one."""
         if not self.loras:
             return []
-        family, networks = skeletons(self.folder)
+        family, networks = networks_without_weights(self.folder)
         placed = []
         for lora in self.loras:
             try:
@@ -249,6 +249,6 @@ def _sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _sha256_of(path: Path, _size: int, _changed: int) -> str:
-    """Of a file as it was when it had this size and time of change: gigabytes are read once in a process."""
+    """The hash of a file with this size and time of change: gigabytes are read once in a process."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

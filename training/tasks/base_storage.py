@@ -26,7 +26,7 @@ def storage_on(memory: MemoryConfig, device: torch.device) -> Storage:
     """The storage of the base on a device, with `auto` settled.
 
     Raises:
-        TDMError: it cannot be had there.
+        TDMError: it does not work there.
     """
     gpu = device.type == "cuda"
     if memory.offload and not gpu:
@@ -60,7 +60,7 @@ def load_denoiser(
         merge_loras: changes the weights before they are made smaller.
 
     Raises:
-        TDMError: the storage cannot be had here, the network cannot be offloaded, or as `load_network`.
+        TDMError: the storage does not work here, the network cannot be offloaded, or as `load_network`.
     """
     storage = storage_on(memory, device)
     dtype = compute_dtype(storage, device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...pipelines.prediction_types import PredictionType
 from ...pipelines.schedule import NoiseSchedule, predict_output
-from ..best import Measure
+from ..best import Metric
 from ..metrics import energy_distance
 from ..preview import Preview
 from ..task import Sample, Teacher
@@ -142,7 +142,7 @@ class MixtureTask:
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
     time_embedder = "inner"  # which also sees x: the vector of a step count is added to both
     device: torch.device = torch.device("cpu")
-    measure = Measure("energy", higher_is_better=False)
+    measure = Metric("energy", higher_is_better=False)
 
     def __init__(
         self, kind: str = "flow", width: int = 128, samples: int = 10_000, mixture: Mixture | None = None
@@ -162,11 +162,11 @@ class MixtureTask:
         return base(x, timesteps)
 
     def conditions(self, n: int, generator: torch.Generator) -> tuple[Condition, tuple[int, ...]]:  # noqa: ARG002
-        """No prompts."""
+        """An empty condition, since the mixture has no prompts, and the shape of a sample."""
         return {}, (self.dim,)
 
     def null(self, cond: Condition) -> Condition:
-        """No prompts."""
+        """An empty condition, since the mixture has no prompts."""
         return cond
 
     def identity(self) -> dict[str, str]:
@@ -208,4 +208,4 @@ class MixtureTask:
         return Image.open(file).convert("RGB")
 
     def recipe(self, trajectories: Mapping[int, Trajectory]) -> None:
-        """No pipeline: there is nothing that a student's file could be used in."""
+        """None: this task is no pipeline that could load a student's file."""

@@ -26,7 +26,7 @@ from ...pipelines.schedule import NoiseSchedule
 from ...pipelines.scheduler import TDMScheduler
 from ...pipelines.students.recipe import StudentRecipe
 from ...sheet import contact_sheet
-from ..best import Measure
+from ..best import Metric
 from ..config import MemoryConfig
 from ..metrics import colour_ratios
 from ..metrics.distances import DIMENSIONS, picture_frechet
@@ -96,7 +96,7 @@ class PipelineTask:
 
     All prompts of the run are encoded first (``prompt_cache``); then the denoiser is loaded, without text encoders. The
     VAE comes with the first decoding and leaves the device after each. What the teacher draws for previews and
-    evaluations is kept on disk (``training/pictures``), for it is the same in every run of one base.
+    evaluations is kept on disk (``training/pictures``), since it is the same in every run of one base.
 
     Args:
         config: which base, which prompts and which sizes.
@@ -179,7 +179,7 @@ class PipelineTask:
 
     @property
     def merged_loras(self) -> list[str]:
-        """The LoRAs that are part of the teacher, as ``name@strength``: the student wants them beside it."""
+        """The LoRAs that are part of the teacher, as ``name@strength``: load them with the student."""
         return [f"{lora.file.name}@{lora.strength:g}" for lora in self.base_model.loras]
 
     def call(self, base: nn.Module, x: Tensor, timesteps: Tensor, cond: Condition) -> Tensor:
@@ -228,7 +228,7 @@ class PipelineTask:
         return pixels[:, pixels.shape[1] // 2] if self.family.video else pixels
 
     def pictures(self, sampler: Sample, prompts: list[str], seed: int) -> Tensor:
-        """uint8 pictures of ``prompts`` from fixed noise."""
+        """uint8 pictures [N, 3, H, W] of N ``prompts`` from the noise of ``seed``."""
         noise = torch.randn(len(prompts), *self.latent_shape, generator=torch.Generator().manual_seed(seed))
         latents, progress = [], Progress("drawing pictures", len(prompts), self._report)
         for start in range(0, len(prompts), CHUNK):
@@ -239,7 +239,7 @@ class PipelineTask:
 
     @functools.cached_property
     def _identity(self) -> dict[str, Any]:
-        """What the base's pictures depend on beside their sampler, prompts and noise."""
+        """What the base's pictures depend on other than their sampler, prompts and noise."""
         return {
             "base": self.base_model.identity(),
             "storage": self._storage,
@@ -263,7 +263,7 @@ class PipelineTask:
         return self._teacher_pictures[seed]
 
     def preview(self, student: Sample, teacher: Teacher, critic: Sample) -> Preview:
-        """Teacher above student above the critic's idea, the same prompts and noise, ``SEEDS`` pictures a prompt."""
+        """Teacher above student above critic's prediction: the same prompts and noise, ``SEEDS`` pictures a prompt."""
         labels = [prompt for prompt in self.prompts[:PREVIEWS] for _ in range(SEEDS)]
         reference = self._by_teacher(teacher, labels, 0)
         pictures, idea = (self.pictures(sampler, labels, 0) for sampler in (student, critic))
@@ -277,9 +277,9 @@ class PipelineTask:
         return Image.fromarray(torch.cat(list(self.pictures(sampler, prompts, 3)), 2).permute(1, 2, 0).numpy())
 
     @property
-    def measure(self) -> Measure | None:
+    def measure(self) -> Metric | None:
         """Accuracy, which only the bundled world can tell."""
-        return Measure("accuracy", higher_is_better=True) if self._wanted else None
+        return Metric("accuracy", higher_is_better=True) if self._wanted else None
 
     def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:
         """Accuracy on held-out combinations, colours over the teacher's and, with more than `DIMENSIONS` prompts, the
@@ -309,13 +309,13 @@ def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size
         raise TDMError("task.embedded_guidance is for guidance-distilled networks; this base takes none: leave it out")
     default = family.default_size(pipe)
     if config.sizes is None:
-        sizes_given: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
+        requested: Sequence[tuple[int | None, ...]] = [(config.height, config.width, config.num_frames)]
     elif (config.height, config.width, config.num_frames) != (None, None, None) or not config.sizes:
         raise TDMError("give task.sizes, a list of [height, width], or task.height and task.width, not both")
     else:
-        sizes_given = config.sizes
+        requested = config.sizes
     sizes = []
-    for numbers in sizes_given:
+    for numbers in requested:
         if len(numbers) not in (2, 3):
             raise TDMError(f"a size in task.sizes is [height, width] or [height, width, num_frames], not {numbers}")
         height, width, num_frames = (*numbers, None)[:3]

@@ -1,4 +1,4 @@
-"""Encoded prompts on disk: the text encoders run once, before training, and never sit beside the denoiser.
+"""Encoded prompts on disk: the text encoders run once, before training, and are never in memory with the denoiser.
 
 A cache is one folder for one text encoder and one list of prompts, named by a hash of both: another encoder, or other
 prompts, get another folder, and none ever holds what does not belong in it.
@@ -9,8 +9,8 @@ prompts, get another folder, and none ever holds what does not belong in it.
     00000.safetensors    256 prompts: "<i>.text" [L_i, D] and what else the encoder gives, without padding, and in the
                          header a checksum of them, which is compared when a run first opens the file; and so on
 
-Every file is written beside its place and renamed. A build that was killed goes on with the first missing file, and as
-each file depends only on its own prompts, the result is the same to the bit.
+Every file is written under a temporary name and renamed. A build that was killed goes on with the first missing
+file. Each file depends only on its own prompts, so the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class PromptCache:
     def _damaged(self, path: Path) -> TDMError:
         return TDMError(
             f"the encoded prompts in {path} are gone or damaged; delete the file if it is there, and run the same "
-            "command again: it is made anew"
+            "command again: it is made again"
         )
 
 
@@ -246,7 +246,7 @@ def _readable(path: Path) -> bool:
 
 
 def _sha256(tensor: Callable[[str], Tensor], keys: Iterable[str]) -> str:
-    """Of the names and values of tensors."""
+    """The SHA-256 of the names and values of tensors."""
     digest = hashlib.sha256()
     for key in sorted(keys):
         digest.update(key.encode())

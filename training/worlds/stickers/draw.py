@@ -5,7 +5,7 @@ stars. Drawn at four times the size with Pillow and box-filtered down.
 
 There is a second style of drawing, for base models that are fine-tuned to it: postcards, with a white margin, straight
 bands in the place of hills and waves, and upright stickers. It stays within what the bundled VAE can draw, which is
-little beside the stickers: it gives every shape its white rim, and pulls other colours towards those it knows.
+little other than stickers: it gives every shape its white rim, and pulls other colours towards those it knows.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ Style = Literal["sticker", "postcard"]
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a style of drawing decides; all else is the same in every style."""
+class Drawing:
+    """How a style draws: what differs between the styles."""
 
     waves: float = 1.0  # of hills and waves: 0 are straight bands
     tilt: float = 1.0  # of the stickers: 0 are upright
     margin: float = 0.0  # white, around the picture and under the stickers, in pixels
 
 
-STYLES: dict[Style, Look] = {"sticker": Look(), "postcard": Look(waves=0.0, tilt=0.0, margin=2.0)}
+STYLES: dict[Style, Drawing] = {"sticker": Drawing(), "postcard": Drawing(waves=0.0, tilt=0.0, margin=2.0)}
 
 
 def _polar(radii: list[float], start: float = -90.0) -> list[Point]:
@@ -148,17 +148,17 @@ def _hill(
     size: int,
     level: float,
     colour: tuple[int, int, int],
-    look: Look,
+    drawing: Drawing,
 ) -> None:
     """A rolling band from ``level`` (0 top, 1 bottom) down to the lower edge."""
-    phase, waves, height = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.3), look.waves * rng.uniform(0.02, 0.07)
+    phase, waves, height = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.3), drawing.waves * rng.uniform(0.02, 0.07)
     crest = [
         (x * size / 16, size * (level + height * math.sin(phase + 2 * math.pi * waves * x / 16))) for x in range(17)
     ]
     pen.polygon([*crest, (size, size), (0, size)], fill=colour)
 
 
-def paint_background(rng: random.Random, name: str, size: int, look: Look = STYLES["sticker"]) -> Image.Image:
+def paint_background(rng: random.Random, name: str, size: int, drawing: Drawing = STYLES["sticker"]) -> Image.Image:
     """An RGB picture of ``size`` pixels a side."""
     horizon = rng.uniform(0.45, 0.65)
     if name == "night":
@@ -167,34 +167,34 @@ def paint_background(rng: random.Random, name: str, size: int, look: Look = STYL
         for _ in range(rng.randint(10, 20)):
             x, y, r = rng.uniform(0, size), rng.uniform(0, 0.85 * size), size / 64 * rng.uniform(0.35, 0.8)
             pen.ellipse([x - r, y - r, x + r, y + r], fill=(236, 236, 214))
-        _hill(rng, pen, size, rng.uniform(0.82, 0.92), _shade(rng, (16, 20, 38), 4), look)
+        _hill(rng, pen, size, rng.uniform(0.82, 0.92), _shade(rng, (16, 20, 38), 4), drawing)
     elif name == "meadow":
         picture = _gradient(size, _shade(rng, (176, 214, 240), 8), _shade(rng, (226, 240, 248), 6))
         pen = ImageDraw.Draw(picture)
-        _hill(rng, pen, size, horizon, _shade(rng, (176, 212, 150), 8), look)
-        _hill(rng, pen, size, horizon + rng.uniform(0.12, 0.22), _shade(rng, (152, 196, 122), 8), look)
+        _hill(rng, pen, size, horizon, _shade(rng, (176, 212, 150), 8), drawing)
+        _hill(rng, pen, size, horizon + rng.uniform(0.12, 0.22), _shade(rng, (152, 196, 122), 8), drawing)
     elif name == "beach":
         picture = _gradient(size, _shade(rng, (250, 226, 206), 6), _shade(rng, (252, 240, 224), 4))
         pen = ImageDraw.Draw(picture)
         pen.rectangle([0, size * (horizon - 0.12), size, size], fill=_shade(rng, (158, 206, 214), 8))
-        _hill(rng, pen, size, horizon + 0.05, _shade(rng, (232, 212, 164), 8), look)
+        _hill(rng, pen, size, horizon + 0.05, _shade(rng, (232, 212, 164), 8), drawing)
     elif name == "sea":
         picture = _gradient(size, _shade(rng, (206, 224, 236), 6), _shade(rng, (228, 238, 242), 5))
         pen = ImageDraw.Draw(picture)
         for band in range(4):
             level = horizon - 0.15 + 0.17 * band
-            _hill(rng, pen, size, level, _shade(rng, (118 - 14 * band, 178 - 16 * band, 200 - 12 * band), 6), look)
+            _hill(rng, pen, size, level, _shade(rng, (118 - 14 * band, 178 - 16 * band, 200 - 12 * band), 6), drawing)
     elif name == "snow":
         picture = _gradient(size, _shade(rng, (188, 196, 214), 6), _shade(rng, (220, 226, 236), 5))
         pen = ImageDraw.Draw(picture)
-        _hill(rng, pen, size, horizon, _shade(rng, (238, 242, 248), 4), look)
+        _hill(rng, pen, size, horizon, _shade(rng, (238, 242, 248), 4), drawing)
         for _ in range(rng.randint(14, 26)):
             x, y, r = rng.uniform(0, size), rng.uniform(0, size), size / 64 * rng.uniform(0.5, 1.0)
             pen.ellipse([x - r, y - r, x + r, y + r], fill=(255, 255, 255))
     else:
         raise ValueError(f"unknown background {name!r}")
-    if look.margin:
-        width = round(look.margin * size / SIZE)
+    if drawing.margin:
+        width = round(drawing.margin * size / SIZE)
         pen.rectangle([0, 0, size - 1, size - 1], outline=(255, 255, 255), width=width)
     return picture
 
@@ -246,12 +246,12 @@ def _layout(rng: random.Random, scene: Scene) -> list[list[tuple[Point, float]]]
 
 def draw(scene: Scene, rng: random.Random, style: Style = "sticker") -> Image.Image:
     """A 64x64 RGB picture of ``scene``; what the scene leaves open comes from ``rng``, alike in every style."""
-    s, look = SUPERSAMPLE, STYLES[style]
-    picture = paint_background(rng, scene.background, SIZE * s, look)
+    s, drawing = SUPERSAMPLE, STYLES[style]
+    picture = paint_background(rng, scene.background, SIZE * s, drawing)
     pen = ImageDraw.Draw(picture)
     for group, places in zip(scene.groups, _layout(rng, scene), strict=True):
         for (x, y), radius in places:
             colour = _shade(rng, PALETTE[group.colour], 10)
-            tilt = look.tilt * rng.uniform(-MAX_TILT, MAX_TILT)
+            tilt = drawing.tilt * rng.uniform(-MAX_TILT, MAX_TILT)
             draw_sticker(pen, group.kind, colour, (x * s, y * s), radius * s, tilt, RIM * s)
     return picture.reduce(s)

@@ -60,7 +60,7 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
-        """All of it: the strict accuracy that this project reports."""
+        """Whether every part is right: the strict accuracy that this project reports."""
         return self.background and self.count and self.colour and self.kind and self.relation is not False
 
 

@@ -31,5 +31,5 @@ def pictures(
 
 
 def to_model(pictures_u8: Tensor) -> Tensor:
-    """uint8 [0, 255] to float32 [-1, 1]."""
+    """uint8 pictures of any shape, in [0, 255], to float32 in [-1, 1]."""
     return pictures_u8.float() / 127.5 - 1.0

@@ -82,7 +82,7 @@ def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 and squared error on pixels, and L1 on their differences so that edges count and not only areas."""
+    """L1 and squared error on pixels [B, 3, H, W], and L1 on their differences so that edges count, too."""
     edges = torch.stack([F.l1_loss(a, b) for a, b in zip(_edges(output), _edges(target), strict=True)]).sum()
     return F.l1_loss(output, target) + 2 * F.mse_loss(output, target) + edges
 

@@ -1,4 +1,4 @@
-"""What ComfyUI gets wrong, and the nodes that mend it: on the real server, against diffusers."""
+"""What ComfyUI gets wrong, and the nodes that fix it: on the real server, against diffusers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ VIDEO = (1, 16, 3, 8, 8)
 
 def cogvideox_graph(snr_shift_scale: float = 3.0, **options: object) -> dict:
     graph = student_graph("cogvideox", **options)  # type: ignore[arg-type]
-    graph["mended"] = node("TDMCogVideoXSampling", model=["model", 0], snr_shift_scale=snr_shift_scale)
-    graph["sigmas"]["inputs"]["model"] = ["mended", 0]
+    graph["fixed"] = node("TDMCogVideoXSampling", model=["model", 0], snr_shift_scale=snr_shift_scale)
+    graph["sigmas"]["inputs"]["model"] = ["fixed", 0]
     graph["latent"] = node("TestVideoLatent")
     return graph
 
@@ -47,7 +47,7 @@ def test_the_released_cogvideox_student_is_one_choice(server: Server) -> None:
     assert torch.equal(a, b)
 
 
-def test_stock_samplers_are_right_on_the_mended_model(server: Server) -> None:
+def test_stock_samplers_are_right_on_the_fixed_model(server: Server) -> None:
     """All of CogVideoX gains: `euler` with 5 trailing steps is DDIM of diffusers."""
     grid = [999, 799, 599, 399, 199]
     graph = cogvideox_graph(timesteps=grid)
@@ -66,26 +66,26 @@ def test_stock_samplers_are_right_on_the_mended_model(server: Server) -> None:
 
 def test_pixart_alpha_gets_the_latents_of_its_own_vae(server: Server) -> None:
     graph = student_graph("pixart", timesteps=[999, 749, 499, 249])
-    graph["mended"] = node("TDMPixArtAlphaLatents", model=["model", 0])
-    mended = {**graph, "sigmas": node("TDMSigmas", **{**graph["sigmas"]["inputs"], "model": ["mended", 0]})}
-    (found,), (stock,) = server.latents(mended, ["samples", 0]), server.latents(graph, ["samples", 0])
+    graph["fixed"] = node("TDMPixArtAlphaLatents", model=["model", 0])
+    fixed = {**graph, "sigmas": node("TDMSigmas", **{**graph["sigmas"]["inputs"], "model": ["fixed", 0]})}
+    (found,), (stock,) = server.latents(fixed, ["samples", 0]), server.latents(graph, ["samples", 0])
     reference = TDMScheduler(trained_timesteps=[999, 749, 499, 249])  # PixArt's betas are the linear ones
     reference.set_timesteps(4)
     expected, _ = diffused(reference, noise((2, 4, 8, 8)))
     assert error(found * 0.18215, expected) <= 1e-5
-    assert error(stock * 0.13025, expected) <= 1e-5  # what it is without the mend: another size for the VAE
+    assert error(stock * 0.13025, expected) <= 1e-5  # what it is without the fix: another size for the VAE
 
 
 @pytest.mark.parametrize(
-    ("mend", "message"),
+    ("fix", "message"),
     [
         (node("TDMCogVideoXSampling", model=["model", 0], snr_shift_scale=3.0), "is for CogVideoX"),
         (node("TDMPixArtAlphaLatents", model=["model", 0]), "is for PixArt"),
     ],
     ids=["cogvideox", "pixart"],
 )
-def test_a_mend_refuses_other_models(server: Server, mend: dict, message: str) -> None:
+def test_a_fix_refuses_other_models(server: Server, fix: dict, message: str) -> None:
     graph = student_graph("epsilon", timesteps=[999])
-    graph["sigmas"]["inputs"]["model"] = ["mended", 0]
+    graph["sigmas"]["inputs"]["model"] = ["fixed", 0]
     with pytest.raises(PromptError, match=f"this is a BaseModel model; .* {message}"):
-        server.latents({**graph, "mended": mend}, ["samples", 0])
+        server.latents({**graph, "fixed": fix}, ["samples", 0])
