@@ -20,8 +20,8 @@ from ..pipelines.students.file import MERGED_FILE, Layout, Student, save_student
 from ..pipelines.students.recipe import STUDENT_FILE, StudentRecipe
 from .checkpoint import read_checkpoint
 from .config import DistillConfig
+from .from_plain import from_dict
 from .objectives import method_of
-from .settings import from_dict
 from .stages import Stage, stage_of_update, stages_of
 
 Which = Literal["mean", "best", "last"]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..errors import TDMError
 from .config import DistillConfig, TrajectoryConfig
+from .from_plain import from_dict
 
 SECTIONS = ("trajectory", "objective", "student", "critic", "ema")
 VALUES = ("batch_size", "micro_batch_size")
@@ -109,8 +110,6 @@ def _student_vectors(config: DistillConfig) -> int:
 
 def _patched(config: DistillConfig, patch: dict[str, Any], where: str) -> DistillConfig:
     """The run's settings with those of a stage in their place."""
-    from .settings import from_dict  # which reads this module's configurations, and validates them
-
     if not isinstance(patch, dict):
         raise TDMError(f"{where} is a section with its own keys, not {patch!r}")
     data = {**dataclasses.asdict(config), "stages": ()}

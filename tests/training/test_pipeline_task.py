@@ -15,8 +15,9 @@ from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, diffusers_names, merge, tensors_of, updates, write
 from tdm.training.export import export, export_student, read_run
+from tdm.training.from_plain import from_dict
 from tdm.training.loop import distill
-from tdm.training.settings import from_dict, load_config
+from tdm.training.settings import load_config
 from tdm.training.studies.runs import untrained
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from torch import Tensor

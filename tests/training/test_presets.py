@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from tdm.errors import TDMError
 from tdm.tests import tiny
+from tdm.training.from_plain import from_dict
 from tdm.training.presets import BEHIND, MEMORY, OBJECTIVES, presets
-from tdm.training.settings import from_dict, load_config
+from tdm.training.settings import load_config
 from tdm.training.tasks.pipeline import PipelineTaskConfig
 
 

@@ -27,11 +27,11 @@ from ...pipelines.families import Condition
 from ...pipelines.scheduler import TDMScheduler
 from ..batch import Batch, draw_batch
 from ..config import DistillConfig
+from ..from_plain import from_dict
 from ..loop import build_roles
 from ..objectives import objective_of
 from ..processes import Processes
 from ..roles import ROLES, Role, Roles
-from ..settings import from_dict
 from ..tasks.base_storage import can_offload
 from ..tasks.pipeline import PipelineTaskConfig, sizes_of
 from ..trajectory import Trajectory

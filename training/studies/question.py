@@ -12,7 +12,8 @@ import yaml
 from ...errors import TDMError
 from ..config import DistillConfig
 from ..cost import mean_passes, passes_after
-from ..settings import from_dict, load_config
+from ..from_plain import from_dict
+from ..settings import load_config
 
 FOLDER = Path(__file__).parent / "questions"
 

@@ -8,8 +8,8 @@ import torch
 
 from ...errors import TDMError
 from ..config import MemoryConfig
+from ..from_plain import from_dict
 from ..progress import Report, print_line
-from ..settings import from_dict
 from ..task import Task
 
 
