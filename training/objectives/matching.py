@@ -29,7 +29,7 @@ from ..losses import (
     subinterval_target,
 )
 from ..roles import Role, Roles
-from ..trajectory import BANDS_BELOW_THE_STATE, Noised, with_fresh_noise
+from ..trajectory import BANDS_BELOW_THE_STATE, Noised, Predict, with_fresh_noise
 from .guidance import guidance_at
 from .passes import Passes, prefix_passes, teacher_passes
 
@@ -69,8 +69,9 @@ def student_prediction(roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, T
 
 def start_states(roles: Roles, batch: Batch) -> Tensor:
     """The states ``[B, ...]`` where the stages start: the student is rolled there, without gradient."""
-    predict, eta = roles.student, batch.trajectory.config.eta
-    predict = predict if batch.fresh is None else with_fresh_noise(predict, batch.fresh, eta)
+    predict: Predict = roles.student
+    if batch.fresh is not None:
+        predict = with_fresh_noise(predict, batch.fresh, batch.trajectory.config.eta)
     return batch.trajectory.roll(predict, batch.noise, batch.stages, batch.cond)
 
 
