@@ -30,6 +30,7 @@ from ..config import DistillConfig
 from ..from_plain import from_dict
 from ..loop import build_roles
 from ..objectives import objective_of
+from ..objectives.passes import teacher_passes
 from ..processes import Processes
 from ..roles import ROLES, Role, Roles
 from ..tasks.base_storage import can_offload
@@ -199,7 +200,8 @@ class Rehearsal:
         with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type, leash=leash) as tally:
             update(self.roles, once, draw, optimizers, Processes())
         tally.samples["student_backward"] = shape[0]
-        tally.samples["critic_backward"] = shape[0] * (2 if self.config.objective.guided_critic else 1)
+        guided = self.config.objective.guided_critic
+        tally.samples["critic_backward"] = shape[0] * (teacher_passes(self.config) if guided else 1)
         return Course(
             Counter({name: flops / tally.samples[name] for name, flops in tally.flops.items() if flops}), tally.peak
         )

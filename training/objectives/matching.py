@@ -263,10 +263,10 @@ def decoupled_passes(config: DistillConfig, split: bool) -> Passes:
 
 
 def sid_passes(config: DistillConfig, split: bool) -> Passes:
-    """As matching; its backward goes through the teacher's passes and the critic's. A guided critic's passes are two
-    each.
+    """As matching; its backward goes through the teacher's passes and the critic's. A guided critic's passes are as
+    many as the guided teacher's.
     """
-    kl, times = matching_passes(config, split), 2 if config.objective.guided_critic else 1
+    kl, times = matching_passes(config, split), teacher_passes(config) if config.objective.guided_critic else 1
     return replace(
         kl,
         critic=kl.critic * times,
