@@ -123,7 +123,7 @@ class TDMLoadStudent(io.ComfyNode):
         }
         networks = {component: network for component, (_, network) in named_networks.items()}
         put = place if isinstance(model.model, DiffusersModel) else place_native
-        with partly() as left_out:
+        with collecting_left_out() as left_out:
             placed = put(lora, family, networks, strict=strict, **(preset.placing if preset else {}))
         tensors = {
             component: {
@@ -146,7 +146,7 @@ class TDMLoadStudent(io.ComfyNode):
 
 
 @contextlib.contextmanager
-def partly() -> Iterator[list[str]]:
+def collecting_left_out() -> Iterator[list[str]]:
     """For a `with` that puts a LoRA onto networks: what it leaves out, as lines of text, once it is over.
 
     Raises:
