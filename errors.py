@@ -21,6 +21,23 @@ class BaseNotFoundError(TDMError):
         self.reason = reason
 
 
+# The remedy where loading itself has no such option.
+NO_STRICT = "tdm convert --no-strict leaves out what does not fit and writes the rest"
+
+
+class PartialLoraError(TDMError):
+    """Some tensors of a LoRA cannot be loaded onto a base. The others can, where the caller asks for that.
+
+    Args:
+        reason: which tensors, and why.
+        remedy: how a caller asks for the others, in its own language: an argument of Python, an option, or a switch.
+    """
+
+    def __init__(self, reason: str, remedy: str | None = None) -> None:
+        super().__init__(f"{reason}; {remedy or 'strict=False leaves out what does not fit and loads the rest'}")
+        self.reason = reason
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type where it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

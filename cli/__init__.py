@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import TDMError
+from ..errors import NO_STRICT, PartialLoraError, TDMError
 from ..training.launcher import launched, leave
 
 DESCRIPTION = """\
@@ -139,7 +139,8 @@ def _run(argv: Sequence[str] | None) -> int:
         args.run(args)
         sys.stdout.flush()
     except TDMError as error:
-        print(f"tdm: {' '.join(str(error).split())}", file=sys.stderr)
+        text = f"{error.reason}; {NO_STRICT}" if isinstance(error, PartialLoraError) else str(error)
+        print(f"tdm: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         print(f"tdm: {stopped}" if str(stopped) else "tdm: interrupted", file=sys.stderr)

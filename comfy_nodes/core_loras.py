@@ -19,7 +19,8 @@ from ..pipelines.families import Family
 from ..pipelines.loras.file import LoraFile
 from ..pipelines.loras.pairs import state_dict_of
 from .bridge import DiffusersModel, TextEncoders
-from .loader import denoiser_of, encoders_of
+from .faces import warn
+from .loader import collecting_left_out, denoiser_of, encoders_of
 
 _UNET_KEYS, _CLIP_KEYS, _LOAD = (
     comfy.lora.model_lora_keys_unet,
@@ -54,7 +55,10 @@ class _Names(dict[str, Any]):
         if not lora:
             return {}
         file = LoraFile(Path("the LoRA"), "safetensors", lora)
-        placed = place(file, self.family, {name: network for name, (_, network) in networks.items()})
+        with collecting_left_out() as left_out:
+            placed = place(file, self.family, {name: network for name, (_, network) in networks.items()})
+        for text in left_out:
+            warn(text)
         return {
             f"{networks[component][0]}.{key}": tensor
             for component, layers in placed.items()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.lora
@@ -10,7 +13,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import Tensor, nn
 
-from ..errors import TDMError
+from ..errors import PartialLoraError, TDMError
 from ..pipelines.families import Family, family_of_name
 from ..pipelines.loras.file import LoraFile, read_lora_file
 from ..pipelines.loras.pairs import state_dict_of
@@ -44,7 +47,8 @@ class TDMLoadStudent(io.ComfyNode):
             display_name="Load TDM Student",
             category="model/sampling/TDM",
             description="Loads a TDM student, or any other LoRA in the layout of diffusers, PEFT, kohya or the "
-            "original checkpoints, at the strength it was trained for. Every layer of it must find its place.",
+            "original checkpoints, at the strength it was trained for. Every layer must find its place, unless strict "
+            "is off.",
             search_aliases=["LoRA loader", "trajectory distribution matching", "few-step", "distilled", "LoRA"],
             inputs=[
                 io.Model.Input("model", tooltip="The student's base, or a fine-tune of it; from any loader."),
@@ -69,6 +73,13 @@ class TDMLoadStudent(io.ComfyNode):
                     "better.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Needed if the student has layers in a text encoder."),
+                io.Boolean.Input(
+                    "strict",
+                    default=True,
+                    optional=True,  # prompts that were saved without it go on
+                    tooltip="On: a file that does not fit as a whole is refused. Off: what has no place or is no LoRA, "
+                    "such as a change of biases, is left out, and the node says what.",
+                ),
             ],
             has_intermediate_output=True,  # shows its text also when it comes from the cache
             outputs=[
@@ -85,13 +96,16 @@ class TDMLoadStudent(io.ComfyNode):
         return file_stamp(file)
 
     @classmethod
-    def execute(cls, model: Any, file: str, released_as: str, strength: float, clip: Any = None) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, file: str, released_as: str, strength: float, clip: Any = None, strict: bool = True
+    ) -> io.NodeOutput:
         """(MODEL, CLIP, recipe, report).
 
         Raises:
-            TDMError: the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a
-                layer of it has no place, such as one of a text encoder without a CLIP; a list without names that is no
-                released student; diffusers or peft is missing.
+            TDMError: the file is no LoRA or damaged, or holds NaN; it is for another family or another network; a list
+                without names that is no released student; diffusers or peft is missing.
+            PartialLoraError: with `strict`, a layer has no place, such as one of a text encoder without a CLIP, or the
+                file has more in it than a LoRA.
         """
         try:
             from ..pipelines.loras.native import place_native  # imports diffusers: not for the start of a server
@@ -109,7 +123,8 @@ class TDMLoadStudent(io.ComfyNode):
         }
         networks = {component: network for component, (_, network) in named_networks.items()}
         put = place if isinstance(model.model, DiffusersModel) else place_native
-        placed = put(lora, family, networks, **(preset.placing if preset else {}))
+        with collecting_left_out() as left_out:
+            placed = put(lora, family, networks, strict=strict, **(preset.placing if preset else {}))
         tensors = {
             component: {
                 f"{named_networks[component][0]}.{key}": tensor for key, tensor in state_dict_of(layers).items()
@@ -124,9 +139,29 @@ class TDMLoadStudent(io.ComfyNode):
             clip = _patched(
                 clip, dict(comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})), encoder_tensors, strength
             )
-        text = _report(len(denoiser_tensors) // 2, len(encoder_tensors) // 2, recipe)
+        left_out = [line.replace(str(lora.path), file) for line in left_out]
+        text = _report(len(denoiser_tensors) // 2, len(encoder_tensors) // 2, recipe, left_out)
         known = recipe.to_metadata()[HEADER_KEY] if recipe else ""
         return io.NodeOutput(model, clip, known, text, ui=ui.PreviewText(text))
+
+
+@contextlib.contextmanager
+def collecting_left_out() -> Iterator[list[str]]:
+    """For a `with` that puts a LoRA onto networks: what it leaves out, as lines of text, once it is over.
+
+    Raises:
+        PartialLoraError: as in the `with`, with the switch of Load TDM Student as the remedy.
+    """
+    left_out: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield left_out
+        except PartialLoraError as error:
+            raise PartialLoraError(
+                error.reason, "with strict off, Load TDM Student leaves out what does not fit and loads the rest"
+            ) from None
+    left_out += [str(warning.message) for warning in caught]
 
 
 def family_of(model: Any) -> Family:
@@ -213,9 +248,10 @@ def _patched(patcher: Any, keys: dict[str, Any], tensors: dict[str, Tensor], str
     return patched
 
 
-def _report(layers: int, encoder_layers: int, recipe: StudentRecipe | None) -> str:
-    """Describe what was loaded, for the text on the node."""
-    text = f"{layers} layers matched, 0 unmatched" + (f" ({encoder_layers} more in CLIP)" if encoder_layers else "")
+def _report(layers: int, encoder_layers: int, recipe: StudentRecipe | None, left_out: list[str]) -> str:
+    """Describe what was loaded, and what was not, for the text on the node."""
+    text = f"{layers} layers matched" + ("" if left_out else ", 0 unmatched")
+    text = "\n".join([text + (f" ({encoder_layers} more in CLIP)" if encoder_layers else ""), *left_out])
     if recipe is None:
         return f"{text}\nno recipe in the file: choose released_as, or type the timesteps into TDM Sigmas"
     grids = {k: ", ".join(f"{t:.4g}" for t in grid) for k, grid in recipe.trained_timesteps.items()}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import TDMError
 from ..pipelines.families import Condition, Family
-from .faces import warn
+from .faces import warn, write_on_face
 
 # Family -> the tokenizers behind its "text", one after another along the tokens. Core itself gives language models,
 # which the other families have, the brackets as text.
@@ -68,8 +68,13 @@ def encode(family: Family, pipe: Any, prompt: str) -> Condition:
     if family.name not in _TOKENIZERS:
         if match := _EMBEDDING.search(prompt):
             raise TDMError(f"embeddings do not fit the text encoder of {family.name}: remove {match[0]!r}")
-        if match := _WEIGHT.search(prompt):
-            warn(f"The text encoder of {family.name} has no prompt weights: it reads {match[0]!r} as text.")
+        match = _WEIGHT.search(prompt)
+        text = (
+            f"The text encoder of {family.name} has no prompt weights: it reads {match[0]!r} as text." if match else ""
+        )
+        write_on_face(text)
+        if text:
+            warn(text)
         return family.encode_text(pipe, [prompt]) if prompt else family.encode_null(pipe)
     pieces = pieces_of(prompt)
     if not pieces:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import TDMError, first_line
+from ..errors import NO_STRICT, PartialLoraError, TDMError, first_line
 from ..pipelines.calls import Calls, count_calls
 from ..pipelines.families import TeacherCall
 from ..pipelines.students.recipe import StudentRecipe
@@ -177,7 +177,8 @@ class Engine:
             with _explained():
                 self._pipe.load_student(version[0])
         except TDMError as error:  # where the file lies is nobody's business
-            raise TDMError(str(error).replace(version[0], student or self.catalogue.first)) from None
+            text = f"{error.reason}; {NO_STRICT}" if isinstance(error, PartialLoraError) else str(error)
+            raise TDMError(text.replace(version[0], student or self.catalogue.first)) from None
         self._loaded = version
         self._recipes[version] = self._pipe.recipe
 

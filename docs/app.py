@@ -16,7 +16,7 @@ def main(url: str) -> None:
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1180, "height": 860}, color_scheme="light")
         page.goto(url)
-        page.wait_for_selector("#stage .said:not(:empty)", timeout=300_000)
+        page.wait_for_selector("#stage .status:not(:empty)", timeout=300_000)
         page.wait_for_selector("#slider img")
         page.wait_for_timeout(1_000)  # what fades in is there
         page.screenshot(path=FILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,10 +23,10 @@ from .scheduler import TDMScheduler
 def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any]) -> Any:
     """See `TDMPipeline.image_to_image`, whose pipeline this is given."""
     scheduler = pipe.scheduler
-    if not isinstance(scheduler, TDMScheduler):
-        raise TDMError(_other_pipeline(pipe))
     family, call = pipe.family, dict(call)
     family.check_pictures()
+    if not isinstance(scheduler, TDMScheduler):
+        raise TDMError(_other_pipeline(pipe))
     if pipe.vae is None:
         raise TDMError("image to image needs the base's VAE, and this pipeline has vae=None")
     for name in ("sigmas", "timesteps"):
@@ -67,14 +68,28 @@ def image_to_image(pipe: Any, image: Any, strength: float, call: dict[str, Any])
 
 def _other_pipeline(pipe: Any) -> str:
     """What to use where the scheduler is none of ours, with the arguments that its own defaults do not have right."""
-    defaults = pipe.call_defaults()
+    problem = f"image_to_image follows a TDM student's grid, and this pipeline has a {type(pipe.scheduler).__name__}"
+    stock = _stock_image_to_image(pipe.family.pipeline)
+    if stock is None:
+        return f"{problem}; diffusers has no image-to-image pipeline for {pipe.family.pipeline} either"
+    known, defaults = inspect.signature(stock.__call__).parameters, pipe.call_defaults()
     names = ("num_inference_steps", *pipe.family.guidance(1.0), "eta")
-    options = ", ".join(f"{name}={defaults[name]:g}" for name in names if defaults.get(name))
-    return (
-        f"image_to_image follows a TDM student's grid, and this pipeline has a {type(pipe.scheduler).__name__}; use "
-        "diffusers' own image-to-image pipeline: AutoPipelineForImage2Image.from_pipe(pipe)"
-        + (f"; call it with {options}, which it does not know of the student" if options else "")
+    options = [
+        f"{name}={defaults[name]:g}"
+        for name in names
+        if name in known and defaults.get(name) not in (None, known[name].default)
+    ]
+    return f"{problem}; use diffusers' own image-to-image pipeline: AutoPipelineForImage2Image.from_pipe(pipe)" + (
+        f"; call it with {', '.join(options)}, which it does not know of the student" if options else ""
     )
+
+
+def _stock_image_to_image(pipeline: str) -> Any:
+    """The class that AutoPipelineForImage2Image makes of a text-to-image pipeline; None if there is none."""
+    from diffusers.pipelines import auto_pipeline  # imports all pipelines
+
+    kinds = [kind for kind, c in auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if c.__name__ == pipeline]
+    return next((c for kind in kinds if (c := auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.get(kind))), None)
 
 
 def _pictures(pipe: Any, image: Any, height: int | None, width: int | None) -> tuple[Size, torch.Tensor]:

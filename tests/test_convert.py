@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tdm.cli import main
 from tdm.pipelines.bases import networks_without_weights
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.loras.layer_names import layer_shapes, names_of
 from tdm.pipelines.loras.released import released
 from tdm.pipelines.students.describe import describe
-from tdm.pipelines.students.file import read_student
+from tdm.pipelines.students.file import read_header, read_student
 from tdm.pipelines.students.released import PRESETS
 from tdm.tests import tiny
 from tdm.tests.commands import refused
@@ -77,6 +77,36 @@ def test_kohyas_names_hold_the_same_student(
     assert torch.equal(ours, other)
     assert main(["convert", str(files["kohya"]), "--out", str(tmp_path / "back.safetensors")]) == 0
     assert load_file(tmp_path / "back.safetensors").keys() == load_file(files["diffusers"]).keys()
+
+
+def test_what_is_no_lora_is_left_out_where_the_user_asks(
+    base: Path, kohya: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "lora_unet_conv_in.diff_b"
+    torch.save(torch.load(kohya) | {key: torch.ones(8)}, tmp_path / "biases.pt")
+    out = tmp_path / "student.safetensors"
+    argv = ["convert", str(tmp_path / "biases.pt"), "--base", str(base), "--out", str(out), "--recipe", *RECIPE]
+    assert main(["convert", str(kohya), *argv[2:4], "--out", str(tmp_path / "own.safetensors"), *argv[6:]]) == 0
+    student = tmp_path / "biases.safetensors"
+    save_file(
+        load_file(tmp_path / "own.safetensors") | {key: torch.ones(8)}, student, read_header(student.with_stem("own"))
+    )
+    for command in (argv, ["generate", "a", "--student", str(student)]):
+        text = refused(command, capsys)
+        assert (
+            f"{key!r}: this is a change of biases next to the LoRA, which is not supported; tdm convert --no-s" in text
+        )
+        assert "strict=False" not in text
+    assert not out.exists()
+    with pytest.warns(UserWarning, match=f"1 tensors next to the LoRA are left out: {key}"):
+        assert main([*argv, "--no-strict"]) == 0
+    expected = short_call(load(base, student=kohya, recipe=FIELDS), "sd15")
+    assert torch.equal(short_call(load(out), "sd15"), expected)
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "biases.pt"), "--base", str(base)]) == 0
+    text = capsys.readouterr().out
+    assert f"not a LoRA        1 tensors, which are not loaded: {key}\n" in text
+    assert "tdm convert --no-strict leaves out what does not fit" in text
 
 
 def test_only_the_configs_of_the_base_are_read(base: Path, kohya: Path, tmp_path: Path) -> None:

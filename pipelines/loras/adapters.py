@@ -69,6 +69,18 @@ def require_wide(modules: Iterable[nn.Module], remedy: str) -> None:
                 raise TDMError(f"{type(module).__name__} stores its weights as {stored} (layerwise casting); {remedy}")
 
 
+def require_no_gguf(modules: Iterable[nn.Module], problem: str) -> None:
+    """Raise TDMError if weights are quantised as GGUF, which can only be computed with.
+
+    Args:
+        modules: the networks.
+        problem: what cannot be done with such weights, and what to do instead.
+    """
+    for module in modules:
+        if any(type(parameter).__name__ == "GGUFParameter" for parameter in module.parameters()):
+            raise TDMError(f"{type(module).__name__} has GGUF weights, {problem}")
+
+
 @contextmanager
 def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
     """The base weights alone, for the length of a `with`. What was on, and what was trainable, is so again afterwards.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...errors import TDMError
+from ...errors import PartialLoraError, TDMError
 from .eight_bits import widened
 from .file import ADAPTER_METADATA, LoraFile
 from .pairs import Lora, pair
@@ -123,9 +123,9 @@ def parse(file: LoraFile, *, strict: bool = True) -> NamedLoras:
         strict: False: changes of biases and whole weights in the file are left out as well.
 
     Raises:
-        TDMError: the file has no names; keys that are no LoRA's or another adapter's (DoRA, LoKr); with `strict`,
-            changes of biases or whole weights that are not 0; half a layer, a half given twice, halves that do not fit;
-            NaN; no LoRA at all.
+        TDMError: the file has no names; keys that are no LoRA's or another adapter's (DoRA, LoKr); half a layer, a half
+            given twice, halves that do not fit; NaN; no LoRA at all.
+        PartialLoraError: with `strict`, changes of biases or whole weights that are not 0.
     """
     if file.positional is not None:
         raise TDMError(
@@ -188,6 +188,7 @@ def _left_out(others: Mapping[str, Tensor], layers: int, strict: bool) -> list[s
 
     Raises:
         TDMError: one may not, or there is no LoRA.
+        PartialLoraError: one may only without `strict`.
     """
     for key in others:
         for pattern, kind in _OTHER_KINDS.items():
@@ -205,10 +206,7 @@ def _left_out(others: Mapping[str, Tensor], layers: int, strict: bool) -> list[s
         if addition is None or (tensor.any() and not strict):
             left_out.append(key)
         elif tensor.any():
-            raise TDMError(
-                f"{key!r}: this is {addition} next to the LoRA, which is not supported; load the rest with "
-                "strict=False, which leaves such tensors out (on the command line: tdm convert --no-strict)"
-            )
+            raise PartialLoraError(f"{key!r}: this is {addition} next to the LoRA, which is not supported")
     return left_out
 
 

@@ -94,8 +94,9 @@ def place_native(
     require_places(
         wrong,
         f"the student does not fit this model: {len(layers) - len(wrong)} of its {len(layers)} LoRA layers match",
-        lenient=bool(stacks) and (idle == len(wrong) or not strict),
-        silent=idle == len(wrong),
+        others=bool(stacks),
+        idle=idle == len(wrong),
+        strict=strict,
     )
     placed: dict[str, dict[str, Lora]] = {}
     for (component, layer), stack in stacks.items():

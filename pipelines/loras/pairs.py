@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import TDMError
+from ...errors import PartialLoraError, TDMError
 
 _KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 
@@ -198,7 +198,8 @@ def lay_out(
         strict: False: LoRAs without a place are left out, with a warning. Those that are 0 always are, without one.
 
     Raises:
-        TDMError: a LoRA without a layer or for another shape, or two for one layer.
+        TDMError: no LoRA has its layer in its shape, or two are for one layer.
+        PartialLoraError: with `strict`, some have not.
     """
     placed: dict[str, dict[str, Lora]] = {}
     wrong: list[str] = []
@@ -219,26 +220,35 @@ def lay_out(
         wrong,
         f"the student does not fit this base: {len(named) - len(wrong)} of its {len(named)} LoRA layers match the "
         f"{network}",
-        lenient=bool(placed) and (idle == len(wrong) or not strict),
-        silent=idle == len(wrong),
+        others=bool(placed),
+        idle=idle == len(wrong),
+        strict=strict,
     )
     return placed
 
 
-def require_places(wrong: Sequence[str], problem: str, *, lenient: bool, silent: bool) -> None:
-    """Raise TDMError if layers have no place, or warn of it where that is allowed.
+def require_places(wrong: Sequence[str], problem: str, *, others: bool, idle: bool, strict: bool) -> None:
+    """Check that every layer of a LoRA has a place; without `strict` warn of those that have none.
 
     Args:
-        wrong: the layers, with why they have none.
+        wrong: the layers without a place, with why they have none.
         problem: how the text begins.
-        lenient: they may be left out.
-        silent: without a warning.
+        others: whether any layer has a place.
+        idle: these layers change nothing; they are left out without a word if there are others.
+        strict: whether they may not be left out.
+
+    Raises:
+        TDMError: no layer has a place.
+        PartialLoraError: with `strict`, some have none.
     """
+    if not wrong or (idle and others):
+        return
     text = f"{problem}, {len(wrong)} do not: {', '.join(wrong[:3])}" + (", ..." if len(wrong) > 3 else "")
-    if wrong and not lenient:
+    if not others:
         raise TDMError(text)
-    if wrong and not silent:
-        warnings.warn(f"{text}; these are left out", stacklevel=3)
+    if strict:
+        raise PartialLoraError(text)
+    warnings.warn(f"{text}; these are left out", stacklevel=3)
 
 
 def stacked_widths(stack: Sequence[LayerShape]) -> tuple[int, int] | None:

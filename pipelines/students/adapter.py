@@ -12,7 +12,15 @@ from torch import nn
 
 from ...errors import TDMError
 from ..families import Family
-from ..loras.adapters import active_adapters, is_on, require_unfused, set_active, staying_active, tuner_layers
+from ..loras.adapters import (
+    active_adapters,
+    is_on,
+    require_no_gguf,
+    require_unfused,
+    set_active,
+    staying_active,
+    tuner_layers,
+)
 from ..loras.fusing import require_all_counted, require_fusable
 from ..loras.pairs import Layers, Lora, peft_config, state_dict_of
 from ..loras.unchanged import unchanged_on_error
@@ -61,12 +69,15 @@ class StudentAdapter(DiffusionPipeline):
 
         Raises:
             TDMError: an adapter that is on would be dropped, because it shares layers with one that is fused alone; an
-                adapter would be fused in some of its networks only; or the adapters are switched off.
+                adapter would be fused in some of its networks only; the adapters are switched off; or the weights are
+                GGUF.
         """
         networks = self._adaptable()
         where = list(networks) if components is None else list(components)
         names = None if adapter_names is None else list(adapter_names)
         with self.turns.turn():
+            fused = [network for component, network in networks.items() if component in where]
+            require_no_gguf(fused, "into which nothing can be fused; LoRAs work without being fused")
             require_fusable(networks, where, names)
             fuse: Any = super().fuse_lora  # type: ignore[misc]
             fuse(where, lora_scale, safe_fusing, names, **kwargs)

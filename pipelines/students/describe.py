@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import TDMError
+from ...errors import NO_STRICT, PartialLoraError, TDMError
 from ..bundled import BUNDLED, bundled_path
 from .recipe import HEADER_KEY, STUDENT_FILE, VERSION, StudentRecipe, fields_of
 
@@ -79,7 +79,7 @@ def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
     file = read_lora_file(path)
     fields, preset = known_of(file)
     try:
-        named = parse(file) if file.positional is None else None
+        named = parse(file, strict=False) if file.positional is None else None
     except TDMError as error:
         raise TDMError(f"{file.path}: {error}") from None
     rows = {"file": str(path), "layout": f"{named.layout if named else _nameless(file)}; {file.container}"}
@@ -94,6 +94,9 @@ def describe(path: str | os.PathLike[str], *, base: str | None = None) -> str:
     if named is not None:
         ranks = [lora.rank for lora in named.layers.values()]
         rows |= _lora_rows(ranks, [named.scales[address] for address in named.layers])
+        if named.left_out:
+            keys = ", ".join(named.left_out[:3]) + (", ..." if len(named.left_out) > 3 else "")
+            rows["not a LoRA"] = f"{len(named.left_out)} tensors, which are not loaded: {keys}"
     tensors = [*file.tensors.values(), *(file.positional or [])]
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     return _lines(rows | _weight_rows(path, sum(tensor.numel() for tensor in tensors), dtypes))
@@ -183,6 +186,8 @@ def _match_rows(
     else:
         try:
             placed = place(file, family, networks, **(preset.placing if preset else {}))
+        except PartialLoraError as error:
+            return {"family": family.name, "matched": f"{error.reason}; {NO_STRICT}"}
         except TDMError as error:
             return {"family": family.name, "matched": str(error)}
         return {

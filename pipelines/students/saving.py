@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import TDMError
 from ...files import whole_folder
 from ..bases import Source
-from ..loras.adapters import adapters_hidden, lora_of, require_wide, tuner_layers
+from ..loras.adapters import adapters_hidden, lora_of, require_no_gguf, require_wide, tuner_layers
 from ..loras.pairs import Layers
 from ..scheduler import TDMScheduler
 from .adapter import STUDENT_ADAPTER, StudentAdapter
@@ -39,7 +39,7 @@ class StudentSaving(StudentAdapter):
         Raises:
             TDMError: the folder exists and is not empty; or the pipeline holds what the folder could not: other
                 adapters than the student, a student that is fused, unloaded or not at strength 1.0, weights under
-                layerwise casting; or `push_to_hub` is given.
+                layerwise casting or as GGUF; or `push_to_hub` is given.
 
         >>> from tdm import TDMPipeline
         >>> TDMPipeline.from_pretrained().save_pretrained("saved")
@@ -81,6 +81,8 @@ class StudentSaving(StudentAdapter):
             raise TDMError("push_to_hub is not supported here: save the folder, then upload it")
         call = "save_merged" if merged else "save_pretrained"
         require_wide(self._modules(), f"call {call} before enable_layerwise_casting")
+        remedy = f"from_pretrained(base, student=..., {self.family.denoiser}=...)"
+        require_no_gguf(self._modules(), f"which cannot be written; keep the .gguf file, and load it with {remedy}")
         student = {} if merged and self._whole else self._only_student()
         before, self.scheduler = self.scheduler, scheduler
         try:

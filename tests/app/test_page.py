@@ -10,13 +10,14 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 import pytest
+import torch
 from gradio_client import Client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Page, expect
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tdm.pipelines.bases import bundled_path
-from tdm.pipelines.students.file import Student, read_student, save_student
+from tdm.pipelines.students.file import Student, read_header, read_student, save_student
 from tdm.tests.app.accessibility import violations
 from tdm.tests.app.conftest import App
 
@@ -358,6 +359,8 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes(right.read_bytes())
     (students / "link.safetensors").symlink_to(secret)
+    biases = load_file(right) | {"diffusion_model.proj_out.diff_b": torch.ones(32)}
+    save_file(biases, students / "biases.safetensors", metadata=read_header(right))
     page = open_page()
     page.locator("#seed input").fill("23")
     page.get_by_role("tab", name="Models").click()
@@ -371,6 +374,11 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     page.click("#use")
     expect(page.locator("#verdict")).to_contain_text("It cannot draw here")
     assert str(students) not in page.locator("body").inner_text()
+    page.click("#model input")
+    page.get_by_role("option").filter(has_text="biases").click()
+    expect(page.locator("#info")).to_contain_text("1 tensors, which are not loaded: diffusion_model.proj_out.diff_b")
+    page.click("#use")
+    expect(page.locator("#verdict")).to_contain_text("not supported; tdm convert --no-strict leaves out")
     page.click("#model input")
     page.get_by_role("option").filter(has_text="mine").click()
     expect(page.locator("#info")).to_contain_text("4 steps")

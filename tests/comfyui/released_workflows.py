@@ -42,6 +42,10 @@ _DREAMSHAPER = {
 }
 _DREAMSHAPER_BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="DreamShaper_7_pruned.safetensors")}
 _DREAMSHAPER_STUDENT = ("tdm_dreamshaper.pt", "Luo-Yihong/TDM_dreamshaper_LoRA")
+_NO_BUTTON = (
+    "There is no download button for it, because we could not look up the name that the file has in its repository: "
+    "open the repository, fetch its one `.safetensors` and rename it."
+)
 _SD35_FILES = "Comfy-Org/stable-diffusion-3.5-fp8"
 _Z_IMAGE_FILES = "Comfy-Org/z_image_turbo"
 
@@ -83,7 +87,7 @@ def _sd3() -> Workflow:
     return Workflow(
         "Stable Diffusion 3 in 4 steps",
         "1024 x 1024. `released_as` tells the student's strength (0.125), timesteps and order, so that its file may "
-        "have any name: rename the one `.safetensors` of its repository.",
+        f"have any name. {_NO_BUTTON}",
         _released(models, student, ["student", 1], latent, ["base", 2], "sd3"),
         {
             f"checkpoints/{base}": hub_file("stabilityai/stable-diffusion-3-medium", base),
@@ -156,7 +160,7 @@ def _cogvideox() -> Workflow:
         "CogVideoX-2B in 4 steps",
         "49 frames of 720 x 480 at 8 a second: 6 seconds. The base is the whole repository in diffusers' layout. For a "
         "base from ComfyUI's own loaders put `TDM CogVideoX Sampling` behind it. `released_as` tells the student's "
-        "timesteps, so that its file may have any name: rename the one `.safetensors` of its repository.",
+        f"timesteps, so that its file may have any name. {_NO_BUTTON}",
         [{"Base": models, "Student": student}, prompt, steps, samples, {"Video": video}],
         {
             f"diffusers/{base}/": f"{HUB}THUDM/CogVideoX-2b",

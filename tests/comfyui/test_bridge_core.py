@@ -98,6 +98,11 @@ def test_a_lora_that_does_not_fit_is_one_line_in_cores_loader(server: Server, fo
     save_file(written("diffusers", layers), server.models / "loras" / "wrong.safetensors")
     with pytest.raises(PromptError, match=r"1 do not: transformer.some.layer \(no such layer\)"):
         server.latents(styled("LoraLoaderModelOnly", "wrong.safetensors", "pixart", 7), ["samples", 0])
+    del layers["transformer"]["some.layer"]
+    biases = written("diffusers", layers) | {"diffusion_model.proj_out.diff_b": torch.ones(32)}
+    save_file(biases, server.models / "loras" / "biases.safetensors")
+    with pytest.raises(PromptError, match=r"a change of biases next to the LoRA.*; with strict off, Load TDM Student"):
+        server.latents(styled("LoraLoaderModelOnly", "biases.safetensors", "pixart", 7), ["samples", 0])
 
 
 # ---------------------------------------------------------------------- prompts
@@ -148,6 +153,16 @@ def test_a_language_model_reads_brackets_as_text_and_the_user_is_told(
     before = server.log.read_text().count("has no prompt weights: it reads '(red:1.3)' as text")
     weights = conditioning(server, name, "a (red:1.3) cube")
     assert server.log.read_text().count("has no prompt weights: it reads '(red:1.3)' as text") == before + 1
+    for text, face in (
+        ("a (red:1.2) cube", f"The text encoder of {name} has no prompt weights: it reads '(red:1.2)' as text."),
+        ("a (red) cube", ""),
+        ("a red cube: 3 of 4 (new)", ""),
+    ):
+        graph = loaded(name)
+        graph["prompt"]["inputs"]["text"] = text
+        graph["save"] = node("SaveLatent", samples=["samples", 0], filename_prefix="brackets")
+        events = [event["data"] for event in server.run(graph).events if event["type"] == "tdm.face"]
+        assert [(event["node"], event["text"]) for event in events] == [("prompt", face)]
     assert error(weights, conditioning(server, name, "a red cube")) > 1e-6
     with pytest.raises(PromptError, match="embeddings do not fit the text encoder of"):
         conditioning(server, name, "a embedding:mine cube")

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tdm.pipelines.loras.merge import merge
 from tdm.pipelines.loras.pairs import Lora, state_dict_of
-from tdm.pipelines.students.file import Student, save_student
+from tdm.pipelines.students.file import Student, read_header, save_student
 from tdm.pipelines.students.recipe import HEADER_KEY, StudentRecipe
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, tensors_of
 from torch import Tensor
@@ -261,6 +261,41 @@ def test_a_wrong_file_is_refused_in_one_line_and_the_server_goes_on(server: Serv
     with pytest.raises(PromptError, match="has a recipe of its own"):
         shown(server, loaded("student.safetensors", released_as="Luo-Yihong/TDM_dreamshaper_LoRA"))
     assert shown(server, loaded("student.safetensors"))[0]
+
+
+def test_what_is_no_lora_is_left_out_where_the_user_asks(server: Server, model: Model) -> None:
+    file = save(server, "student.safetensors", model.student)
+    native = next(iter(model.native.values()))
+    extras = {
+        f"diffusion_model.{native}.diff_b": torch.ones(8),
+        "bundle_emb.token.clip_l": torch.ones(1, 768),
+        "unet.some.layer.lora_A.weight": torch.ones(2, 4),
+        "unet.some.layer.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(load_file(file) | extras, server.models / "loras" / "more.safetensors", metadata=read_header(file))
+    message = "a change of biases next to the LoRA, which is not supported; with strict off, Load TDM Student leaves"
+    with pytest.raises(PromptError, match=message) as failure:
+        shown(server, loaded("more.safetensors", strict=True))
+    assert "strict=False" not in str(failure.value)
+    found, expected = (
+        weights(server, loaded(name, strict=False), ["student", 0])
+        for name in ("more.safetensors", "student.safetensors")
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    n, lines = len(model.student), shown(server, loaded("more.safetensors", strict=False))[1].splitlines()
+    assert lines[0] == f"{n} layers matched"
+    assert lines[1].startswith("more.safetensors: 2 tensors next to the LoRA are left out: ")
+    assert {f"diffusion_model.{native}.diff_b", "bundle_emb.token.clip_l"} == set(lines[1].split(": ")[2].split(", "))
+    assert lines[2].endswith("1 do not: unet.some.layer (no such layer); these are left out")
+    assert lines[3] == "student of me/tiny"
+
+    save_file(
+        load_file(file) | {"bundle_emb.token.clip_l": torch.ones(1, 768)},
+        server.models / "loras" / "embedded.safetensors",
+        metadata=read_header(file),
+    )
+    assert "bundle_emb.token.clip_l" in shown(server, loaded("embedded.safetensors"))[1].splitlines()[1]
 
 
 def test_a_student_that_was_trained_further_is_loaded_again(server: Server, model: Model) -> None:

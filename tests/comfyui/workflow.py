@@ -16,7 +16,6 @@ Link = list[Any]
 
 HUB = "https://huggingface.co/"
 _IN_REPOSITORY = "/resolve/main/"
-_DEFAULT_FILE = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a repository
 
 
 def hub_file(repository: str, file: str) -> str:
@@ -25,8 +24,9 @@ def hub_file(repository: str, file: str) -> str:
 
 
 def released_file(repository: str) -> str:
-    """The address of a released student's file."""
-    return hub_file(repository, PRESETS[repository].file or _DEFAULT_FILE)
+    """The address of a released student's file, or of its repository where the file's name is not known."""
+    file = PRESETS[repository].file
+    return hub_file(repository, file) if file else f"{HUB}{repository}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Workflow:
 
 
 def student_node(model: Link, file: str, released_as: str = "by its header or name", **more: Any) -> Graph:
-    return {"student": node("TDMLoadStudent", model=model, file=file, released_as=released_as, strength=1.0, **more)}
+    settings = {"file": file, "released_as": released_as, "strength": 1.0, "strict": True}
+    return {"student": node("TDMLoadStudent", model=model, **settings, **more)}
 
 
 def prompt_node(text: str, clip: Link, title: str = "Prompt") -> dict[str, Any]:

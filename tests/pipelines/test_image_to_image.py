@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoPipelineForImage2Image, DDIMScheduler
 from PIL import Image
 from tdm import TDMPipeline, TDMScheduler
 from tdm.errors import TDMError
@@ -114,6 +117,40 @@ def test_what_cannot_be_redrawn_is_refused(make: Make) -> None:
         redrawn(pipe, "sd15")
     with pytest.raises(TDMError, match="makes videos"):
         redrawn(load(make("wan")), "wan")
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_pipeline_that_is_named_instead_makes_the_students_calls(name: str, guidance: float, make: Make) -> None:
+    """The arguments in the message are all that diffusers' own pipeline needs, and it takes each of them."""
+    pipe = load(make(name, guidance_scale=guidance))
+    pipe.scheduler = pipe.teacher_scheduler  # some scheduler that is none of ours
+    if name == "sd15":  # its own makes a fifth call
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(TDMError, match=f"has a {type(pipe.scheduler).__name__}; ") as refused:
+        redrawn(pipe, name)
+    if name in ("pixart", "sana"):
+        assert str(refused.value).endswith(f"no image-to-image pipeline for {pipe.family.pipeline} either")
+        with pytest.raises(ValueError, match="can't find a pipeline"):
+            AutoPipelineForImage2Image.from_pipe(pipe)
+        return
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    (given,) = re.findall(r"call it with (.*), which", str(refused.value))
+    options = {key: float(value) for key, value in (option.split("=") for option in given.split(", "))}
+    options["num_inference_steps"] = int(options["num_inference_steps"])
+    call = {key: value for key, value in arguments(name).items() if key in signature(other.__call__).parameters}
+    call |= pipe.family.negative_prompt({**options, "prompt": tiny.PROMPT})
+    samples: list[int] = []
+
+    def count(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args or (None,))[0] if args else kwargs["hidden_states"]
+        samples.append(len(x))
+
+    with pipe.denoiser.register_forward_pre_hook(count, with_kwargs=True):
+        other(tiny.PROMPT, image=picture(32, 32), strength=1.0, **call, **options)
+    doubled = guidance > 1 and name != "flux"  # Flux is told its guidance
+    assert sum(samples) == (8 if doubled else 4)
 
 
 def test_a_call_that_fails_gives_the_sampler_back(make: Make) -> None:

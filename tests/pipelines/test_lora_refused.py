@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "PEFT's DoRA": (lambda: plus(f"unet.{TO_Q}.lora_magnitude_vector"), "this is DoRA"),
     "LoKr": (lambda: plus(f"unet.{TO_Q}.lokr_w1"), "this is LoKr"),
     "bias": (lambda: plus(f"unet.{TO_Q}.lora_B.bias", (16,)), "a change of biases next to the LoRA"),
-    "bias of core's": (lambda: plus(f"diffusion_model.{TO_Q}.diff_b", (16,)), "strict=False, which leaves such"),
+    "bias of core's": (lambda: plus(f"diffusion_model.{TO_Q}.diff_b", (16,)), "strict=False leaves out what"),
     "whole weights": (lambda: plus(f"diffusion_model.{TO_Q}.diff", (16, 16)), "a change of whole weights"),
     "modulation": (lambda: plus("diffusion_model.blocks.0.diff_m", (1, 6)), "a change of whole weights"),
     "rank 0": (lambda: {k: t[:0] if "_A" in k else t[:, :0] for k, t in sd15_lora().items()}, "has rank 0"),

@@ -188,10 +188,13 @@ def test_loras_that_are_not_there_or_do_not_fit_are_refused(
     bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
     other = write(tmp_path / "o.safetensors", tensors_of(LAYOUTS["diffusers"], random_lora("pixart", text=False)))
+    own = tensors_of(LAYOUTS["diffusers"], random_lora("sd15", text=False))
+    biases = write(tmp_path / "biases.safetensors", own | {"diffusion_model.conv_in.diff_b": torch.ones(8)})
     for lora, line in (
         (f"{other}", "task.loras: .*o.safetensors: .* do not"),
         (f"{tmp_path}/nothing.safetensors@0.5", "nothing.safetensors: no such file"),
         (f"{other}@strong", "neither a file nor path@strength"),
+        (f"{biases}", "biases next to the LoRA, which is not supported; take these tensors out of the file$"),
     ):
         with pytest.raises(TDMError, match=line):
             task_of("sd15", bases("sd15"), prompts, loras=(lora,))

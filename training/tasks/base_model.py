@@ -19,7 +19,7 @@ import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
-from ...errors import TDMError
+from ...errors import PartialLoraError, TDMError
 from ...pipelines.base_weights import components, left_out, load_network, reading, require_tokenizers
 from ...pipelines.bases import base_folder, family_of_base, network_without_weights, networks_without_weights
 from ...pipelines.families import Family
@@ -229,6 +229,8 @@ class BaseModel:
         for lora in self.loras:
             try:
                 placed.append(place(read_lora_file(lora.file), family, networks, scale=lora.strength))
+            except PartialLoraError as error:
+                raise TDMError(f"task.loras: {lora.file}: {error.reason}; take these tensors out of the file") from None
             except TDMError as error:
                 raise TDMError(f"task.loras: {lora.file}: {error}") from None
         return placed
