@@ -55,9 +55,9 @@ class _Names(dict[str, Any]):
         if not lora:
             return {}
         file = LoraFile(Path("the LoRA"), "safetensors", lora)
-        with collecting_left_out() as left_out:
+        with collecting_left_out() as lines:
             placed = place(file, self.family, {name: network for name, (_, network) in networks.items()})
-        for text in left_out:
+        for text in lines:
             warn(text)
         return {
             f"{networks[component][0]}.{key}": tensor
