@@ -21,6 +21,7 @@ from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import error, load, plain, short_call
+from tdm.tests.processes import finish
 from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.run import Run
@@ -152,6 +153,43 @@ def test_distill_ends_with_what_export_writes(
     assert student.read_bytes() == written
     assert card.read_text() == text
     assert not [path for path in folder.rglob("*") if "tmp" in path.name]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs("sd15").out_dir, run)
+    (run / "curves.png").write_bytes(b"x" * 5000)  # any file will do
+    shutil.rmtree(run / "previews")
+    student = export_student(trained(runs("sd15")), tmp_path / "student.safetensors")
+    before, out = sorted(tmp_path.rglob("*")), tmp_path / "out"
+    commands = {
+        "student": ["export", str(run), "--out", str(out / "s.safetensors")],
+        "kohya": ["export", str(run), "--format", "kohya", "--out", str(out / "k.safetensors")],
+        "merged": ["export", str(run), "--format", "merged", "--out", str(out / "m")],
+        "convert": ["convert", str(student), "--out", str(out / "c.safetensors")],
+        "average": ["average", str(student), str(student), "--out", str(out / "a.safetensors")],
+    }
+    for name, argv in commands.items():
+        said = tmp_path.parent / f"{tmp_path.name}-{name}.err"
+        assert finish(argv, said, largest_file=2000) == 2, (name, said.read_text())
+        line = said.read_text().strip().splitlines()[-1]
+        assert line.startswith(f"tdm: cannot write {argv[-1]}: File too large; free some space"), line
+        assert "Traceback" not in said.read_text()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+
+    size = student.stat().st_size
+    said = tmp_path.parent / f"{tmp_path.name}.err"
+    (run / "curves.png").write_bytes(b"x" * 2 * size)
+    assert finish(commands["student"], said, largest_file=size) == 2  # the card's picture is larger than the student
+    assert f"cannot write {out / 'curves.png'}: File too large" in said.read_text()
+    assert [path.name for path in out.iterdir()] == ["s.safetensors"]
+    (out / "curves.png").touch()  # as an earlier tdm left it
+    assert main([*commands["student"], "--force"]) == 0
+    assert (out / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
+    (out / "README.md").unlink()
+    (out / "curves.png").write_bytes(b"")
+    assert main(commands["kohya"]) == 0
+    assert (out / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
 
 
 def test_which_weights(runs: Callable[[str], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
