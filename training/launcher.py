@@ -1,4 +1,4 @@
-"""What torchrun, accelerate launch or Slurm started: one process, or one of several; and how it ends. Imports no torch."""
+"""What torchrun, accelerate launch or Slurm started, one process or one of several, and how it ends. Without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from typing import NoReturn
 
 from ..errors import TDMError
-
 
 PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says besides WORLD_SIZE
 

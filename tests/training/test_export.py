@@ -71,6 +71,20 @@ def test_kohya_names_are_the_same_student(family: str, runs: Callable[[str], Run
     assert torch.equal(short_call(load(kohya), family), short_call(load(file), family))
 
 
+@pytest.mark.parametrize("family", ["sd15", "pixart"])
+def test_kohya_names_that_comfyui_does_not_know_are_told_so(
+    family: str, runs: Callable[[str], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = export_student(trained(runs(family)), tmp_path / "student.safetensors")
+    for argv in (
+        ["export", str(runs(family).out_dir), "--format", "kohya", "--out", str(tmp_path / "k.safetensors")],
+        ["convert", str(file), "--layout", "kohya", "--out", str(tmp_path / "c.safetensors")],
+    ):
+        assert main(argv) == 0
+        note = f"note: ComfyUI's own Load LoRA knows no kohya names of {family};"
+        assert capsys.readouterr().out.count(note) == (family == "pixart")
+
+
 def test_stock_diffusers_loads_kohya_names(runs: Callable[[str], Run], tmp_path: Path) -> None:
     run = trained(runs("sd15"))
     kohya = export_student(run, tmp_path / "kohya.safetensors", layout="kohya")
