@@ -55,6 +55,7 @@ def query(page: Page) -> dict[str, str]:
 
 def test_the_first_screen_sells_it(open_page: Open) -> None:
     page = open_page()
+    expect(page).to_have_title("TDM: the bundled model, 4 steps")
     expect(page.locator("h1")).to_contain_text("A picture in 4 steps, not 50")
     expect(page.locator("#stage figcaption").nth(0)).to_contain_text("4 calls")
     expect(page.locator("#stage figcaption").nth(1)).to_contain_text("100 calls")
