@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import platform
@@ -126,7 +127,8 @@ def _remove_leftovers(path: Path) -> None:
         if owner is None or not _is_over(int(owner[1]), owner[2], leftover):
             continue
         if owner[3] == "old" and not path.exists():  # killed between the two renames: what was there comes back
-            leftover.rename(path)
+            with contextlib.suppress(FileNotFoundError):  # another process did so
+                leftover.rename(path)
         elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -140,8 +142,12 @@ def _is_over(process: int, machine: str, leftover: Path) -> bool:
         except ProcessLookupError:
             return True
         except PermissionError:  # somebody else's, and alive
-            return False
-    return time.time() - leftover.lstat().st_mtime > DAY
+            pass
+        return False
+    try:
+        return time.time() - leftover.lstat().st_mtime > DAY
+    except FileNotFoundError:  # it has its own name now
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
