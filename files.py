@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
+import platform
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +19,7 @@ from .errors import TDMError
 
 MORE_ROOM = "free some space, or write to another place"
 RESUME = "make room, then resume from the last checkpoint"
+DAY = 24 * 3600  # seconds
 
 
 def user_cache() -> Path:
@@ -31,10 +37,17 @@ def writing(path: Path, remedy: str = MORE_ROOM) -> Iterator[None]:
     Raises:
         TDMError: the write failed.
     """
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:
         raise TDMError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+    except SafetensorError as error:
+        # Its writer states the system's refusal in words: "... I/O error: File too large (os error 27)".
+        if (refusal := re.search(r"I/O error: (.+) \(os error \d+\)", str(error))) is None:
+            raise
+        raise TDMError(f"cannot write {path}: {refusal[1]}; {remedy}") from error
 
 
 @contextmanager
@@ -49,9 +62,10 @@ def replacing(path: Path, *, shared: bool = False, remedy: str = MORE_ROOM) -> I
     Raises:
         TDMError: the write failed; the old file is still there.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp" if shared else f".{path.name}.tmp")
+    temporary = _hidden(path, f"{uuid.uuid4().hex}.{_owner()}.tmp" if shared else "tmp")
     with writing(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         try:
             with temporary.open("wb") as file:
                 yield file
@@ -73,11 +87,12 @@ def whole_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Path]
             was there is still there.
     """
     target = Path(path).absolute()
+    _remove_leftovers(target)
     if target.is_file():
         raise TDMError(f"{target} is a file, not a folder")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise TDMError(f"{target} exists; pass force=True to replace it")
-    unfinished, replaced = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    unfinished, replaced = (_hidden(target, f"{_owner()}.{end}") for end in ("tmp", "old"))
     try:
         with writing(target):
             yield unfinished
@@ -94,6 +109,45 @@ def whole_folder(path: str | os.PathLike[str], *, force: bool) -> Iterator[Path]
             replaced.rename(target)
         for leftover in (unfinished, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def _owner() -> str:
+    """This process, as the names of temporary files have it."""
+    return f"{os.getpid()}@{platform.node()}"
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing ``path``: of this machine at once, of another one after a day."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*@*"):
+        owner = re.search(r"\.(\d+)@(.*)\.(tmp|old)$", leftover.name)
+        if owner is None or not _is_over(int(owner[1]), owner[2], leftover):
+            continue
+        if owner[3] == "old" and not path.exists():  # killed between the two renames: what was there comes back
+            with contextlib.suppress(FileNotFoundError):  # another process did so
+                leftover.rename(path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _is_over(process: int, machine: str, leftover: Path) -> bool:
+    if machine == platform.node() and os.name != "nt":  # on Windows signal 0 is Ctrl-C
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # somebody else's, and alive
+            pass
+        return False
+    try:
+        return time.time() - leftover.lstat().st_mtime > DAY
+    except FileNotFoundError:  # it has its own name now
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

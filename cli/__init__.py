@@ -117,10 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted, 141 when unread.
 
-    One process of several, as a launcher starts them, ends here (`leave`).
+    One process of several, as a launcher starts them, ends here, and so does the demo (`leave`).
     """
+    from .app import drawing
+
     code = _run(argv)
-    if launched():
+    if launched() or drawing.is_set():
         leave(code)
     return code
 

@@ -36,6 +36,7 @@ one from 7860 on.
 LARGEST_UPLOAD = "32mb"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WAITING = 200  # requests in the queue; the next is refused
+drawing = threading.Event()  # set once threads of this process may be drawing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
                 print(f"the demo starts at {waiting.url}", flush=True)
             if args.open:
                 webbrowser.open(waiting.url)
+            drawing.set()
             page = build(args, waiting.say)
         launch(page, args.listen, waiting.port, auth=auth, mcp=args.mcp)
 

@@ -62,3 +62,14 @@ def check_strength(strength: float) -> None:
     """Raise TDMError for a strength at which no student draws."""
     if not 0 < strength <= 2:
         raise TDMError(f"--strength {strength:g} is not above 0 and at most 2; 1 is as the student was trained")
+
+
+def note_of_kohya(family: str) -> None:
+    """Say so if ComfyUI knows none of the kohya names that were written."""
+    from ..pipelines.families import family_of_name
+
+    if not family_of_name(family).kohya_in_comfyui:
+        print(
+            f"note: ComfyUI's own Load LoRA knows no kohya names of {family}; give it the file in diffusers' names, or "
+            "use this project's nodes"
+        )

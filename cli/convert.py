@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import TDMError
-from .common import quiet
+from .common import note_of_kohya, quiet
 from .output import check_writable
 
 HELP = """\
@@ -77,6 +77,8 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.out, args.force)
     student = convert_lora(args.file, base=args.base, recipe=recipe, strict=args.strict)
     print(describe(save_student(args.out, student, layout=args.layout, force=args.force)))
+    if args.layout == "kohya":
+        note_of_kohya(student.recipe.family)
 
 
 def parse_recipe(settings: Sequence[str]) -> dict[str, Any]:

@@ -218,8 +218,11 @@ def _finish(folder: Path) -> None:
         print(f"card     {write_card(trained, student, form, force=True)}")
         prompts = trained.config.task.get("prompts", STICKERS)
         prompt = EXAMPLE if prompts == STICKERS else training_prompts(prompts, 0)[0]
-        compared = [] if form == "merged" or trained.recipe.num_frames else ["--compare"]  # a video is for watching
         load = ["--model" if form == "merged" else "--student", str(student)]
+        if form == "student" and trained.config.task.get("loras"):  # `tdm generate` puts no LoRA beside a student
+            print(f"try it   {_quoted(['tdm', 'export', str(folder), '--format', 'merged'])}")
+            form, load = "merged", ["--model", str(folder / NAMES["merged"])]
+        compared = [] if form == "merged" or trained.recipe.num_frames else ["--compare"]  # a video is for watching
         print(f"try it   {_quoted(['tdm', 'generate', prompt, *compared, *load])}")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..errors import TDMError
-from .common import quiet
+from .common import note_of_kohya, quiet
 from .output import check_writable
 
 HELP = """\
@@ -62,4 +62,6 @@ def run(args: argparse.Namespace) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     export(trained, args.format, out, dtype=dtype, force=args.force)
     print(f"{args.format:<8} {out}")
+    if args.format == "kohya":
+        note_of_kohya(trained.recipe.family)
     print(f"card     {write_card(trained, out, args.format, force=args.force)}")

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import TDMError
+from ..errors import TDMError, first_line
+from ..pipelines.students.recipe import MOST_AREA
 from ..pipelines.vocabulary import unknown_words
 from .common import add_model_arguments, check_strength, load, terminal_line
 from .output import check_folder, check_writable, numbered, save_png, save_video
@@ -36,7 +37,6 @@ examples:
 """
 
 
-MOST_AREA = 4  # times the student's own: beyond it a typing error takes minutes and the picture is no longer one
 VIDEOS = (".mp4", ".gif", ".webp")
 DEFAULT_FOLDER = Path("outputs")
 
@@ -189,7 +189,12 @@ def _draw(pipe: Any, prompt: str, seed: int, **call: Any) -> _Drawn:
 
     begun = time.perf_counter()
     with count_calls(getattr(pipe, pipe.family.denoiser)) as calls:
-        output = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="pil", **call)
+        try:
+            output = pipe(prompt, generator=torch.Generator().manual_seed(seed), output_type="pil", **call)
+        except TDMError:
+            raise
+        except ValueError as error:  # what a stock pipeline refuses, such as a size beyond its table of positions
+            raise TDMError(f"this model refuses the call: {first_line(error)}") from error
     frames = output.frames[0] if pipe.family.video else output.images
     return _Drawn(frames, calls.samples, time.perf_counter() - begun)
 

@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 
 from ..errors import TDMError
+from ..files import replacing
 from .common import quiet
 from .distill import stop_signals
 from .output import check_folder
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"no run has {question_of.measure}; tdm study {args.name} --results NEW.jsonl trains them again")
             continue
         text = table(question_of, measured)
-        (args.out / f"{question_of.name}.md").write_text(f"{question.asks}\n\n{text}\n", encoding="utf-8")
+        with replacing(args.out / f"{question_of.name}.md") as file:
+            file.write(f"{question.asks}\n\n{text}\n".encode())
         plot(question_of, measured, args.out / f"{question_of.name}.png")
         print(text)
         print(f"wrote {args.out / question_of.name}.md and .png")

@@ -83,7 +83,7 @@ def sample_tdm(
 
     Raises:
         TDMError: there is no picture to begin with, and noise of this level is not what the model has been cut at; or a
-            student that takes fresh noise has order 2, or no seed.
+            student that takes fresh noise has order 2, or no seed; or the samples are not finite.
     """
     extra_args = extra_args or {}
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
@@ -122,6 +122,11 @@ def sample_tdm(
             if previous is not None:
                 x = x + weights[i] * (x0 - previous)
             previous = x0
+    if not bool(torch.isfinite(x).all()):
+        raise TDMError(
+            "the model gives NaN or infinite values, which would be a black picture: its weights or the student's are "
+            "damaged, or overflow in its dtype (try bf16 or fp32)"
+        )
     if fresh is not None and float(sigmas[-1]) > 0:
         fresh.leave(x, float(sigmas[-1]))
     return x

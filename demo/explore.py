@@ -98,19 +98,32 @@ def _label(frame: Frame) -> str:
     return "picture" if frame.final else f"step {frame.step}, t\xa0=\xa0{frame.timestep:.0f}"
 
 
-@dataclass(frozen=True)
-class View:
-    """A drawing as the tab shows it.
+@dataclass
+class Drawing:
+    """What a visitor asked for, from the click to the last picture. Stop and a newer request end it.
 
     Attributes:
+        draw: draws it: takes the values of the tab's components and this, and yields updates of the page.
         html: the pictures so far.
-        progress: how far the drawing is, as in "3 of 16 pictures".
-        finished: whether all of it is drawn.
+        progress: how far the drawing is, as in "3 of 16 pictures"; "" until it begins.
+        begun: whether an event of the page draws it.
+        finished: whether nothing more comes: all is drawn, or an error ended it.
+        ended: why it was ended early; it draws no further once this is set.
     """
 
-    html: str
-    progress: str
+    draw: Callable[..., Iterator[dict[Any, Any]]]
+    html: str = ""
+    progress: str = ""
+    begun: bool = False
     finished: bool = False
+    ended: str = ""
+
+    def end(self, why: str) -> bool:
+        """Let it draw no further, and return whether there was anything to end."""
+        if self.finished or self.ended:
+            return False
+        self.ended = why
+        return True
 
 
 class ExploreTab:
@@ -148,15 +161,14 @@ class ExploreTab:
             with gr.Column(scale=3, min_width=320):
                 self._shown = gr.HTML(EXPLAINED, elem_id="explored", min_height=200, label="Table")
                 self._file = gr.DownloadButton("Download as one picture", visible=False, size="sm")
-        self._view = gr.State(None, time_to_live=24 * 3600)  # the `View` that the visitor saw last
-        inputs, outputs = [prompts, rows, steps, seed, seeds, student], [self._shown, self._file, self._view]
+        self._drawing = gr.State(None, time_to_live=24 * 3600)  # the visitor's newest `Drawing`
+        inputs, outputs = [prompts, rows, steps, seed, seeds, student, self._drawing], [self._shown, self._file]
         shown: dict[str, Any] = {"show_progress_on": self._shown, **MODEL, **PRIVATE}
-        drawings: list[dict[str, Any]] = [
-            button.click(explained(self._closed(function)), [*inputs, self._view], outputs, **shown)
-            for button, function in ((go, self.table), (trajectory, self.trajectory))
-        ]
-        stop.click(self.stop, self._view, self._shown, queue=False, show_progress="hidden", **PRIVATE)
-        stop.click(None, cancels=drawings, queue=False, **PRIVATE)
+        for button, ask in ((go, self.ask_table), (trajectory, self.ask_trajectory)):
+            asked = button.click(ask, self._drawing, self._drawing, queue=False, show_progress="hidden", **PRIVATE)
+            asked.then(explained(self.draw), inputs, outputs, trigger_mode="always_last", **shown)
+        # No `cancels`: Gradio would drop what is asked for before it has ended the older event.
+        stop.click(self.stop, self._drawing, self._shown, queue=False, show_progress="hidden", **PRIVATE)
         student.change(self.marked, student, steps, show_progress="hidden", **PRIVATE)
 
     def marked(self, student: Any) -> Any:
@@ -173,8 +185,43 @@ class ExploreTab:
         ]
         return checked[0], [settings.prompt for settings in checked]
 
-    def table(
-        self, prompts: Any, rows: Any, steps: Any, seed: Any, seeds: Any, student: Any
+    def ask_table(self, older: Drawing | None) -> Drawing:
+        """Ask for a table in the place of what the visitor asked for before."""
+        return self._ask(self._table, older)
+
+    def ask_trajectory(self, older: Drawing | None) -> Drawing:
+        """Ask for a trajectory in the place of what the visitor asked for before."""
+        return self._ask(self._trajectory, older)
+
+    def _ask(self, draw: Callable[..., Iterator[dict[Any, Any]]], older: Drawing | None) -> Drawing:
+        if older is None:
+            return Drawing(draw)
+        older.end("Something else was asked for.")
+        return Drawing(draw, older.html)
+
+    def draw(self, *values: Any) -> Iterator[dict[Any, Any]]:
+        """Draw the visitor's newest request, unless another event does or it was stopped while it waited. One that
+        fails says so below the pictures, which stay.
+        """
+        drawing: Drawing = values[-1]
+        if drawing.begun or drawing.ended:
+            yield {self._shown: gr.skip()}  # Gradio empties the outputs of a generator that yields nothing
+            return
+        drawing.begun = True
+        try:
+            for update in drawing.draw(*values):
+                yield update
+                if drawing.ended:
+                    yield self._show(drawing, drawing.ended)
+                    return
+        except Exception as error:
+            yield self._show(drawing, f"Not drawn: {error_line(error)}")
+            raise
+        finally:
+            drawing.finished = True
+
+    def _table(
+        self, prompts: Any, rows: Any, steps: Any, seed: Any, seeds: Any, student: Any, drawing: Drawing
     ) -> Iterator[dict[Any, Any]]:
         """Draw cell by cell, with the time that is left; then the sheet."""
         first, lines = self._first(prompts, None, seed, student)
@@ -186,17 +233,19 @@ class ExploreTab:
         wanted = grid(first, lines, counts, columns, self.engine.recipe(first.student).trained_timesteps)
         begun = time.monotonic()
         total = plural(len(wanted), "picture")
-        yield self._show(View(self._html(wanted, []), f"0 of {total}")) | {self._file: gr.update(visible=False)}
+        drawing.html, drawing.progress = self._html(wanted, []), f"0 of {total}"
+        yield self._show(drawing) | {self._file: gr.update(visible=False)}
         for done, drawn in enumerate(draw_grid(self.engine, wanted), 1):
             spent = time.monotonic() - begun
-            view = View(self._html(wanted, drawn), f"{done} of {total}")
+            drawing.html, drawing.progress = self._html(wanted, drawn), f"{done} of {total}"
             if done < len(wanted):
-                yield self._show(view, f"{view.progress}, {spent / done * (len(wanted) - done):.0f} s left")
-        yield self._show(replace(view, finished=True), f"{total} in {spent:.1f} s.")
+                yield self._show(drawing, f"{drawing.progress}, {spent / done * (len(wanted) - done):.0f} s left")
+        drawing.finished = True
+        yield self._show(drawing, f"{total} in {spent:.1f} s.")
         yield {self._file: gr.update(value=save_grid(self.pictures, wanted, drawn), visible=True)}
 
-    def trajectory(
-        self, prompts: Any, _rows: Any, steps: Any, seed: Any, _seeds: Any, student: Any
+    def _trajectory(
+        self, prompts: Any, _rows: Any, steps: Any, seed: Any, _seeds: Any, student: Any, drawing: Drawing
     ) -> Iterator[dict[Any, Any]]:
         """Draw the clean picture predicted at each step, of the first prompt, in the most steps that are ticked."""
         most = max((whole("steps", k, 1, MOST_STEPS) for k in steps or []), default=None)
@@ -205,35 +254,22 @@ class ExploreTab:
         for frame in self.engine.student(settings):
             frames.append(frame)
             cells = [picture(f.picture, f"{settings.prompt}: {_label(f)}") for f in frames]
-            view = View(strip(cells, [_label(f) for f in frames]), f"step {frame.step} of {frame.steps}", frame.final)
-            yield self._show(view, f"Step {frame.step} of {frame.steps}, seed {settings.seed}.")
+            drawing.html = strip(cells, [_label(f) for f in frames])
+            drawing.progress, drawing.finished = f"step {frame.step} of {frame.steps}", frame.final
+            yield self._show(drawing, f"Step {frame.step} of {frame.steps}, seed {settings.seed}.")
         yield {self._file: gr.update(value=save_strip(self.pictures, frames, settings), visible=True)}
 
-    def stop(self, view: View | None) -> Any:
-        """Say below the pictures where the visitor's Stop ended the drawing."""
-        if view is None or view.finished:
+    def stop(self, drawing: Drawing | None) -> Any:
+        """End the drawing of a visitor who presses Stop, and say below the pictures how far it came."""
+        if drawing is None or not drawing.end(
+            f"Stopped at {drawing.progress}." if drawing.progress else "Stopped before it began."
+        ):
             gr.Info("nothing is being drawn")
             return gr.skip()
-        return view.html + status(f"Stopped at {view.progress}.")
+        return self._show(drawing, drawing.ended)[self._shown]
 
-    def _closed(self, function: Callable[..., Iterator[dict[Any, Any]]]) -> Callable[..., Iterator[dict[Any, Any]]]:
-        """Make a drawing that fails say so below the pictures, which stay."""
-
-        def drawing(*values: Any) -> Iterator[dict[Any, Any]]:
-            *inputs, view = values
-            try:
-                for update in function(*inputs):
-                    view = update.get(self._view, view)
-                    yield update
-            except Exception as error:
-                shown = replace(view or View("", ""), finished=True)
-                yield self._show(shown, f"Not drawn: {error_line(error)}")
-                raise
-
-        return drawing
-
-    def _show(self, view: View, line: str = "") -> dict[Any, Any]:
-        return {self._shown: view.html + status(line or view.progress), self._view: view}
+    def _show(self, drawing: Drawing, line: str = "") -> dict[Any, Any]:
+        return {self._shown: drawing.html + status(line or drawing.progress)}
 
     def _html(self, wanted: Grid, drawn: list[list[Image.Image | None]]) -> str:
         cells = []

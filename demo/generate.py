@@ -93,6 +93,19 @@ class DrawRequest:
     history: list[str]
 
 
+@dataclass
+class Wait:
+    """The time between a visitor's click and the first update of the page, which others' drawings can make long.
+
+    Attributes:
+        over: whether the drawing has begun; it is then a `Comparison`.
+        stopped: whether Stop was pressed before.
+    """
+
+    over: bool = False
+    stopped: bool = False
+
+
 class GenerateTab:
     """The tab that draws. Build it inside a `gr.Blocks`.
 
@@ -115,6 +128,7 @@ class GenerateTab:
                 self.controls, self._batch, self._compare, dropped = self._settings(prompt)
         self._history = gr.State([], time_to_live=24 * 3600)
         self.comparison = gr.State(None, time_to_live=24 * 3600)
+        self._wait = gr.State(None, time_to_live=24 * 3600)  # the `Wait` of the visitor's newest request
         self._events(go, dropped)
 
     def _prompt(self, prompts: tuple[str, ...]) -> tuple[gr.Textbox, gr.Button, gr.Button]:
@@ -204,7 +218,7 @@ class GenerateTab:
         controls, seed = self.controls, self.controls.seed
         # Everything that draws sets the settings first and then presses this button.
         draw = gr.Button("Draw", visible="hidden", elem_id="draw")
-        self._inputs = {*controls.shared(), self._batch, self._compare, self._history, self.comparison}
+        self._inputs = {*controls.shared(), self._batch, self._compare, self._history, self.comparison, self._wait}
         outputs = [self._stage, self._slider, self._download, self._gallery, self._history, self.comparison, seed]
         self._drawing: dict[str, Any] = {
             "inputs": self._inputs,
@@ -217,8 +231,8 @@ class GenerateTab:
         new_seed.then(None, js=DRAW, **PRIVATE)
         seed.input(None, None, controls.randomize, js="() => false", **PRIVATE)  # a seed that is typed is kept
         draw.click(None, controls.shared(), js=SHARE, **PRIVATE)
-        draw.click(self.give_way, self.comparison, queue=False, **PRIVATE)
-        self._drawn = draw.click(explained(self.draw), trigger_mode="always_last", **self._drawing)
+        asked = draw.click(self.ask, self.comparison, self._wait, queue=False, show_progress="hidden", **PRIVATE)
+        asked.then(explained(self.draw), trigger_mode="always_last", **self._drawing)
         restored = self._gallery.select(explained(self.from_gallery), self._history, controls.all(), **PRIVATE)
         restored.success(None, js=DRAW, **PRIVATE)
         dropped.upload(explained(self.from_file), dropped, controls.all(), **PRIVATE).success(None, js=DRAW, **PRIVATE)
@@ -227,9 +241,11 @@ class GenerateTab:
     def opened(self, page: gr.Blocks) -> None:
         """Let the page read its link and draw when it opens."""
         link = page.load(explained(self.from_link), None, self.controls.all(), show_progress="hidden", **PRIVATE)
-        opening = link.then(explained(self.open), **self._drawing)
-        self._stop.click(self.stop, self.comparison, self._stage, queue=False, show_progress="hidden", **PRIVATE)
-        self._stop.click(None, cancels=[self._drawn, opening], queue=False, **PRIVATE)
+        asked = link.then(self.ask, self.comparison, self._wait, queue=False, show_progress="hidden", **PRIVATE)
+        asked.then(explained(self.open), **self._drawing)
+        # No `cancels`: Gradio would drop what is asked for before it has ended the older event.
+        stopped = [self.comparison, self._wait]
+        self._stop.click(self.stop, stopped, self._stage, queue=False, show_progress="hidden", **PRIVATE)
 
     def _read(self, values: dict[Any, Any]) -> DrawRequest:
         """The request in the values of the components.
@@ -250,6 +266,10 @@ class GenerateTab:
     def draw(self, values: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
         """Draw and stream: the stage at every step, and at the end the slider, the download and the gallery."""
         comparison: Comparison | None = values[self.comparison]
+        wait: Wait = values[self._wait]
+        if wait.stopped:
+            yield {self._stage: gr.skip()}  # Gradio empties the outputs of a generator that yields nothing
+            return
         try:
             request = self._read(values)
             if words := unknown_words(self.engine, request.pictures[0].prompt):
@@ -261,6 +281,9 @@ class GenerateTab:
                 self.comparison: comparison,
                 self.controls.seed: request.pictures[0].seed,
             }
+            wait.over = True
+            if wait.stopped:
+                comparison.ended = "Stopped before it began."
             yield from self._stream(comparison, request)
         except Exception as error:
             if comparison is not None:
@@ -272,13 +295,22 @@ class GenerateTab:
         if comparison is not None and not comparison.finished:  # a finished one may be every visitor's first screen
             comparison.ended = "Another picture was asked for."
 
-    def stop(self, comparison: Comparison | None) -> Any:
+    def ask(self, older: Comparison | None) -> Wait:
+        """Ask for a drawing in the place of what the visitor asked for before."""
+        self.give_way(older)
+        return Wait()
+
+    def stop(self, comparison: Comparison | None, wait: Wait | None) -> Any:
         """End the drawing of a visitor who presses Stop, and say on the stage how far it came."""
-        if comparison is None or comparison.finished or comparison.ended:
+        if comparison is not None and not (comparison.finished or comparison.ended):
+            comparison.ended = f"Stopped. {comparison.progress}"
+            return comparison.html()
+        if wait is None or wait.over or wait.stopped:
             gr.Info("nothing is being drawn")
             return gr.skip()
-        comparison.ended = f"Stopped. {comparison.progress}"
-        return comparison.html()
+        wait.stopped = True
+        shown = comparison or Comparison(self.engine, [self.first], race=True)
+        return shown.html("Stopped before it began.")
 
     def _stream(self, comparison: Comparison, request: DrawRequest) -> Iterator[dict[Any, Any]]:
         files: list[str] = []
@@ -288,6 +320,8 @@ class GenerateTab:
             if len(files) < done:
                 files.append(str(self.pictures.save(comparison.students[done - 1].picture, request.pictures[done - 1])))
                 yield self._shelf(files, request.history)
+        if comparison.ended:  # an update from before may reach the page after what `stop` returned
+            yield {self._stage: comparison.html()}
         if comparison.finished and comparison.race:
             yield self._slide(comparison)
 
@@ -298,6 +332,7 @@ class GenerateTab:
             yield from self.draw(values)
             return
         yield {self._stage: opening.html(), self.comparison: opening}
+        values[self._wait].over = True
         file = self.pictures.save(opening.students[0].picture, self.first)
         yield self._shelf([str(file)], values[self._history])
         yield self._slide(opening)

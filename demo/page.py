@@ -9,6 +9,7 @@ import gradio as gr
 
 from ..training.worlds.stickers.scene import BACKGROUNDS, KINDS, MAX_STICKERS
 from .api import endpoints
+from .cards import plural
 from .distil import DistilTab
 from .engine import Engine
 from .explore import ExploreTab
@@ -57,6 +58,13 @@ def theme() -> gr.themes.Base:
     )
 
 
+def base_name(engine: Engine) -> str:
+    """The base's name, without where a folder lies."""
+    if engine.base == "bundled":
+        return "the bundled model"
+    return Path(engine.base).name if Path(engine.base).exists() else engine.base
+
+
 def about_model(engine: Engine) -> str:
     """Say in one sentence which model this is and what it can draw."""
     recipe = engine.recipe()
@@ -67,13 +75,13 @@ def about_model(engine: Engine) -> str:
             f"The small bundled model draws {size} pictures of up to {MAX_STICKERS} coloured stickers ({kinds}) "
             f"in front of {places}."
         )
-    base = Path(engine.base).name if Path(engine.base).exists() else engine.base
-    return f"The model {base} ({recipe.family}) draws what you describe, best at {size} pixels."
+    return f"The model {base_name(engine)} ({recipe.family}) draws what you describe, best at {size} pixels."
 
 
 def build(engine: Engine, pictures: Pictures, runs: Runs | None) -> gr.Blocks:
     """Build the page over an engine; without `runs` it has no tab to distil."""
-    with gr.Blocks(title="TDM: 4 network calls", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    title = f"TDM: {base_name(engine)}, {plural(engine.recipe().default_steps, 'step')}"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         steps = {"student": engine.recipe().default_steps, "teacher": engine.teacher_call.steps}
         gr.HTML(WELCOME.format(**steps, model=escape(about_model(engine))), elem_id="welcome")
         with gr.Tabs(elem_id="tabs") as tabs:

@@ -153,7 +153,7 @@ class Runs:
         alarms = [alarm.message for line in lines for alarm in monitor.watch(line)]
         previews = sorted((folder / "previews").glob("*.png"))
         text = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace") if (folder / OUTPUT).is_file() else ""
-        printed = text.replace(str(folder), name).split("\n")  # the page does not show paths of this machine
+        printed = text.split("\n")
         return State(
             running=running,
             step=int(lines[-1]["step"]) if lines else 0,

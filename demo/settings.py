@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import TDMError
-from ..pipelines.students.recipe import StudentRecipe
+from ..pipelines.students.recipe import MOST_AREA, StudentRecipe
 
 LONGEST_PROMPT = 2_000  # characters
 MOST_STEPS = 50
 MOST_PICTURES = 8  # of one request
-MOST_AREA = 4  # times the student's own
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .bases import BUNDLED, Source, base_folder, family_of_base, teacher_call
 from .explicit_sigmas import sigmas_of
 from .families import Family, TeacherCall, family_of_pipeline
 from .family_class import forget_output_capture, from_pipe, on_family, unpickled
+from .finite import finite_output
 from .fresh_noise import noise_of
 from .guidance import warn_of_guidance
 from .image_to_image import image_to_image
@@ -357,16 +358,21 @@ class TDMPipeline(StudentSaving):
         return use_attention(self.denoiser, backend, self._execution_device)
 
     def run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Make a call of the stock pipeline, which is given as `call`, with this pipeline's defaults and switches."""
+        """Make a call of the stock pipeline, which is given as `call`, with this pipeline's defaults and switches.
+
+        Raises:
+            TDMError: what is drawn is not finite.
+        """
         bound = self.bind_call(args, kwargs)
+        drawer = "the base" if self._teaching else "the student on this base"
         with self.turns.call():
             self.check_student()
             if not self._teaching and (self.scheduler is self._sampler or isinstance(self.scheduler, TDMScheduler)):
                 warn_of_guidance(self.family, self.recipe, bound, self._warned)
-            with sigmas_of(self, bound.arguments), noise_of(self, bound):
+            with sigmas_of(self, bound.arguments), noise_of(self, bound), finite_output(self, drawer) as checked:
                 if self._first_by_base and not self._teaching:
-                    return base_first(self, call, bound)
-                return call(*bound.args, **bound.kwargs)
+                    return checked(base_first(self, call, bound))
+                return checked(call(*bound.args, **bound.kwargs))
 
     def bind_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
         """The arguments of a call by name, completed with the defaults."""

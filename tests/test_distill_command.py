@@ -17,6 +17,7 @@ from tdm.cli import main
 from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
 from tdm.tests.commands import refused
+from tdm.tests.pipelines.lora_files import LAYOUTS, diffusers_names, tensors_of, updates, write
 from tdm.training.settings import load_config, read_settings
 
 PROMPT = 'a cat\'s "$HOME" & dog'
@@ -68,6 +69,25 @@ def test_the_line_to_try_is_of_the_users_own_prompts_and_runs(
     assert command == ["tdm", "generate", PROMPT, *compared, "--student", "a run/student.safetensors"]
     assert main(command[1:]) == 0
     assert [path.suffix for path in Path("outputs").iterdir()] == [".mp4" if family == "wan" else ".png"]
+
+
+def test_a_student_of_a_teacher_with_loras_is_tried_merged(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\n")
+    pipe = tiny.build("sd15")
+    made = updates(pipe, "unet", diffusers_names(pipe.unet, ""))
+    write(tmp_path / "style.safetensors", tensors_of(LAYOUTS["diffusers"], made))
+    options = [f"task.model={bases('sd15')}", "task.prompts=prompts.txt", "task.height=16", "task.width=16", *SHORT]
+    assert main(["distill", *options, "task.loras=[style.safetensors@0.8]", "task.cache=cache", "--out", "run"]) == 0
+    commands = [shlex.split(line.removeprefix("try it   ")) for line in lines_of(capsys.readouterr().out, "try it   ")]
+    assert commands == [
+        ["tdm", "export", "run", "--format", "merged"],
+        ["tdm", "generate", "a cat", "--model", "run/merged"],
+    ]
+    assert [main(command[1:]) for command in commands] == [0, 0]
+    assert len(list(Path("outputs").iterdir())) == 1
 
 
 def test_a_terminal_has_a_bar_and_hears_at_once_what_starts(tmp_path: Path) -> None:

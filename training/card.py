@@ -57,7 +57,8 @@ def write_card(run: FinishedRun, path: Path, form: Format, *, force: bool = Fals
         return card
     for picture in (*_last_previews(run), *_curves(run)):
         target = folder / picture
-        if (force or not target.exists()) and not (target.exists() and target.samefile(run.folder / picture)):
+        stays = target.is_file() and target.stat().st_size > 0 and not force  # a full disk may have left nothing in it
+        if not stays and not (target.exists() and target.samefile(run.folder / picture)):
             with replacing(target, shared=True) as file:
                 file.write((run.folder / picture).read_bytes())
     with replacing(card, shared=True) as file:

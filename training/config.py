@@ -291,7 +291,8 @@ class DistillConfig:
     """What is distilled: name=pipeline or name=mixture, and that task's own settings."""
 
     seed: int = 0
-    """The seed of all randomness. On a CPU the same seed is the same run, bit for bit."""
+    """The seed of all randomness. On a CPU the same seed is the same run, bit for bit, for one number of
+    threads (OMP_NUM_THREADS)."""
 
     updates: int = 1000
     """Student updates. With `stages` each stage has a number of its own, or a share of this one."""

@@ -165,13 +165,7 @@ def draw(
                 **pipe.family.guidance(_guidance_scale(pipe, variant)),
                 **call,
             )
-            pictures = output.images.float().cpu()
-            if not pictures.isfinite().all():
-                drawer = f"the student {variant.student}" if variant.student else "the base"
-                raise TDMError(
-                    f"{drawer} gives NaN at {variant.steps} steps: its weights are damaged, or its dtype is too small"
-                )
-            batches.append(pictures)
+            batches.append(output.images.float().cpu())
     return (torch.cat(batches) * 255).round().to(torch.uint8)
 
 

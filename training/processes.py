@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TDMError, first_line
-from .launcher import launched
+from .launcher import launched, require_place
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # for a process that is still at work, as one that builds the prompt cache
@@ -96,7 +96,8 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
         device: "cpu", "cuda" or "cuda:N"; None is a GPU if there is one. Several processes get one GPU each.
 
     Raises:
-        TDMError: no such device, or several processes on one named GPU.
+        TDMError: no such device, several processes on one named GPU, or one that was not told where the others are;
+            inside: another process has ended.
     """
     kind, _, number = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
     if kind not in ("cpu", "cuda") or not (number or "0").isdecimal():
@@ -108,11 +109,13 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
         return
     if number:
         raise TDMError(f"--device {device} names one GPU, but several processes were started; give cuda or nothing")
+    require_place()
     from accelerate import PartialState
 
     state = PartialState(cpu=kind == "cpu", timeout=PATIENCE)
     try:
-        yield Processes(state.process_index, state.num_processes), torch.device(state.device)
+        with _fellows_live(whatever=False):  # a sharded base talks to the others in the middle of the network
+            yield Processes(state.process_index, state.num_processes), torch.device(state.device)
     finally:
         state.destroy_process_group()
 
@@ -134,10 +137,18 @@ def shard(base: nn.Module, keep: Iterable[nn.Parameter]) -> None:
 
 
 @contextmanager
-def _fellows_live() -> Iterator[None]:
+def _fellows_live(*, whatever: bool = True) -> Iterator[None]:
+    """Any error, or that of an exchange alone, becomes one line about the other processes.
+
+    Raises:
+        TDMError: another process has ended.
+    """
     try:
         yield
     except RuntimeError as error:
+        # Gloo's errors have no class of their own: they name the file that raised them.
+        if not (whatever or isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)):
+            raise
         raise TDMError(
             "another process of this run has ended, its own message says why; go on from the last checkpoint with "
             f"--resume ({first_line(error)})"

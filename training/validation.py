@@ -11,6 +11,8 @@ from .objectives import OBJECTIVES, objective_of
 from .stages import stages_of
 from .trajectory import BANDS_BELOW_THE_STATE
 
+LARGEST_RANK = 8192  # beyond the width of any supported base: only a typing error is above it
+
 
 def validate(config: DistillConfig) -> None:
     """Check the settings of a run.
@@ -123,7 +125,10 @@ def _objective_of_run(c: DistillConfig) -> None:
 
 
 def _role(name: str, role: RoleConfig, full_weights: bool) -> None:
-    _need(role.rank > 0, f"{name}.rank must be positive, not {role.rank}")
+    _need(
+        0 < role.rank <= LARGEST_RANK,
+        f"{name}.rank must be 1 to {LARGEST_RANK}, for no layer of a base has a higher one; it is {role.rank}",
+    )
     _need(role.alpha is None or role.alpha > 0, f"{name}.alpha must be positive, not {role.alpha}")
     _need(role.targets != (), f"{name}.targets must name at least one layer")
     _need(role.targets is None or not full_weights, f"{name}.targets is for adapters; full_weights trains all")

@@ -69,6 +69,7 @@ class Family(ABC):
             scale that the family's training preset distils with (the file says where one differs).
         call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
         binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
+        kohya_in_comfyui: ComfyUI knows the kohya names that we write for it.
         video: it makes videos.
         frames_per_second: at which the base's videos are shown.
         frames_first: the latents of a video are [F, C, h, w], and not [C, F, h, w].
@@ -87,6 +88,7 @@ class Family(ABC):
     teacher_call: ClassVar[TeacherCall]
     call_kwargs: ClassVar[Mapping[str, Any]] = {}
     binned_sample_sizes: ClassVar[frozenset[int] | None] = None
+    kohya_in_comfyui: ClassVar[bool] = False
     video: ClassVar[bool] = False
     frames_per_second: ClassVar[int | None] = None
     frames_first: ClassVar[bool] = False

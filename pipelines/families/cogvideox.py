@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...errors import TDMError
 from .base import ATTENTION, FEED_FORWARD, Condition, Family, Size, TeacherCall, for_vae, num_frames, zeros
 
 
@@ -24,6 +25,15 @@ class CogVideoX(Family):
     def default_size(self, pipe: Any) -> Size:
         config, factor = pipe.transformer.config, pipe.vae_scale_factor_spatial
         return Size(config.sample_height * factor, config.sample_width * factor, config.sample_frames)
+
+    def check_size(self, pipe: Any, size: Size) -> None:
+        """Also raise TDMError if the base has learned positions, and they are of another size."""
+        super().check_size(pipe, size)
+        own = self.default_size(pipe)
+        if pipe.transformer.config.use_learned_positional_embeddings and size[:2] != own[:2]:
+            raise TDMError(
+                f"{size.height}x{size.width}: this base's positions are learned for {own.height}x{own.width} alone"
+            )
 
     def patch_pixels(self, pipe: Any) -> int:
         return pipe.vae_scale_factor_spatial * pipe.transformer.config.patch_size

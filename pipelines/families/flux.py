@@ -18,6 +18,7 @@ class Flux(PatchedFamily):
     """
 
     name = "flux"
+    kohya_in_comfyui = True
     # the scale that the dev model's network takes as an input; the preset adds none
     teacher_call = TeacherCall(28, 3.5)
     time_embedder = "time_text_embed.timestep_embedder"

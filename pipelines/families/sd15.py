@@ -13,6 +13,7 @@ class SD15(Family):
     """A UNet on 4-channel latents, CLIP text."""
 
     name = "sd15"
+    kohya_in_comfyui = True
     teacher_call = TeacherCall(50, 3.5)
     time_embedder = "time_embedding"
     denoiser = "unet"

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...errors import TDMError
 from .base import FEED_FORWARD, JOINT_ATTENTION, Condition, Family, Size, TeacherCall, longest_text, text_options, zeros
 
 
@@ -13,6 +14,7 @@ class SD3(Family):
     """A joint transformer on 16-channel latents; text of two CLIP encoders and T5, and a pooled prompt."""
 
     name = "sd3"
+    kohya_in_comfyui = True
     teacher_call = TeacherCall(28, 4.5)
     time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
@@ -20,6 +22,15 @@ class SD3(Family):
     def default_size(self, pipe: Any) -> Size:
         side = pipe.default_sample_size * pipe.vae_scale_factor
         return Size(side, side)
+
+    def check_size(self, pipe: Any, size: Size) -> None:
+        """Also raise TDMError if the base's table of positions is too small."""
+        super().check_size(pipe, size)
+        most = pipe.transformer.config.pos_embed_max_size * self.patch_pixels(pipe)
+        if max(size.height, size.width) > most:
+            raise TDMError(
+                f"{size.height}x{size.width} is more than this base has positions for: at most {most} pixels a side"
+            )
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:
         arguments = text_options(pipe, options, "clip_skip", "max_sequence_length")

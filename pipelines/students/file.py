@@ -197,7 +197,7 @@ def save_student(
     metadata = {"format": "pt", **student.recipe.to_metadata()}
     if adapter:
         metadata["lora_adapter_metadata"] = json.dumps(adapter, sort_keys=True)
-    with replacing(path) as file:
+    with replacing(path, shared=True) as file:  # a run and `tdm export` may end at the same time
         # Not `save_file`: safetensors 0.8 makes files that only their owner can read.
         file.write(_in_order(save(tensors, metadata=metadata)))
     return path

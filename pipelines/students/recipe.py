@@ -18,6 +18,7 @@ from .samplers import Sampler
 HEADER_KEY = "tdm_student"
 STUDENT_FILE = "student.safetensors"  # its name inside a saved pipeline, the bundled model and a hub repository
 VERSION = 1
+MOST_AREA = 4  # times the student's own: a larger picture takes minutes and is no longer one
 
 
 @dataclass(frozen=True)

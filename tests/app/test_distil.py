@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,8 @@ def test_the_page_starts_watches_and_draws_with_a_run(app: App, open_page: Calla
     assert violations(page) == []
     page.keyboard.press("Escape")
     expect(page.locator("dialog.enlarged")).to_have_count(0)
+    student = shlex.split(page.locator("#live .line").inner_text())[-1]  # of the command to try
+    assert (app.out / student).is_file()  # from the folder that the demo was started in
     before = page.locator("#stage img").nth(0).get_attribute("src")
     page.click("#use-run")
     expect(page.locator("#go")).to_be_visible()

@@ -55,6 +55,7 @@ def query(page: Page) -> dict[str, str]:
 
 def test_the_first_screen_sells_it(open_page: Open) -> None:
     page = open_page()
+    expect(page).to_have_title("TDM: the bundled model, 4 steps")
     expect(page.locator("h1")).to_contain_text("A picture in 4 steps, not 50")
     expect(page.locator("#stage figcaption").nth(0)).to_contain_text("4 calls")
     expect(page.locator("#stage figcaption").nth(1)).to_contain_text("100 calls")
@@ -317,11 +318,47 @@ def test_stop_and_errors_of_a_table_say_so(open_page: Open) -> None:
     page.wait_for_selector("#explored .status:has-text('of 16 pictures,')")
     page.click("#stop-table")
     expect(page.locator("#explored .status")).to_contain_text(re.compile(r"Stopped at \d+ of 16 pictures."))
-    page.wait_for_timeout(2000)  # the stopped drawing leaves the queue
     page.fill("#prompts textarea", "")
     page.click("#table")
     expect(page.locator("#explored .status")).to_have_text("Not drawn: the prompt is empty; say what to draw")
     expect(page.locator("#explored td img")).not_to_have_count(0)
+
+
+def test_what_is_asked_for_right_after_stop_is_drawn(open_page: Open) -> None:
+    page = open_page()
+    page.click("#go")
+    page.wait_for_selector("#stage figcaption:has-text('of 100')")
+    page.click("#stop")
+    page.get_by_role("button", name="a green heart on the beach").click()
+    page.wait_for_selector('#stage img[alt="by the teacher: a green heart on the beach"]')
+    expect(page.locator("#stage .status")).to_contain_text("4 network calls instead of 100")
+    page.get_by_role("tab", name="Explore").click()
+    page.click("#table")
+    page.wait_for_selector("#explored .status:has-text('of 16 pictures,')")
+    page.click("#stop-table")
+    page.click("#trajectory")
+    expect(page.locator("#explored .status")).to_have_text("Step 8 of 8, seed 0.")
+
+
+def test_what_waits_for_another_visitor_can_be_stopped(app: App, open_page: Open) -> None:
+    page = open_page()
+    before = page.locator("#stage img").nth(0).get_attribute("src")
+    other = Client(app.url, verbose=False).submit(["a red star"], [50, 49], 8, api_name="/explore")
+    page.click("#go")
+    page.get_by_text("queue: ").wait_for()
+    page.click("#stop")
+    expect(page.locator("#stage .status")).to_have_text("Stopped before it began.")
+    page.get_by_role("tab", name="Explore").click()
+    page.click("#table")
+    page.get_by_text("queue: ").wait_for()
+    page.click("#stop-table")
+    expect(page.locator("#explored .status")).to_have_text("Stopped before it began.")
+    assert not other.done()
+    other.result()
+    page.click("#trajectory")  # its turn is after those of what was stopped
+    page.wait_for_selector("#explored .status:has-text('Step 8 of 8')")
+    assert page.locator("#stage img").nth(0).get_attribute("src") == before
+    expect(page.locator("#gallery img")).to_have_count(1)
 
 
 def test_explore_draws_a_table_and_a_way(open_page: Open) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -148,3 +150,20 @@ def test_who_may_distil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "Distil" in tabs()
     assert "Distil" not in tabs("--listen")
     assert "Distil" in tabs("--listen", "--auth", "me:secret")
+    for thread in threading.enumerate():
+        if thread.name == "warm-up":  # one that draws while this process ends would abort it
+            thread.join()
+
+
+@pytest.mark.parametrize("draws", [False, True], ids=["while it warms up", "while it draws"])
+def test_ctrl_c_ends_it_whatever_it_is_doing(draws: bool, tmp_path: Path) -> None:
+    running = start(["-m", "tdm.cli", "app"], tmp_path / "out")
+    try:
+        if draws:
+            Client(running.url, verbose=False).submit(["a red star"], [50, 49], 8, api_name="/explore")
+            time.sleep(5)
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(60) in (0, 130)
+        assert "terminate" not in running.log.read_text()
+    finally:
+        running.process.kill()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from . import install
 from .conftest import Checkpoint
@@ -94,6 +96,17 @@ def test_a_pipeline_of_diffusers_is_a_checkpoint_too(server: Server) -> None:
         )
     pictures = [server.pictures(short(name, "bundled"), ["drawn", 0])[0] for name in ("mine/small", "bundled")]
     assert torch.equal(*pictures)
+
+
+def test_a_base_that_gives_nan_draws_no_black_picture(server: Server) -> None:
+    folder = server.models / "diffusers" / "nan"
+    shutil.copytree(install.REPOSITORY / "bundled" / "teacher", folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    weights["proj_out.weight"].fill_(torch.nan)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(PromptError, match="gives NaN or infinite values, which would be a black picture"):
+        server.pictures(short("nan", "bundled"), ["drawn", 0])
 
 
 def test_a_student_that_wants_guidance_gets_it(server: Server, checkpoint: Checkpoint) -> None:

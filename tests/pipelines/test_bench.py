@@ -41,14 +41,18 @@ def test_a_call_makes_k_network_calls_and_its_steps_wait_for_nothing(family: str
     assert ours.costs["steps"] == Cost(operators=operators, allocations=operators, copies=0, reads=0)
 
 
+# At the end of a call: the least and the greatest value, their difference, and whether that is finite.
+LOOK = {"operators": 3, "allocations": 3, "copies": 0, "reads": 1}
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_outside_the_networks_it_does_no_more_than_the_stock_pipeline(family: str, make: Make) -> None:
     ours, stock = counted(family, make)
     for what in ("operators", "allocations", "copies", "reads"):
         rest, stock_rest = (getattr(counts.costs["rest"], what) for counts in (ours, stock))
-        assert rest <= stock_rest, what
+        assert rest <= stock_rest + LOOK[what], what
     outside, stock_outside = (c.costs["steps"].operators + c.costs["rest"].operators for c in (ours, stock))
-    assert outside <= stock_outside + (5 if family in FLOW_EULER else 0)
+    assert outside <= stock_outside + LOOK["operators"] + (5 if family in FLOW_EULER else 0)
     assert ours.costs["networks"].operators > 10 * outside
     # The predicted clean picture, which `pipe.stream` shows, stays alive one step longer than in most stock schedulers.
     assert ours.peak <= stock.peak + latents(load(make(family)), family).nbytes

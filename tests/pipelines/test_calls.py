@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tdm import TDMPipeline
+from tdm.errors import TDMError
 from tdm.tests import tiny
 from tdm.tests.pipelines.students import GRIDS, Make, latents, load
 from torch import Tensor, nn
@@ -131,3 +132,42 @@ def test_half_precision_gives_finite_pictures_on_the_exact_timesteps(
     exact = latents(load(make(family)), family)
     error = (latents(pipe, family).float() - exact).norm() / exact.norm()
     assert 0 < error < 0.1
+
+
+@pytest.fixture
+def damaged() -> Iterator[Callable[[nn.Module], None]]:
+    """Damages a network, for the length of a test."""
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def damage(network: nn.Module) -> None:
+        weight = list(network.parameters())[-1].data
+        before.append((weight, weight.clone()))
+        weight.fill_(torch.nan)
+
+    yield damage
+    for weight, values in before:
+        weight.copy_(values)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_nan_is_an_error_and_no_black_picture(
+    family: str, output_type: str, loaded: Loaded, damaged: Callable[[nn.Module], None]
+) -> None:
+    pipe = loaded(family)
+    damaged(pipe.denoiser)
+    with pytest.raises(TDMError, match="the student on this base gives NaN or infinite values in float32"):
+        pictures(pipe, family, output_type)
+    with pipe.teacher(), pytest.raises(TDMError, match="the base gives NaN"):
+        pictures(pipe, family, output_type, num_inference_steps=2)
+    processor = getattr(pipe, "video_processor", None) or pipe.image_processor
+    assert "postprocess" not in vars(processor)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_vae_that_gives_nan_is_named(family: str, loaded: Loaded, damaged: Callable[[nn.Module], None]) -> None:
+    pipe = loaded(family)
+    damaged(pipe.vae.decoder)
+    with pytest.raises(TDMError, match="the base's VAE gives NaN or infinite pixels in float32"):
+        pictures(pipe, family, "pil")
+    assert pictures(pipe, family, "latent").isfinite().all()

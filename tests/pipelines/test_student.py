@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(file: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_several_that_write_one_file_leave_one_whole_file(file: Path) -> None:
+    student, before = read_student(file), file.read_bytes()
+    with ThreadPoolExecutor(8) as threads:  # as a run that ends and `tdm export` on its folder
+        list(threads.map(lambda _: save_student(file, student, force=True), range(100)))
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_values_that_overflow_the_stored_dtype_are_refused(tmp_path: Path) -> None:

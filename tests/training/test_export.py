@@ -21,6 +21,7 @@ from tdm.pipelines.students.recipe import StudentRecipe
 from tdm.tests import tiny
 from tdm.tests.commands import refused
 from tdm.tests.pipelines.students import error, load, plain, short_call
+from tdm.tests.processes import finish
 from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.run import Run
@@ -68,6 +69,20 @@ def test_kohya_names_are_the_same_student(family: str, runs: Callable[[str], Run
     assert StudentRecipe.from_metadata(read_header(kohya)) == run.recipe
     assert "all of its LoRA layers" in describe(kohya)
     assert torch.equal(short_call(load(kohya), family), short_call(load(file), family))
+
+
+@pytest.mark.parametrize("family", ["sd15", "pixart"])
+def test_kohya_names_that_comfyui_does_not_know_are_told_so(
+    family: str, runs: Callable[[str], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = export_student(trained(runs(family)), tmp_path / "student.safetensors")
+    for argv in (
+        ["export", str(runs(family).out_dir), "--format", "kohya", "--out", str(tmp_path / "k.safetensors")],
+        ["convert", str(file), "--layout", "kohya", "--out", str(tmp_path / "c.safetensors")],
+    ):
+        assert main(argv) == 0
+        note = f"note: ComfyUI's own Load LoRA knows no kohya names of {family};"
+        assert capsys.readouterr().out.count(note) == (family == "pixart")
 
 
 def test_stock_diffusers_loads_kohya_names(runs: Callable[[str], Run], tmp_path: Path) -> None:
@@ -163,6 +178,43 @@ def test_distill_ends_with_what_export_writes(
     assert student.read_bytes() == written
     assert card.read_text() == text
     assert not [path for path in folder.rglob("*") if "tmp" in path.name]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(runs: Callable[[str], Run], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs("sd15").out_dir, run)
+    (run / "curves.png").write_bytes(b"x" * 5000)  # any file will do
+    shutil.rmtree(run / "previews")
+    student = export_student(trained(runs("sd15")), tmp_path / "student.safetensors")
+    before, out = sorted(tmp_path.rglob("*")), tmp_path / "out"
+    commands = {
+        "student": ["export", str(run), "--out", str(out / "s.safetensors")],
+        "kohya": ["export", str(run), "--format", "kohya", "--out", str(out / "k.safetensors")],
+        "merged": ["export", str(run), "--format", "merged", "--out", str(out / "m")],
+        "convert": ["convert", str(student), "--out", str(out / "c.safetensors")],
+        "average": ["average", str(student), str(student), "--out", str(out / "a.safetensors")],
+    }
+    for name, argv in commands.items():
+        said = tmp_path.parent / f"{tmp_path.name}-{name}.err"
+        assert finish(argv, said, largest_file=2000) == 2, (name, said.read_text())
+        line = said.read_text().strip().splitlines()[-1]
+        assert line.startswith(f"tdm: cannot write {argv[-1]}: File too large; free some space"), line
+        assert "Traceback" not in said.read_text()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+
+    size = student.stat().st_size
+    said = tmp_path.parent / f"{tmp_path.name}.err"
+    (run / "curves.png").write_bytes(b"x" * 2 * size)
+    assert finish(commands["student"], said, largest_file=size) == 2  # the card's picture is larger than the student
+    assert f"cannot write {out / 'curves.png'}: File too large" in said.read_text()
+    assert [path.name for path in out.iterdir()] == ["s.safetensors"]
+    (out / "curves.png").touch()  # as an earlier tdm left it
+    assert main([*commands["student"], "--force"]) == 0
+    assert (out / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
+    (out / "README.md").unlink()
+    (out / "curves.png").write_bytes(b"")
+    assert main(commands["kohya"]) == 0
+    assert (out / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
 
 
 def test_which_weights(runs: Callable[[str], Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

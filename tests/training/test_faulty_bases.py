@@ -143,6 +143,22 @@ def test_several_variants_without_fp16_are_not_guessed(tmp_path: Path) -> None:
         variant_of(str(tmp_path), "unet")
 
 
+def test_a_scheduler_that_cannot_be_followed_is_told_which_file_to_change(
+    bases: Bases, prompts: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(bases("sdxl"), folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(file.read_text()), "_class_name": "DDIMScheduler", "clip_sample": True}
+    file.write_text(json.dumps({**config, "thresholding": True}))
+    with pytest.raises(TDMError, match=f"cannot follow thresholding=True .*in {file}") as error:
+        task_of("sdxl", folder, prompts)
+    assert "\n" not in str(error.value)
+    file.write_text(json.dumps({**config, "thresholding": False}))  # what the line says
+    with pytest.warns(UserWarning, match="clip_sample=True, .* latents are not clipped here"):  # that is followed
+        task_of("sdxl", folder, prompts)
+
+
 def test_sd3_without_t5_is_a_base(bases: Bases, prompts: str, tmp_path: Path) -> None:
     base = copy_of(bases("sd3"), tmp_path / "base")
     index = json.loads((base / "model_index.json").read_text())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from tdm import TDMPipeline
+from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.pipelines.families import family_of_name
 from tdm.pipelines.students.file import read_student
 from tdm.tests import tiny
+from tdm.tests.commands import refused
 from tdm.tests.pipelines.lora_files import LAYOUTS, Update, diffusers_names, merge, tensors_of, updates, write
 from tdm.training.export import export, export_student, read_run
 from tdm.training.from_plain import from_dict
@@ -72,6 +77,9 @@ def test_each_update_draws_one_size_for_its_whole_batch(
         ({"sizes": ((16, 16, 9),)}, "makes pictures"),
         ({"sizes": ()}, "not both"),
         ({"sizes": ((16, 16),), "height": 16}, "not both"),
+        ({"height": 0}, "0x16 does not fit sd15: use multiples of 8 pixels"),
+        ({"sizes": ((16, 0),)}, "16x0 does not fit sd15"),
+        ({"width": -8}, "16x-8 does not fit sd15"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(
@@ -79,6 +87,31 @@ def test_sizes_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(TDMError, match=line):
         task_of("sd15", bases("sd15"), prompts, **{**NO_SIZE, **changes})
+
+
+def test_a_size_beyond_a_table_of_positions_is_one_line(
+    bases: Callable[[str], Path], prompts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fits = task_of("sd3", bases("sd3"), prompts)
+    most = fits.pipe.transformer.config.pos_embed_max_size * fits.family.patch_pixels(fits.pipe)
+    with pytest.raises(TDMError, match=f"256x256 is more than this base has positions for: at most {most} pixels"):
+        task_of("sd3", bases("sd3"), prompts, height=256, width=256)
+    assert task_of("sd3", bases("sd3"), prompts, height=most, width=most).size[:2] == (most, most)
+    out, student = tmp_path / "run", tmp_path / "run" / "student.safetensors"
+    options = [f"task.model={bases('sd3')}", f"task.prompts={prompts}", "task.height=16", "task.width=16", *FAST]
+    assert main(["distill", *options, "updates=1", "output.preview_every=0", "--out", str(out)]) == 0
+    capsys.readouterr()
+    argv = ["generate", "a cat", "--student", str(student), "--size", "256", "--any-size", "--out", str(out / "x.png")]
+    assert "this model refuses the call: Height (" in refused(argv, capsys)
+
+    config = json.loads((bases("cogvideox") / "transformer" / "config.json").read_text())
+    config["use_learned_positional_embeddings"] = True
+    pipe = SimpleNamespace(transformer=SimpleNamespace(config=FrozenDict(config)), vae_scale_factor_spatial=8)
+    family = family_of_name("cogvideox")
+    family.check_size(pipe, family.default_size(pipe))
+    own = family.default_size(pipe)
+    with pytest.raises(TDMError, match=f"learned for {own.height}x{own.width} alone"):
+        family.check_size(pipe, own._replace(height=2 * own.height))
 
 
 def test_sizes_and_loras_are_read_from_a_configuration() -> None:

@@ -13,6 +13,7 @@ import torch
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
+from tdm.training.launcher import launched
 from tdm.training.loop import distill
 from tdm.training.processes import Processes, joined
 from tdm.training.settings import load_config
@@ -150,13 +151,47 @@ def two_of_srun(config, out):
             process.kill()
 
 
-def test_a_process_that_dies_ends_the_run_with_a_message(config, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole base", "sharded base"])
+def test_a_process_that_dies_ends_the_run_with_a_message(sharded, config, bases, tmp_path):
+    if sharded:  # its parts are exchanged in the middle of the network
+        (tmp_path / "prompts.txt").write_text("a red cube\na cat\n")
+        config.write_text(f"""
+task: {{name: pipeline, model: {bases("sd3")}, prompts: {tmp_path / "prompts.txt"}, height: 16, width: 16}}
+batch_size: 4
+student: {{rank: 4}}
+critic: {{rank: 4}}
+memory: {{shard: true}}
+output: {{preview_every: 0, checkpoint_every: 4}}
+""")
     with two_of_srun(config, tmp_path / "run") as (first, second):
         second.send_signal(signal.SIGKILL)
         _, told = first.communicate(timeout=60)
-    assert first.returncode == 2
+    assert first.returncode == 2, told
     assert "another process of this run has ended" in told.splitlines()[-1]
+    assert "Traceback" not in told
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 4
+
+
+@pytest.mark.parametrize(
+    ("size", "place", "line"),
+    [
+        ("2", {}, "WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start the processes with"),
+        ("2", {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": ""}, "but MASTER_ADDR, MASTER_PORT not set"),
+    ],
+)
+def test_a_launcher_that_says_half_is_one_line(size, place, line, monkeypatch):
+    for name, value in {"WORLD_SIZE": size, **place}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TDMError, match=line), joined("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("size", ["", " ", "1", "many"])
+def test_an_environment_without_several_processes_is_one_process(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert not launched()
+    with joined("cpu") as (processes, device):
+        assert (processes.size, device.type) == (1, "cpu")
 
 
 def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_update(config, tmp_path):

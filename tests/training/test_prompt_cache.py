@@ -209,6 +209,30 @@ def test_a_cache_that_cannot_be_written_is_one_line(bases: Callable[[str], Path]
     assert "\n" not in str(error.value)
 
 
+def rot(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-400:-100] = bytes(300)  # the header is whole
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["00000.safetensors", "null.safetensors"])
+@pytest.mark.parametrize("damage", [rot, Path.unlink], ids=["rots", "goes"])
+def test_a_cache_that_rots_or_goes_before_a_run_opens_it_is_one_line(
+    damage: Callable[[Path], None], name: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
+) -> None:
+    first = task_of("pixart", bases("pixart"), prompts, cache=str(tmp_path / "cache"))
+    expected = first.encode(["a cat"])
+    task = task_of("pixart", bases("pixart"), prompts, cache=str(tmp_path / "cache"))  # nothing of it is open yet
+    file = task.cache.folder / name
+    damage(file)
+    with pytest.raises(TDMError, match=f"{name} are gone or damaged; delete the file") as error:
+        task.encode(["a cat"])
+    assert "\n" not in str(error.value)
+    file.unlink(missing_ok=True)  # what the line says
+    again = task_of("pixart", bases("pixart"), prompts, cache=str(tmp_path / "cache"))
+    assert all(torch.equal(again.encode(["a cat"])[key], value) for key, value in expected.items())
+
+
 def test_the_grammar_gives_as_many_prompts_as_asked_the_same_each_time(tmp_path: Path) -> None:
     def task(count: int) -> PipelineTask:
         return PipelineTask(PipelineTaskConfig(prompt_count=count, evaluate=2, cache=str(tmp_path)))

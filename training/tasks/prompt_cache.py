@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...errors import TDMError, first_line
+from ...errors import TDMError
 from ...files import replacing
 from ...pipelines.families import Condition
 from ...pipelines.families.base import pad_text
@@ -256,10 +256,7 @@ def _sha256(tensor: Callable[[str], Tensor], keys: Iterable[str]) -> str:
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     with _replacing(path) as file:
-        try:
-            save_file(tensors, file.name, {"sha256": _sha256(tensors.__getitem__, tensors)})
-        except SafetensorError as error:  # the system's refusal, in safetensors' words
-            raise OSError(first_line(error)) from error
+        save_file(tensors, file.name, {"sha256": _sha256(tensors.__getitem__, tensors)})
 
 
 _replacing = functools.partial(replacing, shared=True, remedy="make room, or set task.cache")
