@@ -13,6 +13,7 @@ import diffusers
 import torch
 from torch import nn
 
+from ..errors import TDMError
 from ..pipelines.families import family_of_name
 from ..pipelines.loras.pairs import Lora
 from ..pipelines.students.file import Student
@@ -212,7 +213,15 @@ def build(
         tiny: a small variant of the architecture.
         device, dtype: of the networks.
         steps: network calls of the student.
+
+    Raises:
+        TDMError: the stock pipeline cannot make that many steps.
     """
+    if steps == 1 and name in ("bundled", "pixart"):
+        raise TDMError(
+            f"--steps 1 cannot be measured for {name}: diffusers' PixArt pipeline makes one step with DMD's sampler "
+            "alone; take 2 or more"
+        )
     if name == "bundled":
         pipe = TDMPipeline.from_pretrained(dtype=dtype).to(device)
         return pipe, {"prompt": BUNDLED_PROMPT, "num_inference_steps": steps}

@@ -107,3 +107,6 @@ def test_the_command_prints_a_table_with_what_it_ran_on(capsys: pytest.CaptureFi
 def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "known: bundled, sdxl" in refused(["bench", "--models", "sdxxl"], capsys)
     assert "at least 1" in refused(["bench", "--steps", "0"], capsys)
+    assert "--steps 1 cannot be measured for bundled" in refused(
+        ["bench", "--models", "bundled", "--steps", "1"], capsys
+    )
