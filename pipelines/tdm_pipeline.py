@@ -286,10 +286,10 @@ class TDMPipeline(StudentSaving):
     def teacher(self) -> Iterator[Self]:
         """The teacher, for the length of a `with`: all adapters off, the base's own scheduler, steps and guidance.
 
-        A call in the block is guided in the family's way: with the scale and the steps of `teacher_call`, and with an
-        empty negative prompt where that is what switches guidance on (Qwen-Image). An argument that the caller gives
-        wins. The size stays the student's, so that one seed gives pictures to lay side by side. The student is back
-        after the block, whatever happened in it.
+        A call in the block is guided in the family's way: with the scale and the steps of `teacher_call`, with the
+        negative prompt that the student was distilled with, and with an empty one where that is what switches guidance
+        on (Qwen-Image). An argument that the caller gives wins. The size stays the student's, so that one seed gives
+        pictures to lay side by side. The student is back after the block, whatever happened in it.
 
         Raises:
             TDMError: adapters are fused into the weights, so that they cannot be switched off.
@@ -381,8 +381,18 @@ class TDMPipeline(StudentSaving):
         for argument, value in self.call_defaults().items():
             if argument in signature.parameters and bound.arguments.get(argument) is None:
                 bound.arguments[argument] = value
+        if self._teaching and "negative_prompt" in signature.parameters:
+            bound.arguments.update(self._teachers_negative_prompt(bound.arguments))
         bound.arguments.update(self.family.negative_prompt(bound.arguments))
         return bound
+
+    def _teachers_negative_prompt(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The negative prompt that the student's teacher was run with; {} if there is none, or the call has its own."""
+        text = self.recipe.teacher_negative_prompt
+        if text is None or any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds")):
+            return {}
+        prompts = call["prompt_embeds"] if call.get("prompt") is None else call["prompt"]
+        return {"negative_prompt": text if isinstance(prompts, str) else [text] * len(prompts)}
 
     def call_defaults(self) -> dict[str, Any]:
         """What a call uses for arguments that were left out or given as None."""

@@ -261,6 +261,8 @@ def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:
     if "weights" in run.recipe.notes:
         yield "weights", run.recipe.notes["weights"]
     yield "teacher guidance", c.objective.teacher_guidance
+    if run.recipe.teacher_negative_prompt is not None:
+        yield "teacher's negative prompt", run.recipe.teacher_negative_prompt
     for name, role in (("student", c.student), ("critic", c.critic)):
         adapter = "whole weights" if c.full_weights else f"LoRA, rank {role.rank}, alpha {role.alpha or role.rank:g}"
         yield name, f"{adapter}; AdamW, learning rate {role.lr:g}"

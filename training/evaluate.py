@@ -243,6 +243,7 @@ class Drawing:
             "steps": variant.steps,
             "guidance_scale": scale,
             **pipe.family.negative_prompt({"prompt": "", **pipe.family.guidance(scale)}),
+            **({"teacher_negative_prompt": text} if (text := recipe.teacher_negative_prompt) else {}),
             "prompts": list(prompts),
             "seeds": list(seeds),
         }

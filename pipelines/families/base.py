@@ -67,6 +67,7 @@ class Family(ABC):
             ``cond + w * (cond - uncond)``, and gets the recipe's scale less 1.
         teacher_call: how the family's base is run as a teacher: the stock pipeline's default steps, and the guidance
             scale that the family's training preset distils with (the file says where one differs).
+        published_negative_prompt: what the base's authors guide away from, if they publish it; None: the empty prompt.
         call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
         binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
         kohya_in_comfyui: ComfyUI knows the kohya names that we write for it.
@@ -86,6 +87,7 @@ class Family(ABC):
     guidance_argument: ClassVar[str] = "guidance_scale"
     no_guidance: ClassVar[float] = 1.0
     teacher_call: ClassVar[TeacherCall]
+    published_negative_prompt: ClassVar[str | None] = None
     call_kwargs: ClassVar[Mapping[str, Any]] = {}
     binned_sample_sizes: ClassVar[frozenset[int] | None] = None
     kohya_in_comfyui: ClassVar[bool] = False
@@ -185,9 +187,9 @@ class Family(ABC):
         where a prompt ends, if the family's network leaves out what is behind.
         """
 
-    def encode_null(self, pipe: Any, **options: Any) -> Condition:
-        """`encode_text` of no prompt, for the unconditional half of guidance, [1, ...]."""
-        return self.encode_text(pipe, [""], **options)
+    def encode_null(self, pipe: Any, negative_prompt: str = "", **options: Any) -> Condition:
+        """`encode_text` of no prompt or of a negative one, for the unconditional half of guidance, [1, ...]."""
+        return self.encode_text(pipe, [negative_prompt], **options)
 
     def text_limit(self, pipe: Any) -> tuple[Any, int]:
         """(the tokenizer that reads the most of a prompt, how many tokens it passes on, special ones included)."""
@@ -208,7 +210,9 @@ class Family(ABC):
         return {}
 
     def null(self, pipe: Any, like: Condition, **options: Any) -> Condition:
-        """The condition of no prompt, in the shapes of `like`: the unconditional half of guidance."""
+        """The condition of no prompt, or of the ``negative_prompt`` among the options, in the shapes of `like`: the
+        unconditional half of guidance.
+        """
         return null_like(self.encode_null(pipe, **options), like)
 
     @abstractmethod

@@ -35,9 +35,9 @@ class Sana(Family):
         (instruction,) = text_options(pipe, {}, "complex_human_instruction").values()
         return "\n".join(instruction) + prompt
 
-    def encode_null(self, pipe: Any, **options: Any) -> Condition:
-        """The empty prompt, which the pipeline encodes without its instruction to the language model."""
-        return super().encode_null(pipe, **{**options, "complex_human_instruction": None})
+    def encode_null(self, pipe: Any, negative_prompt: str = "", **options: Any) -> Condition:
+        """The empty or negative prompt, which the pipeline encodes without its instruction to the language model."""
+        return super().encode_null(pipe, negative_prompt, **{**options, "complex_human_instruction": None})
 
     def blank(self, pipe: Any, n: int, size: Size) -> Condition:  # noqa: ARG002
         text = zeros(pipe, self.denoiser, n, longest_text(pipe), pipe.transformer.config.caption_channels)

@@ -25,10 +25,10 @@ class SDXL(SD15):
     def text_limit(self, pipe: Any) -> tuple[Any, int]:
         return pipe.tokenizer, clip_tokens(pipe)
 
-    def encode_null(self, pipe: Any, **options: Any) -> Condition:
-        """Zeros where the model's own configuration says so, the empty prompt elsewhere."""
-        null = super().encode_null(pipe, **options)
-        zeros = pipe.config.force_zeros_for_empty_prompt
+    def encode_null(self, pipe: Any, negative_prompt: str = "", **options: Any) -> Condition:
+        """Zeros for the empty prompt where the model's own configuration says so, else the prompt."""
+        null = super().encode_null(pipe, negative_prompt, **options)
+        zeros = pipe.config.force_zeros_for_empty_prompt and not negative_prompt
         return {key: torch.zeros_like(value) for key, value in null.items()} if zeros else null
 
     def facts(self, pipe: Any, text: Condition, size: Size, **options: Any) -> Condition:  # noqa: ARG002

@@ -26,6 +26,13 @@ class Wan(Family):
 
     name = "wan"
     teacher_call = TeacherCall(50, 5.0)
+    # In English, as the documentation of diffusers' WanPipeline has it.
+    published_negative_prompt = (
+        "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
+        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly "
+        "drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy "
+        "background, three legs, many people in the background, walking backwards"
+    )
     time_embedder = "condition_embedder.time_embedder"
     lora_targets = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
     video = True

@@ -164,6 +164,8 @@ def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
     if recipe.stochastic_sampling:
         share = "fresh" if recipe.eta == 1 else f"eta {recipe.eta:g}: the student's own and fresh noise mixed"
         rows["noise"] = f"{share} at each step, from the call's generator"
+    if recipe.teacher_negative_prompt is not None:
+        rows["teacher's negative prompt"] = recipe.teacher_negative_prompt
     if recipe.sampler is not None:
         rows["scheduler"] = f"{recipe.sampler}; {recipe.default_steps} steps if none are asked for"
     return rows | {f"note: {topic}": text for topic, text in recipe.notes.items()}

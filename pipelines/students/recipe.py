@@ -39,6 +39,8 @@ class StudentRecipe:
         preferred_steps: the step count to use when none is asked for, one of the trained ones; None: the largest.
         sampler: what a student of another method samples with (a `Sampler` or its fields); None for `TDMScheduler`.
         stochastic_sampling: it was trained with fresh noise at each step but the last, and `TDMScheduler` draws that.
+        teacher_negative_prompt: what its teacher's guidance led away from, which `TDMPipeline.teacher` takes; None is
+            the empty prompt.
         eta: how fresh that noise is, above 0 and at most 1: the next state has ``sqrt(1 - eta^2)`` of the student's own
             noise and ``eta`` of fresh noise.
     """
@@ -58,6 +60,7 @@ class StudentRecipe:
     sampler: Sampler | None = None
     stochastic_sampling: bool = False
     eta: float = 1.0
+    teacher_negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -91,6 +94,8 @@ class StudentRecipe:
             self._require("solver_order", self.solver_order == 1, "1: order 2 goes on along the student's own noise")
         self._require("eta", _is_number(self.eta) and 0 < self.eta <= 1, "above 0 and at most 1")
         self._require("eta", self.stochastic_sampling or self.eta == 1, "absent without stochastic_sampling")
+        negative = self.teacher_negative_prompt
+        self._require("teacher_negative_prompt", negative is None or (isinstance(negative, str) and negative), "a text")
         known_steps = self.preferred_steps in (None, *self.trained_timesteps)
         self._require("preferred_steps", known_steps, f"one of {', '.join(map(str, self.trained_timesteps))}")
         if self.sampler is not None:
@@ -124,10 +129,10 @@ class StudentRecipe:
 
     def to_metadata(self) -> dict[str, str]:
         """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler`, `preferred_steps`,
-        `stochastic_sampling` or `eta` refuses a file that has them.
+        `stochastic_sampling`, `eta` or `teacher_negative_prompt` refuses a file that has them.
         """
         fields = dataclasses.asdict(self)
-        for name in ("sampler", "preferred_steps", "stochastic_sampling"):
+        for name in ("sampler", "preferred_steps", "stochastic_sampling", "teacher_negative_prompt"):
             if not fields[name]:
                 del fields[name]
         if self.eta == 1:

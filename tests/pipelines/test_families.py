@@ -45,7 +45,7 @@ def predictor(pipe: Any, family: Family, scale: float, options: dict[str, Any]) 
     def both(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
         if scale == 1:
             return once(x, timesteps, cond)
-        null = family.null(pipe, cond, **options)
+        null = family.null(pipe, cond, **{"negative_prompt": "", **options})
         two = {key: torch.cat([cond[key], null[key]]) for key in cond}
         x0, eps = once(torch.cat([x, x]), torch.cat([timesteps, timesteps]), two)
         return guided(x0[: len(x)], x0[len(x) :], scale), guided(eps[: len(x)], eps[len(x) :], scale)
@@ -122,12 +122,14 @@ def test_it_holds_for_the_other_models_of_a_family(variant: str) -> None:
 
 # Qwen-Image's pipeline rescales the guided prediction to the norm of the conditional one, which no teacher of a
 # distillation does; Flux guides by a second scale.
+@pytest.mark.parametrize("negative", ["", "blurry, a frame"])
 @pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name != "qwenimage"])
-def test_the_trainers_guided_teacher_makes_the_pipelines_latents(name: str) -> None:
+def test_the_trainers_guided_teacher_makes_the_pipelines_latents(name: str, negative: str) -> None:
     pipe, family, size, call = ready(name)
     flux = {"guidance_scale": 1.0, "true_cfg_scale": 3.0, "negative_prompt": [""] * 2} if name == "flux" else {}
-    ours = trained_way(pipe, family, size, 3.0, call | flux)
-    assert_same(family.pack(ours), sampled_way(pipe, call, **(flux or family.guidance(3.0))))
+    ours = trained_way(pipe, family, size, 3.0, {**call, **flux, "negative_prompt": negative})
+    named = {"negative_prompt": [negative] * 2} if negative else {}
+    assert_same(family.pack(ours), sampled_way(pipe, call, **{**(flux or family.guidance(3.0)), **named}))
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)

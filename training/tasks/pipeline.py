@@ -71,6 +71,10 @@ class PipelineTaskConfig:
     """Folder of what is made once and shared by runs: prompts/, encoded, and pictures/, the teacher's in previews and
     evaluations. None: ~/.cache/tdm."""
 
+    negative_prompt: str | None = None
+    """What the teacher's guidance leads away from. None: the empty prompt. base: what the base's authors publish (Wan).
+    """
+
     height: int | None = None
     """Height in pixels. None: the size that the model was made for."""
 
@@ -126,7 +130,9 @@ class PipelineTask:
         self._held_out, self._wanted = held_out(measured)
         self._root = user_cache() if config.cache is None else Path(config.cache)
         prompts = [*self.prompts, *self._held_out]
-        self.cache = encode_prompts(self.base_model, prompts, self._root / "prompts", self.device, report)
+        self.negative_prompt = _negative_prompt(config, self.family)
+        root = self._root / "prompts"
+        self.cache = encode_prompts(self.base_model, prompts, root, self.device, report, self.negative_prompt)
 
         self.pipe, self._dtype = self.base_model.pipeline(memory, self.device)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser)
@@ -170,6 +176,7 @@ class PipelineTask:
             preferred_steps=config.steps if len(trajectories) > 1 else None,
             stochastic_sampling=config.sampler == "stochastic",
             eta=config.eta,
+            teacher_negative_prompt=self.negative_prompt or None,
         )
 
     @property
@@ -246,6 +253,7 @@ class PipelineTask:
             "device": self.device.type,
             "size": self.size,
             "told": self._embedded_guidance,
+            **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
         }
 
     def _by_teacher(self, teacher: Teacher, prompts: list[str], seed: int) -> Tensor:
@@ -344,12 +352,27 @@ def scheduler_of(pipe: Any, folder: str) -> TDMScheduler:
     return scheduler
 
 
+def _negative_prompt(config: PipelineTaskConfig, family: Family) -> str:
+    """The text of ``task.negative_prompt``; "" is none.
+
+    Raises:
+        TDMError: the family's base has no published one.
+    """
+    if config.negative_prompt != "base":
+        return config.negative_prompt or ""
+    if family.published_negative_prompt is None:
+        raise TDMError(
+            f"task.negative_prompt=base: no negative prompt is published for {family.name}; write one, or leave it out"
+        )
+    return family.published_negative_prompt
+
+
 def encode_prompts(
-    base: BaseModel, prompts: list[str], root: Path, device: torch.device, report: Report
+    base: BaseModel, prompts: list[str], root: Path, device: torch.device, report: Report, negative_prompt: str = ""
 ) -> PromptCache:
     """The cache of these prompts in ``root``, built now if it is not there or not whole."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    cache = PromptCache(root, base.encoder_identity(dtype), prompts)
+    cache = PromptCache(root, base.encoder_identity(dtype), prompts, negative_prompt)
 
     @contextmanager
     def encoders() -> Iterator[TextEncoders]:
@@ -357,7 +380,7 @@ def encode_prompts(
             family = base.family
             yield TextEncoders(
                 lambda texts: family.encode_text(pipe, texts),
-                lambda: family.encode_null(pipe),
+                lambda: family.encode_null(pipe, negative_prompt),
                 lambda texts: family.too_long(pipe, texts),
                 family.text_limit(pipe)[1],
             )

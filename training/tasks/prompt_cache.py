@@ -57,16 +57,19 @@ class PromptCache:
         root: folder of all caches.
         encoder: what identifies the text encoder (JSON): hashes of its files, its dtype and options.
         prompts: all that a run needs; those that occur twice are stored once.
+        negative_prompt: what the teacher is guided away from, in the place of no prompt.
 
     Attributes:
         folder: of this cache.
         prompts: each one once, in the order of the files.
     """
 
-    def __init__(self, root: Path, encoder: dict[str, Any], prompts: Sequence[str]) -> None:
+    def __init__(self, root: Path, encoder: dict[str, Any], prompts: Sequence[str], negative_prompt: str = "") -> None:
         self.prompts = list(dict.fromkeys(prompts))
         hashes = [hashlib.sha256(prompt.encode()).hexdigest() for prompt in self.prompts]
         self.identity: dict[str, Any] = {"format": FORMAT, "encoder": encoder, "prompts": hashes}
+        if negative_prompt:
+            self.identity["negative_prompt"] = negative_prompt
         self.folder = root / hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
         self.index, self.null_file = self.folder / "index.json", self.folder / "null.safetensors"
         starts = range(0, len(self.prompts), SHARD)
@@ -102,7 +105,7 @@ class PromptCache:
 
     @functools.cached_property
     def null(self) -> Condition:
-        """The condition of no prompt, [1, ...].
+        """The condition of no prompt, or of the negative one, [1, ...].
 
         Raises:
             TDMError: its file is gone or damaged.
