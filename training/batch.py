@@ -30,8 +30,8 @@ class Batch(NamedTuple):
     start noise ``[B, ...]``, the stage of each sample ``[B]`` (CPU), latest first, and the re-noising for the critic
     and for the student (None: the student is not trained on it, or shares the critic's).
 
-    Two are there only where they are asked for: the re-noising of a decoupled guidance term, and the noise ``[B, K,
-    ...]`` of a stochastic sampler's steps.
+    Three are there only where they are asked for: the re-noising of a decoupled guidance term, the noise ``[B, K,
+    ...]`` of a stochastic sampler's steps, and a guidance scale for each sample ``[B]`` (float64, CPU).
     """
 
     trajectory: Trajectory
@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     student: Renoise | None
     guidance: Renoise | None = None
     fresh: Tensor | None = None
+    scale: Tensor | None = None
 
     def part(self, i: int, n: int) -> Batch:
         """Every n-th sample from the i-th on, so that all parts have about the same stages, latest first."""
@@ -61,6 +62,7 @@ class Batch(NamedTuple):
             student=self.student and of(self.student),
             guidance=self.guidance and of(self.guidance),
             fresh=None if self.fresh is None else self.fresh[every_nth],
+            scale=None if self.scale is None else self.scale[every_nth],
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -89,6 +91,7 @@ def draw_batch(
     *,
     student: bool,
     guidance_band: Band | None = None,
+    guidance_range: tuple[float, float] | None = None,
 ) -> Batch:
     """Draw noise of ``shape`` ``(B, ...)``, stages and re-noisings for ``B`` conditions from the run's CPU generator. A
     seed is the same noise on every device.
@@ -96,6 +99,7 @@ def draw_batch(
     Args:
         student: draw a re-noising for the student as well.
         guidance_band: that of tau in a decoupled guidance term; None if there is none.
+        guidance_range: from which each sample draws its guidance scale; None if there is none.
     """
     noise = torch.randn(shape, generator=generator)
     stages = trajectory.draw_stages(shape[0], generator)
@@ -109,4 +113,8 @@ def draw_batch(
     fresh = None
     if trajectory.config.sampler == "stochastic":
         fresh = torch.randn(shape[0], len(trajectory), *shape[1:], generator=generator)
-    return Batch(trajectory, cond, null, noise, stages, critic, student_renoise, guidance, fresh)
+    scale = None
+    if guidance_range is not None:
+        low, high = guidance_range
+        scale = low + (high - low) * torch.rand(shape[0], generator=generator, dtype=torch.float64)
+    return Batch(trajectory, cond, null, noise, stages, critic, student_renoise, guidance, fresh, scale)

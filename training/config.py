@@ -103,6 +103,10 @@ class ObjectiveConfig:
     the stage that it lies in, whichever stage is trained. None: guidance_scale everywhere. Previews and evaluation keep
     guidance_scale."""
 
+    guidance_range: tuple[float, float] | None = None
+    """w drawn evenly from this range for each sample of an update, so that the student is not tied to one w (SNOOPI's
+    PG-SB). None: not drawn. Previews and evaluation keep guidance_scale."""
+
     guidance_term: Literal["coupled", "decoupled"] = "coupled"
     """coupled: the teacher's prediction is the guided one. decoupled: (w - 1)(x0(c) - x0(uncond)) is a separate term,
     with its own tau and weight (Decoupled DMD). It costs one pass more and needs rho=mse: the gradient of a Huber is a
@@ -137,7 +141,9 @@ class ObjectiveConfig:
 
     @property
     def teacher_guidance(self) -> str:
-        """For people: the scale that the student learned from, or one for each stage of the grid."""
+        """For people: the scale that the student learned from, one for each stage of the grid, or a range."""
+        if self.guidance_range is not None:
+            return "{:g} to {:g}".format(*self.guidance_range)
         return ", ".join(f"{w:g}" for w in self.stage_guidance or (self.guidance_scale,))
 
 

@@ -172,8 +172,9 @@ def _draw(run: Run, generator: torch.Generator, processes: Processes) -> Draw:
         k = draw_steps(run.trajectories, generator)
         cond, null = (run.with_steps(c, k, n) for c in (cond, null))
         batch = draw_batch(
-            run.trajectories[k], cond, null, (n, *shape), generator, student=student, guidance_band=guidance_band
-        )
+            run.trajectories[k], cond, null, (n, *shape), generator, student=student,
+            guidance_band=guidance_band, guidance_range=objective.guidance_range,
+        )  # fmt: skip
         return [batch.part(i, portions).to(task.device) for i in range(processes.rank, portions, processes.size)]
 
     return draw

@@ -85,6 +85,12 @@ def _objective(o: ObjectiveConfig, t: TrajectoryConfig) -> None:
         by_stage is None or (len(by_stage) == t.steps and min(by_stage) >= 1 and o.guidance_scale > 1),
         f"objective.stage_guidance needs {t.steps} numbers of at least 1, and a guidance_scale above 1",
     )
+    drawn = o.guidance_range
+    _need(
+        drawn is None or (1 <= drawn[0] < drawn[1] and o.guidance_scale > 1 and by_stage is None),
+        "objective.guidance_range needs two rising numbers of at least 1, a guidance_scale above 1 for previews, and "
+        "no stage_guidance",
+    )
     _need(o.norm_min > 0, f"objective.norm_min must be positive, not {o.norm_min}")
     _need(o.huber_c is None or o.huber_c > 0, f"objective.huber_c must be positive, not {o.huber_c}")
     _need(

@@ -10,12 +10,19 @@ from ..config import ObjectiveConfig
 from ..trajectory import Trajectory
 
 
-def guidance_at(config: ObjectiveConfig, trajectory: Trajectory, tau: Tensor) -> float | Tensor:
+def guidance_at(
+    config: ObjectiveConfig, trajectory: Trajectory, tau: Tensor, drawn: Tensor | None = None
+) -> float | Tensor:
     """The teacher's guidance scale at timesteps ``tau`` ``[B]``: one number for all, or one each ``[B]`` float64 (CPU).
 
     ``stage_guidance`` belongs to noise levels: a tau takes the scale of the stage of the student's grid that it lies
     in. For a unified student the grid is that of ``trajectory.steps``, whichever step count is trained.
+
+    Args:
+        drawn: the scale of each sample ``[B]`` if the batch has drawn one (``guidance_range``).
     """
+    if drawn is not None:
+        return drawn
     by_stage = config.stage_guidance
     if by_stage is None:
         return config.guidance_scale

@@ -90,7 +90,7 @@ def critic_forward(
     ``grad``. With ``guided_critic`` it has the teacher's guidance.
     """
     noised = batch.trajectory.renoise(x_m, batch.stages, renoise.tau, renoise.xi)
-    w = guidance_at(config, batch.trajectory, renoise.tau) if config.guided_critic else 1.0
+    w = guidance_at(config, batch.trajectory, renoise.tau, batch.scale) if config.guided_critic else 1.0
     with torch.set_grad_enabled(grad):
         x0_critic, _ = roles.guided(roles.critic, noised.x_tau, renoise.tau, batch.cond, batch.null, w)
     return CriticForward(noised, renoise.tau, x0_critic)
@@ -129,7 +129,7 @@ def matching_objective(
         forward: the critic's, if the student shares it; None calls the critic at ``batch.student``.
     """
     forward = forward or _student_forward(roles, config, batch, step)
-    w = guidance_at(config, batch.trajectory, forward.tau)
+    w = guidance_at(config, batch.trajectory, forward.tau, batch.scale)
     loss, x0_teacher = _matching_term(roles, config, batch, step, forward, w)
     return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)
 
@@ -173,7 +173,7 @@ def _guidance_term(roles: Roles, config: ObjectiveConfig, batch: Batch, renoise:
         x_m = step.x0.detach() if below else step.x_m
         noised = batch.trajectory.renoise(x_m, batch.stages, *renoise, clean=True if below else None)
         (cond, _), (uncond, _) = roles.teacher_pair(noised.x_tau, renoise.tau, batch.cond, batch.null)
-    w = guidance_at(config, batch.trajectory, renoise.tau)
+    w = guidance_at(config, batch.trajectory, renoise.tau, batch.scale)
     scale = w.to(cond).reshape(-1, *[1] * (cond.ndim - 1)) if isinstance(w, Tensor) else w
     return guidance_loss(step.x0, cond, uncond, scale, **_penalty(config))
 
@@ -198,7 +198,7 @@ def sid_objective(
     x_m = batch.trajectory.origin(step.x0, step.eps, batch.stages)
     with frozen(roles, "critic"):
         forward = critic_forward(roles, config, batch, x_m, batch.student, grad=True)
-        w = guidance_at(config, batch.trajectory, forward.tau)
+        w = guidance_at(config, batch.trajectory, forward.tau, batch.scale)
         x0_teacher, _ = roles.guided_teacher(forward.noised.x_tau, forward.tau, batch.cond, batch.null, w)
         loss = sid_loss(step.x0, x0_teacher, forward.x0_critic, alpha=config.sid_alpha, **_limits(config))
     return loss, matching_metrics(batch, loss, step.x0, x0_teacher, forward.x0_critic)

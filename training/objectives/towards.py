@@ -37,7 +37,7 @@ def consistency_objective(
     schedule = trajectory.schedule
     x_tau = trajectory.renoise(step.x_m, batch.stages, tau, xi).x_tau
     with torch.no_grad():
-        w = guidance_at(config, trajectory, tau)
+        w = guidance_at(config, trajectory, tau, batch.scale)
         x0_teacher, eps = roles.guided_teacher(x_tau, tau, batch.cond, batch.null, w)
         later = later_timesteps(trajectory, tau, config.ode_steps)
         ended = later == schedule.clean_timestep
@@ -85,7 +85,7 @@ def _ode_end(roles: Roles, config: ObjectiveConfig, batch: Batch, x: Tensor, sta
     alphas, sigmas = grid_pairs(batch.trajectory.schedule, grid)
     for i, t in enumerate(grid):
         timesteps = torch.full((len(x),), t, dtype=torch.float64)
-        w = guidance_at(config, batch.trajectory, timesteps)
+        w = guidance_at(config, batch.trajectory, timesteps, None if batch.scale is None else batch.scale[here])
         x0, eps = roles.guided_teacher(x, timesteps, cond, null, w)
         x = ddim_step(x0, eps, float(alphas[i + 1]), float(sigmas[i + 1]))
     return x
