@@ -224,7 +224,7 @@ class CriticConfig(RoleConfig):
 
     start: Literal["checkpoint", "student", "teacher"] = "checkpoint"
     """The adapter that it starts from when `start_from` gives the student one: the earlier run's critic, its student,
-    or none."""
+    or none. A student file has no critic."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,8 @@ class DistillConfig:
     """Train whole copies of the network in float32 (two more of them, and their optimisers), not adapters."""
 
     start_from: str | None = None
-    """checkpoint.pt of an earlier run, whose adapters to begin with. None: the teacher."""
+    """What student and critic begin with: checkpoint.pt of an earlier run, or a few-step LoRA as `TDMPipeline` loads it
+    (file, folder or hub repository; set critic.start). Rank and alpha are converted. None: the teacher."""
 
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

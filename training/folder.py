@@ -12,6 +12,7 @@ from ..errors import TDMError
 from ..files import writing
 from .checkpoint import check_settings, read_checkpoint
 from .config import DistillConfig
+from .start import check_start
 
 LOCK = ".lock"
 
@@ -32,8 +33,8 @@ def check_run(folder: Path, config: DistillConfig, *, resume: bool) -> None:
         raise TDMError(f"{folder} already holds a run; resume it, or choose another folder")
     if resume and not checkpoint.exists():
         raise TDMError(f"{folder} holds no run to resume: checkpoint.pt is missing")
-    if config.start_from is not None and not Path(config.start_from).is_file():
-        raise TDMError(f"start_from: no file {config.start_from}")
+    if config.start_from is not None:
+        check_start(config.start_from)
     if resume:
         try:
             payload = read_checkpoint(checkpoint, mmap=True)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import TDMError
 from .batch import Batch, draw_batch
-from .checkpoint import read_checkpoint, read_for_resume, restore, save_checkpoint
+from .checkpoint import read_for_resume, restore, save_checkpoint
 from .config import DistillConfig, Role, RoleConfig, TrajectoryConfig
 from .cost import micro_batches
 from .log import Log
@@ -27,6 +26,7 @@ from .progress import Report, print_line
 from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Roles
 from .run import Callback, Run
 from .stages import Stage, stage_of_update, stages_of
+from .start import load, start
 from .task import Task
 from .trajectory import Trajectory, build_trajectories
 from .update import Draw, update
@@ -155,7 +155,7 @@ def _enter(run: Run, stage: Stage, optimizers: dict[Role, Optimizer]) -> None:
     if stage.critic == "teacher":
         run.roles.reset("critic")
     elif stage.critic == "student":
-        run.roles.load("critic", _scaled(run.ema.weights, run.config.student, run.config.critic))
+        load(run.roles, "critic", run.ema.weights, run.config.student, run.config.critic)
     if stage.optimizers == "fresh":
         optimizers |= _optimizers(run)
 
@@ -306,41 +306,8 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         )
     _tell_steps(roles, task, config.trajectory)
     if config.start_from is not None:
-        _start(roles, config, read_checkpoint(Path(config.start_from)))
+        start(roles, task, config)
     return roles
-
-
-def _start(roles: Roles, config: DistillConfig, saved: dict[str, Any]) -> None:
-    """The weights of an earlier run, which add the same to the base whatever alpha is now.
-
-    Raises:
-        TDMError: they do not fit. For a critic, such as one without an embedding of step counts, it names another way.
-    """
-    student, before = saved["ema"]["weights"], {role: saved["config"][role] for role in ROLES}
-
-    def of(role: Role) -> RoleConfig:
-        return RoleConfig(rank=before[role]["rank"], alpha=before[role]["alpha"])
-
-    roles.load("student", _scaled(student, of("student"), config.student))
-    if config.critic.start == "teacher":
-        return
-    try:
-        if config.critic.start == "student":
-            roles.load("critic", _scaled(student, of("student"), config.critic))
-        else:
-            roles.load("critic", _scaled(saved["adapters"]["critic"], of("critic"), config.critic))
-    except TDMError as error:
-        raise TDMError(f"start_from: {error}; critic.start=teacher begins a new critic") from None
-
-
-def _scaled(weights: dict[str, Tensor], before: RoleConfig, now: RoleConfig) -> dict[str, Tensor]:
-    """Adapter weights of one role for another: they add the same to the base, whatever alpha was and is."""
-
-    def scale(role: RoleConfig) -> float:
-        return 1.0 if role.alpha is None else role.alpha / role.rank
-
-    factor = scale(before) / scale(now)
-    return {name: weight * factor if "lora_B" in name else weight for name, weight in weights.items()}
 
 
 def draw_steps(trajectories: Mapping[int, Trajectory], generator: torch.Generator) -> int:
