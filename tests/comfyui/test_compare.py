@@ -79,8 +79,8 @@ def test_every_call_of_the_network_is_counted(
 ) -> None:
     graph = on_the_formula(checkpoint, **options)
     graph["picture"] = graph["samples"]
-    found = re.findall(r"(\d+) network calls", report(server, graph))
-    assert tuple(map(int, found)) == calls
+    counts = re.findall(r"(\d+) network calls", report(server, graph))
+    assert tuple(map(int, counts)) == calls
 
 
 def test_seconds_are_those_of_the_sampling(server: Server, checkpoint: Checkpoint) -> None:

@@ -51,10 +51,10 @@ def test_chinese_says_all_that_english_says() -> None:
 @pytest.mark.parametrize("language", PAGE)
 def test_the_server_hands_the_texts_out_and_none_has_the_signs_of_a_template(server: Server, language: str) -> None:
     """`{`, `@` and `|` mean something in a message of vue-i18n, which the front end shows."""
-    given, own = server.get("i18n")[language]["nodeDefs"], texts(language)
-    assert own
-    assert {name: given[name] for name in own} == own
-    assert not [text for text in leaves(own).values() if re.search(r"[{}@|$]", text)]
+    given, expected = server.get("i18n")[language]["nodeDefs"], texts(language)
+    assert expected
+    assert {name: given[name] for name in expected} == expected
+    assert not [text for text in leaves(expected).values() if re.search(r"[{}@|$]", text)]
 
 
 @pytest.mark.parametrize("language", PAGE)

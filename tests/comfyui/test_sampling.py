@@ -30,10 +30,10 @@ CASES = [
 
 
 def scheduler(kind: str, grid: list[float], order: int = 1) -> TDMScheduler:
-    own = {} if kind == "flow_prediction" else SD
-    made = TDMScheduler(prediction_type=kind, trained_timesteps=grid, solver_order=order, **own)
-    made.set_timesteps(len(grid))
-    return made
+    config = {} if kind == "flow_prediction" else SD
+    result = TDMScheduler(prediction_type=kind, trained_timesteps=grid, solver_order=order, **config)
+    result.set_timesteps(len(grid))
+    return result
 
 
 def noise(shape: tuple[int, ...] = SHAPE, seed: int = SEED) -> Tensor:
@@ -50,8 +50,8 @@ def diffused(scheduler: TDMScheduler, x: Tensor, context: float = 0.0, first: in
     return x, clean
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -60,8 +60,8 @@ def test_the_nodes_sample_what_diffusers_samples(
     server: Server, kind: str, grid: list[float], shift: float, order: int
 ) -> None:
     expected, _ = diffused(scheduler(kind, grid, order), noise())
-    (found,) = server.latents(student_graph(kind, shift=shift, timesteps=grid, order=order), ["samples", 0])
-    assert error(found * SCALE, expected) <= 1e-5
+    (actual,) = server.latents(student_graph(kind, shift=shift, timesteps=grid, order=order), ["samples", 0])
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_timesteps_are_read_as_people_type_them(server: Server, text: str) -> No
     graph = student_graph("epsilon", timesteps=GRIDS[0])
     (expected,) = server.latents(graph, ["samples", 0])
     graph["sigmas"]["inputs"]["timesteps"] = text
-    (found,) = server.latents(graph, ["samples", 0])
-    assert torch.equal(found, expected)
+    (actual,) = server.latents(graph, ["samples", 0])
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -88,11 +88,11 @@ def test_a_model_that_core_has_patched_is_followed(server: Server, grid: list[fl
     graph = student_graph("epsilon", timesteps=grid, order=order)
     graph["v"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="v_prediction", zsnr=True)
     graph["sigmas"]["inputs"]["model"] = ["v", 0]
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     reference = TDMScheduler.from_config(scheduler("v_prediction", grid, order).config, rescale_betas_zero_snr=True)
     reference.set_timesteps(4)
     expected, _ = diffused(reference, noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -107,7 +107,7 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, o
     graph["none"] = node("DisableNoise")
     second = {**whole, "sigmas": ["parts", 1], "noise": ["none", 0], "latent_image": ["first", 0]}
     graph["samples"] = node("SamplerCustomAdvanced", **second)
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
 
     reference = scheduler(kind, grid, order)
     x = noise()
@@ -115,7 +115,7 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, o
         x = reference.step(network(x, t), t, x).prev_sample
     reference.set_timesteps(5)
     expected, _ = diffused(reference, x, first=3)
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
@@ -129,20 +129,20 @@ def test_denoise_begins_at_the_nearest_trained_timestep(server: Server, kind: st
         links = {k: v for k, v in each["inputs"].items() if isinstance(v, list) and v[0] != "model"}
         each["inputs"] |= {k: [f"picture {v[0]}", v[1]] for k, v in links.items()}
     graph = student_graph(kind, timesteps=grid, order=2, denoise=denoise, latent=["picture samples", 0])
-    found, start = server.latents({**kept, **graph}, ["samples", 0], ["picture samples", 0])
+    actual, start = server.latents({**kept, **graph}, ["samples", 0], ["picture samples", 0])
 
     reference = scheduler(kind, grid, 2)
     x = reference.add_noise(start * SCALE, noise(), reference.timesteps[first : first + 1])
     expected, clean = diffused(reference, x, first=first)
     assert len(clean) == 4 - first
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 def test_the_simple_custom_sampler_gives_the_same(server: Server) -> None:
     graph = student_graph("epsilon", timesteps=GRIDS[1], order=2)
-    own = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "latent_image": ["latent", 0]}
+    inputs = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "latent_image": ["latent", 0]}
     levels = {"sampler": ["sampler", 0], "sigmas": ["sigmas", 1]}
-    graph["simple"] = node("SamplerCustom", add_noise=True, noise_seed=SEED, cfg=1.0, **own, **levels)
+    graph["simple"] = node("SamplerCustom", add_noise=True, noise_seed=SEED, cfg=1.0, **inputs, **levels)
     advanced, simple = server.latents(graph, ["samples", 0], ["simple", 0])
     assert torch.equal(advanced, simple)
 
@@ -174,13 +174,13 @@ def test_guidance_is_applied_to_what_the_sampler_sees(server: Server, kind: str)
     graph["other"] = node("TestModel", kind=kind, shift=1.0, context=-0.2, seconds=0.0)
     prompts = {"positive": ["model", 1], "negative": ["other", 1]}
     graph["guider"] = node("CFGGuider", model=["sigmas", 0], cfg=2.5, **prompts)
-    (found,) = server.latents(graph, ["samples", 0])
+    (latents,) = server.latents(graph, ["samples", 0])
 
     reference, x = scheduler(kind, GRIDS[0], 2), noise()
     for t in reference.timesteps:
         with_prompt, without = network(x, t, 0.3), network(x, t, -0.2)
         x = reference.step(without + 2.5 * (with_prompt - without), t, x).prev_sample
-    assert error(found * SCALE, x) <= 1e-5
+    assert error(latents * SCALE, x) <= 1e-5
 
 
 def test_the_levels_are_those_of_the_timesteps(server: Server) -> None:
@@ -201,9 +201,9 @@ def test_the_callback_gets_the_clean_sample(server: Server) -> None:
     graph = student_graph("epsilon", timesteps=GRIDS[0])
     graph["part"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
     graph["samples"]["inputs"]["sigmas"] = ["part", 0]
-    (found,) = server.latents(graph, ["samples", 1])
+    (denoised,) = server.latents(graph, ["samples", 1])
     _, clean = diffused(scheduler("epsilon", GRIDS[0]), noise())
-    assert error(found * SCALE, clean[1]) <= 1e-5
+    assert error(denoised * SCALE, clean[1]) <= 1e-5
 
 
 def test_each_step_sends_its_progress_and_a_preview(server: Server) -> None:
@@ -271,6 +271,6 @@ def test_a_schedule_that_lost_its_cut_is_an_error(server: Server, kind: str) -> 
     graph["guider"]["inputs"]["model"] = ["sigmas", 0]
     graph["sigmas"]["inputs"]["model"] = ["patch", 0]
     graph["patch"]["inputs"]["model"] = ["model", 0]
-    (found,) = server.latents(graph, ["samples", 0])  # the right order
+    (actual,) = server.latents(graph, ["samples", 0])  # the right order
     expected, _ = diffused(scheduler(kind, GRIDS[1]), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5

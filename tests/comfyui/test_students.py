@@ -44,9 +44,9 @@ def test_a_released_student_runs_by_its_name(server: Server, name: str) -> None:
     recipe = StudentRecipe.from_fields(PRESETS[name].fields)
     grid = recipe.trained_timesteps[4]
     kind, shift = recipe.prediction_type, recipe.flow_shift or 1.0
-    (found,) = server.latents(student_graph(kind, shift=shift, student=name, order=["sigmas", 2]), ["samples", 0])
+    (actual,) = server.latents(student_graph(kind, shift=shift, student=name, order=["sigmas", 2]), ["samples", 0])
     expected, _ = diffused(scheduler(kind, grid, recipe.solver_order), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("steps", "grid"), [(0, GRIDS[4]), (4, GRIDS[4]), (1, GRIDS[1]), (3, [899, 599, 299])])
@@ -56,9 +56,9 @@ def test_a_student_file_brings_its_recipe(
 ) -> None:
     name = student(f"folder/order_{order}.safetensors", solver_order=order)
     graph = student_graph("epsilon", student=name, steps=steps, order=["sigmas", 2])
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     expected, _ = diffused(scheduler("epsilon", grid, order), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 def test_a_file_that_is_no_student_is_refused(server: Server, student: Callable[..., str]) -> None:

@@ -148,8 +148,13 @@ def test_what_the_nodes_say_stays_and_is_there_when_they_come_from_the_cache(ren
         rendering.run()
         rendering.page.wait_for_timeout(1000)
         texts = "\n".join(rendering.texts())
-        for said in ("PixArtAlphaPipeline", "66 layers matched", "timesteps 1000, 857.143", "student: 4 network calls"):
-            assert texts.count(said) == 1, said
+        for message in (
+            "PixArtAlphaPipeline",
+            "66 layers matched",
+            "timesteps 1000, 857.143",
+            "student: 4 network calls",
+        ):
+            assert texts.count(message) == 1, message
         rendering.open(rendering.saved())  # as a page that was loaded again: the loaders are in the server's cache
     after = rendering.prompt()
     for number, node in prompt.items():
@@ -196,8 +201,10 @@ def test_the_front_end_can_fetch_its_files(name: str) -> None:
         assert f"{model['directory']}/{model['name']}" in WORKFLOWS[name].files
         assert re.fullmatch(rf"{HUB}[^/]+/[^/]+/resolve/main/.+", model["url"])
     for node in nodes:
-        own = [model["name"] for model in node["properties"].get("models", [])]
-        assert own == [value for value in node.get("widgets_values", []) if value in {model["name"] for model in known}]
+        names = [model["name"] for model in node["properties"].get("models", [])]
+        assert names == [
+            value for value in node.get("widgets_values", []) if value in {model["name"] for model in known}
+        ]
 
 
 def test_files_that_are_missing_have_buttons(comfyui_installed: None, tmp_path: Path) -> None:  # noqa: ARG001
@@ -278,8 +285,8 @@ def saved(name: str) -> dict[str, Any]:
 def files(server: Server, prompt: Graph) -> list[Path]:
     """What the nodes that save write."""
     outputs = server.run(prompt).outputs.values()
-    found = [file for output in outputs for key in ("images", "video") for file in output.get(key, [])]
-    return [server.output / file["subfolder"] / file["filename"] for file in found if file["type"] == "output"]
+    records = [file for output in outputs for key in ("images", "video") for file in output.get(key, [])]
+    return [server.output / file["subfolder"] / file["filename"] for file in records if file["type"] == "output"]
 
 
 def pictures(server: Server, prompt: Graph) -> list[np.ndarray]:
