@@ -55,8 +55,8 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
     finished = read_run(tmp_path / "run")
     assert finished is not None
     file = export_student(finished, tmp_path / "student.safetensors")
-    again = load_file(file)
-    assert all(torch.equal(again[f"{task.family.denoiser}.{key}"], value) for key, value in run.ema.weights.items())
+    exported = load_file(file)
+    assert all(torch.equal(exported[f"{task.family.denoiser}.{key}"], value) for key, value in run.ema.weights.items())
     recipe = read_student(file).recipe
     assert recipe is not None
     assert (recipe.family, recipe.height, recipe.num_frames) == (family, call["height"], call.get("num_frames"))

@@ -65,8 +65,8 @@ class Bench:
             student=student,
             guidance_band=objective_of(self.config.objective).guidance_band(self.config.objective),
         )
-        parts = n // (self.config.micro_batch_size or n)
-        return [batch.part(i, parts) for i in range(parts)]
+        count = n // (self.config.micro_batch_size or n)
+        return [batch.part(i, count) for i in range(count)]
 
     def update(self, **kwargs):
         args = (self.roles, self.config, self.draw, self.optimizers, Processes())
@@ -201,12 +201,12 @@ def test_the_same_seed_is_the_same_update_bit_for_bit():
 def test_micro_batches_make_the_update_of_the_whole_batch(share, stages):
     """Up to the order of sums: SGD in float32, three updates, within 1e-6."""
     options = [f"critic.share_noise={share}", f"trajectory.stages={stages}", "objective.guidance_scale=3"]
-    whole, parts = Bench(*options), Bench(*options, "micro_batch_size=2")
+    whole, micro = Bench(*options), Bench(*options, "micro_batch_size=2")
     for _ in range(3):
-        one, two = whole.update(), parts.update()
+        one, two = whole.update(), micro.update()
     for role in ROLES:
         for key, value in whole.roles.state(role).items():
-            assert torch.allclose(value, parts.roles.state(role)[key], rtol=0, atol=1e-6)
+            assert torch.allclose(value, micro.roles.state(role)[key], rtol=0, atol=1e-6)
     for name in ("critic_loss", "critic_grad", "student_loss", "student_grad"):
         assert float(one[name]) == pytest.approx(float(two[name]), rel=1e-4)
 
