@@ -77,8 +77,8 @@ def test_a_student_of_a_teacher_with_loras_is_tried_merged(
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a cat\n")
     pipe = tiny.build("sd15")
-    made = updates(pipe, "unet", diffusers_names(pipe.unet, ""))
-    write(tmp_path / "style.safetensors", tensors_of(LAYOUTS["diffusers"], made))
+    lora = updates(pipe, "unet", diffusers_names(pipe.unet, ""))
+    write(tmp_path / "style.safetensors", tensors_of(LAYOUTS["diffusers"], lora))
     options = [f"task.model={bases('sd15')}", "task.prompts=prompts.txt", "task.height=16", "task.width=16", *SHORT]
     assert main(["distill", *options, "task.loras=[style.safetensors@0.8]", "task.cache=cache", "--out", "run"]) == 0
     commands = [shlex.split(line.removeprefix("try it   ")) for line in lines_of(capsys.readouterr().out, "try it   ")]
