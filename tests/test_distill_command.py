@@ -1,4 +1,4 @@
-"""tdm distill as a person meets it: the preset of a base of one's own, what is said meanwhile, and the line to try."""
+"""`tdm distill` for a user: the preset for their own base, the messages of the run, and the command to try it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_student_of_a_teacher_with_loras_is_tried_merged(
 
 
 def test_a_terminal_has_a_bar_and_hears_at_once_what_starts(tmp_path: Path) -> None:
-    """In a terminal; in a pipe there are the lines alone, as the test above has them."""
+    """A terminal shows a bar. A pipe gets the lines alone, as in the test above."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     command = [sys.executable, "-m", "tdm.cli", "distill", "mixture", "updates=3", "output.log_every=2", "batch_size=4"]

@@ -89,7 +89,7 @@ PAGES = {  # pages with Python that runs as written, and the variables that hold
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_runs_as_written(page: str) -> None:
-    """All of it except the blocks marked `py`, which need files that only a reader has."""
+    """Run all Python blocks of a page except those marked `py`, which need files that only a reader has."""
     names: dict[str, Any] = {}
     for block in python_blocks(ROOT / page):  # one after the other, as a reader would type them
         exec(block, names)

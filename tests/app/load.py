@@ -3,7 +3,7 @@
     python -m tdm.tests.app.load                                starts a demo of its own, 50 clients, 4 pictures each
     python -m tdm.tests.app.load --url http://127.0.0.1:7860    asks one that runs
 
-Prints how many requests were served, refused, lost and cancelled, whether each that waited was told its place, how long
+Prints how many requests were served, refused, lost and cancelled, whether each waiting client got its place, how long
 they took, and how the memory of the demo's process grew. Exit code 1 if one was lost.
 """
 

@@ -150,7 +150,7 @@ def test_a_wrong_value_gets_one_clear_line(client: Client, endpoint: str, argume
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_number_at_all_is_told_so(app: App, value: float) -> None:
-    """Python's own client refuses to send it; others do not."""
+    """Python's own client refuses to send a missing number; other clients do send it."""
     body = json.dumps({"data": [PROMPT, value, None, None, None, None, False]}).encode()
     request = urllib.request.Request(f"{app.url}/gradio_api/call/generate", body, {"Content-Type": "application/json"})
     event = json.load(urllib.request.urlopen(request))["event_id"]

@@ -1,4 +1,4 @@
-"""A crowd: everyone is served or knows where they stand, and what is asked back is taken back."""
+"""Many clients at once: each is served or knows its place in the queue, and a cancelled request leaves it."""
 
 from __future__ import annotations
 

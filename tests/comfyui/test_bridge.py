@@ -102,7 +102,7 @@ def decoded(graph: Graph) -> Graph:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_each_family_gives_the_latents_and_the_pixels_of_diffusers(server: Server, folder: Folder, name: str) -> None:
-    """From the same seed."""
+    """Both sides start from the same seed."""
     folder(name)
     (latents,) = server.latents(loaded(name), ["samples", 0])
     assert error(latents, stock(name, output_type="latent")) <= 1e-5
@@ -123,7 +123,7 @@ def test_guidance_is_that_of_diffusers(server: Server, folder: Folder, name: str
 
 @pytest.mark.parametrize(("name", "shift"), [("sd3", 3.0), ("flux", math.exp(1.15))])
 def test_cores_schedules_have_the_shift_of_the_model(server: Server, folder: Folder, name: str, shift: float) -> None:
-    """One that depends on the size of the picture is that of the largest, as ComfyUI has it for Flux."""
+    """A shift that depends on the picture size is that of the largest size, as in ComfyUI for Flux."""
     folder(name)
     graph = {
         "load": node("TDMLoadDiffusers", pipeline=name),

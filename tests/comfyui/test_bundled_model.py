@@ -53,7 +53,7 @@ def student(**options: Any) -> Graph:
 
 
 def test_student_prompt_and_seed_give_the_same_picture(server: Server, pipe: Any) -> None:
-    """To float32: core merges the LoRA into the weights, diffusers computes it beside them.
+    """Both sides agree to float32 rounding: core merges the LoRA into the weights, diffusers computes it separately.
 
     Merging it in diffusers changes these latents by 1e-6 to 3e-6, as much as the way through ComfyUI does. Of a
     picture's 12,288 values hardly one is another then. But SaveImage cuts what diffusers rounds.
@@ -69,7 +69,7 @@ def test_student_prompt_and_seed_give_the_same_picture(server: Server, pipe: Any
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_each_step_count_of_the_student_gives_the_same_latents(server: Server, pipe: Any, steps: int) -> None:
-    """Those that it learned beside its own begin below the last timestep; 3 is re-spaced."""
+    """The other step counts that it learned begin below the last timestep; the grid of 3 steps is re-spaced."""
     (actual,) = server.latents(student(steps=steps), ["samples", 0])
     expected = pipe(PROMPT, generator=seeded(), num_inference_steps=steps, output_type="latent")[0]
     assert error(actual, expected) <= 1e-5

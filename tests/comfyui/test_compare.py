@@ -68,7 +68,7 @@ def test_the_bundled_student_is_compared_with_its_teacher(server: Server) -> Non
     [
         ({"steps": 50}, (100, 4)),
         ({"cfg": 1.0}, (6, 4)),
-        ({"sampler_name": "heun"}, (22, 4)),  # two evaluations a step but for the last
+        ({"sampler_name": "heun"}, (22, 4)),  # two evaluations in each step except the last
         ({"denoise": 0.5, "latent_image": ["picture", 0]}, (12, 4)),  # 6 of 12 steps
         ({"student_cfg": 2.0}, (12, 8)),
     ],

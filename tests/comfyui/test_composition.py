@@ -36,7 +36,7 @@ def workflow(checkpoint: Checkpoint, **options: Any) -> Graph:
 
 
 def picture(graph: Graph) -> Graph:
-    """A picture beside a workflow, as "picture", and its latent as an artist gets it, as "encoded"."""
+    """Add the nodes "picture" and "encoded" to a workflow: a picture, and its latent as an artist makes it."""
     alone = {"noise": ["other noise", 0], "latent_image": ["latent", 0]}
     return {
         **graph,

@@ -48,7 +48,7 @@ def diffused(network: nn.Module, family: str, reference: TDMScheduler, x: Tensor
 
 
 def test_cogvideox_2b(server: Server) -> None:
-    """With its position table in the file: without one ComfyUI takes it for a 5B, which has none."""
+    """The file holds the position table. Without one ComfyUI detects a 5B model, which has no such table."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = CogVideoXTransformer3DModel(
@@ -77,7 +77,7 @@ def test_cogvideox_2b(server: Server) -> None:
 
 
 def test_pixart_alpha_512(server: Server) -> None:
-    """One block of the released width, which ComfyUI takes for granted: 150 MB."""
+    """The network is one block of the released width, 150 MB, because ComfyUI assumes that width."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = PixArtTransformer2DModel(

@@ -28,7 +28,7 @@ def cogvideox_graph(snr_shift_scale: float = 3.0, **options: object) -> dict:
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
 def test_cogvideox_students_are_sampled_as_in_diffusers(server: Server, snr_shift_scale: float, order: int) -> None:
-    """The schedule of the stock CogVideoX scheduler, which ends in pure noise."""
+    """The schedule is that of the stock CogVideoX scheduler. It ends in pure noise."""
     stock = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=snr_shift_scale
     )
@@ -48,7 +48,7 @@ def test_the_released_cogvideox_student_is_one_choice(server: Server) -> None:
 
 
 def test_stock_samplers_are_right_on_the_fixed_model(server: Server) -> None:
-    """All of CogVideoX gains: `euler` with 5 trailing steps is DDIM of diffusers."""
+    """On the fixed CogVideoX model, `euler` with 5 trailing steps equals DDIM in diffusers."""
     grid = [999, 799, 599, 399, 199]
     graph = cogvideox_graph(timesteps=grid)
     graph["sampler"] = node("KSamplerSelect", sampler_name="euler")

@@ -85,7 +85,7 @@ def test_a_picture_taken_out_of_a_batch_is_the_one_in_it(server: Server, kind: s
 
 
 def two_samplers(graph: Graph, second: str) -> Graph:
-    """The schedule of a graph in two samplers, of which the second has no noise of its own."""
+    """Split the schedule of a graph over two samplers. The second one adds no noise of its own."""
     graph["parts"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
     same = {"guider": ["guider", 0], "sampler": ["sampler", 0]}
     first = {"noise": ["noise", 0], "sigmas": ["parts", 0], "latent_image": ["latent", 0]}
@@ -113,7 +113,7 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, s
 
 
 def test_a_second_sampler_that_cannot_know_its_noise_says_so(server: Server) -> None:
-    """Its samples are not those that the first one left."""
+    """The second sampler gets changed samples, not those that the first one returned."""
     graph = two_samplers(fresh_graph("epsilon", GRIDS[0]), "DisableNoise")
     graph["other"] = node("LatentMultiply", samples=["first", 0], multiplier=0.5)
     graph["samples"]["inputs"]["latent_image"] = ["other", 0]
@@ -123,7 +123,7 @@ def test_a_second_sampler_that_cannot_know_its_noise_says_so(server: Server) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cores_lcm_takes_noise_of_the_same_kind_from_another_generator(server: Server, kind: str) -> None:
-    """What the model card says of core's own nodes."""
+    """The model card says this about core's own nodes."""
     graph = fresh_graph(kind, GRIDS[0])
     graph["sampler"] = node("KSamplerSelect", sampler_name="lcm")
     (latents,) = server.latents(graph, ["samples", 0])
@@ -138,7 +138,7 @@ def test_order_2_is_refused(server: Server) -> None:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server, folder: Folder, name: str) -> None:
-    """From the same seed; but diffusers draws CogVideoX's noise with frames before channels."""
+    """Both sides use the same seed. CogVideoX differs: diffusers draws its noise with frames before channels."""
     folder(name)
     pipe: Any = tiny.build(name)
     size = size_of(name)

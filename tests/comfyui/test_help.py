@@ -76,7 +76,7 @@ def test_each_node_has_a_help_page_with_all_inputs_and_outputs_and_a_picture(
 
 
 def test_the_front_end_finds_english_where_it_looks_first_and_where_it_looks_last(schemas: Texts) -> None:
-    """A language without a page of its own gets the one beside its folder."""
+    """A language without its own page gets the English page next to the node's folder."""
     for node in schemas:
         assert (PAGES / node / "en.md").read_bytes() == (PAGES / f"{node}.md").read_bytes()
 

@@ -65,7 +65,7 @@ def test_ksampler_advanced_takes_a_part_of_the_steps(
 def test_ksampler_redraws_from_a_trained_timestep(
     server: Server, kind: str, shift: float, grid: list[float], order: int, sampler: str
 ) -> None:
-    """`denoise` of half with 2 steps are the last two of four."""
+    """`denoise` 0.5 with 2 steps takes the last two of four steps."""
     graph = k_sampler(student_graph(kind, shift=shift), sampler)
     graph["picture"] = graph["samples"]
     halved = {"latent_image": ["picture", 0], "steps": 2, "denoise": 0.5, "seed": 3}
@@ -87,7 +87,7 @@ def test_ksampler_on_the_model_of_tdm_sigmas_begins_at_the_first_trained_timeste
 
 @pytest.mark.parametrize("levels", ["simple", "sgm_uniform"])
 def test_the_dreamshaper_student_is_only_near_in_ksampler(server: Server, levels: str) -> None:
-    """Both schedulers lie beside its timesteps 999, 749, 500, 250: by one, or by a quarter of one."""
+    """Both schedulers miss its timesteps 999, 749, 500, 250 by one, or by a quarter of one."""
     student = PRESETS["Luo-Yihong/TDM_dreamshaper_LoRA"]
     expected, _ = diffused(scheduler("epsilon", student.recipe["trained_timesteps"][4], 2), noise())
     graph = student_graph("epsilon", student=student.name, order=["sigmas", 2])
@@ -114,7 +114,7 @@ STOCK = {
     ],
 )
 def test_stock_samplers_on_our_model_and_sigmas_are_exact(server: Server, kind: str, order: int, sampler: str) -> None:
-    """Any grid, such as one that begins below the last timestep; that of SD3 for flow."""
+    """This holds on any grid, also on one that begins below the last timestep. The grid for flow is that of SD3."""
     flow = kind == "flow_prediction"
     grid = PRESETS["Luo-Yihong/TDM_sd3_lora"].recipe["trained_timesteps"][4] if flow else GRIDS[1]
     graph = {**student_graph(kind, shift=6.0, timesteps=grid), "sampler": STOCK[sampler]}

@@ -58,7 +58,7 @@ def stock(kind: str) -> Graph:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
 def test_workflows_leave_nothing_in_each_other(server: Server, kind: str) -> None:
-    """On one MODEL in memory: a stock workflow, ours on two grids, and both again."""
+    """One MODEL stays in memory: a stock workflow, ours on two grids, and both repeated."""
     ours = student_graph(kind, timesteps=GRID)
     first = sampled(server, stock(kind)), sampled(server, ours)
     sampled(server, student_graph(kind, timesteps=[499, 249], order=2))

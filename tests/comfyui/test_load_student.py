@@ -39,7 +39,7 @@ class Model(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(server: Server) -> Model:
-    """Its file is where the server finds it."""
+    """A Model whose file is where the server finds it."""
     unet = tiny_sd15.build()
     for folder in ("diffusion_models", "loras"):
         (server.models / folder).mkdir(exist_ok=True)
@@ -165,7 +165,7 @@ def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, 
 
 
 def test_the_recipe_that_was_loaded_is_the_one_that_is_sampled(server: Server, model: Model) -> None:
-    """One link from the loader: timesteps and order, whatever else TDM Sigmas has been set to."""
+    """One link from the loader sets timesteps and order, and overrides the widgets of TDM Sigmas."""
     grid = [899.0, 674.0, 449.0, 224.0]
     recipe = StudentRecipe("me/tiny", "sd15", "epsilon", {4: grid}, 1.0, 64, 64, solver_order=2)
     save(server, "linked.safetensors", model.student, recipe)

@@ -43,7 +43,7 @@ PINS = {
 
 @pytest.fixture(scope="module")
 def comfyui(comfyui_installed: None) -> dict[str, Any]:  # noqa: ARG001
-    """What native_layers.py prints."""
+    """The JSON that native_layers.py prints."""
     command = [install.python(), Path(__file__).with_name("native_layers.py")]
     env = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(

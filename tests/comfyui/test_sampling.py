@@ -98,7 +98,7 @@ def test_a_model_that_core_has_patched_is_followed(server: Server, grid: list[fl
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
 def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, order: int) -> None:
-    """As artists split it, for a change of model or of prompt. The second sampler has no past: order 2 begins anew."""
+    """Artists split a schedule to change the model or the prompt. Order 2 begins anew in the second sampler."""
     grid = [999, 899, 749, 499, 249]
     graph = student_graph(kind, timesteps=grid, order=order)
     whole = graph["samples"]["inputs"]
@@ -149,7 +149,7 @@ def test_the_simple_custom_sampler_gives_the_same(server: Server) -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_what_a_mask_leaves_out_stays_as_it_was(server: Server, kind: str) -> None:
-    """Inpainting, on the left half only."""
+    """Inpaint the left half only."""
     picture = student_graph(kind, timesteps=GRIDS[0])
     (before,) = server.latents(picture, ["samples", 0])
     graph = student_graph(kind, timesteps=GRIDS[1], order=2, latent=["masked", 0], seed=3)
@@ -184,7 +184,7 @@ def test_guidance_is_applied_to_what_the_sampler_sees(server: Server, kind: str)
 
 
 def test_the_levels_are_those_of_the_timesteps(server: Server) -> None:
-    """Read as a user reads them, from the sigmas themselves: `steps` takes every second one, `denoise` the end."""
+    """Read the timesteps from the sigmas, as a user does. `steps` takes every second one, `denoise` the end."""
 
     def sigmas(**options: object) -> list[float]:
         graph = student_graph("flow_prediction", timesteps=[950, 700, 450, 200], **options)  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def test_the_levels_are_those_of_the_timesteps(server: Server) -> None:
 
 
 def test_the_callback_gets_the_clean_sample(server: Server) -> None:
-    """What previews are made of: the second output of SamplerCustomAdvanced is the last one, and it is no noise."""
+    """Previews show the clean sample. The second output of SamplerCustomAdvanced is the last one of them."""
     graph = student_graph("epsilon", timesteps=GRIDS[0])
     graph["part"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
     graph["samples"]["inputs"]["sigmas"] = ["part", 0]
@@ -259,7 +259,7 @@ def test_an_epsilon_model_that_would_begin_in_pure_noise_is_refused(server: Serv
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_a_schedule_that_lost_its_cut_is_an_error(server: Server, kind: str) -> None:
-    """A sampling patch behind TDM Sigmas, or the MODEL from before it: the noise would begin too small."""
+    """With a sampling patch after TDM Sigmas, or the MODEL from before it, the first noise would be too small."""
     patch = {"epsilon": "ModelSamplingDiscrete", "flow_prediction": "ModelSamplingSD3"}[kind]
     options = {"epsilon": {"sampling": "eps", "zsnr": False}, "flow_prediction": {"shift": 3.0}}[kind]
     graph = student_graph(kind, timesteps=GRIDS[1])

@@ -40,7 +40,7 @@ RELEASED = [name for name, preset in PRESETS.items() if "sampler" not in preset.
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_student_runs_by_its_name(server: Server, name: str) -> None:
-    """Its timesteps, and its sampler order through the output `order`."""
+    """The name gives its timesteps, and the output `order` its sampler order."""
     recipe = StudentRecipe.from_fields(PRESETS[name].fields)
     grid = recipe.trained_timesteps[4]
     kind, shift = recipe.prediction_type, recipe.flow_shift or 1.0
@@ -77,7 +77,7 @@ def test_a_file_that_is_no_student_is_refused(server: Server, student: Callable[
 
 
 def test_a_file_that_was_written_again_is_read_again(server: Server, student: Callable[..., str]) -> None:
-    """By TDM Sigmas itself, without a loader in front of it."""
+    """TDM Sigmas itself reads it, without a loader in front of it."""
     name = student("again.safetensors")
     graph = student_graph("epsilon", student=name) | {"show": node("TestSigmas", sigmas=["sigmas", 1])}
     first = server.run(graph).outputs["show"]["sigmas"]
@@ -90,7 +90,7 @@ def test_a_file_that_was_written_again_is_read_again(server: Server, student: Ca
 def test_a_student_of_another_family_is_refused(
     server: Server, checkpoint: Checkpoint, student: Callable[..., str]
 ) -> None:
-    """It predicts the same: only the family tells."""
+    """Both families have the same prediction type, so only the family tells them apart."""
     graph = {
         "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint.file),
         "prompt": node("TestPrompt", width=768),

@@ -107,7 +107,7 @@ def test_the_python_of_the_card_runs_as_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SD3's own pipeline has no generator for a student that takes fresh noise."""
+    """SD3 with fresh noise has one block less: its stock pipeline has no generator for that noise."""
     run = changed(trained(runs(family)), stochastic_sampling=fresh)
     export_student(run, tmp_path / "student.safetensors")
     base = Path(run.recipe.base_model)

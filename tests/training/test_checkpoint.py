@@ -57,7 +57,7 @@ def wait_until(happened, process) -> None:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_ends_as_the_run_that_was_left_alone(tmp_path: Path, kills: int) -> None:
-    """SIGKILL after a random time, and every second time while a checkpoint is being written."""
+    """The run gets SIGKILL after a random time, and every second time while a checkpoint is being written."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = [f"updates={6 * kills + 12}", "student.decay=cosine", "output.keep=2"]
     assert finish(distill(whole, *settings), tmp_path / "whole.err") == 0, stderr_of(whole)

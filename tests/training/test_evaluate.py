@@ -65,7 +65,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def numbers(row: dict[str, Any]) -> list[float]:
-    """All that was measured."""
+    """The values of all measures of a row."""
     kinds = row["measures"]
     return [value["value"] for kind in kinds.values() for value in kind.values()]
 

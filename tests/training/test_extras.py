@@ -1,4 +1,4 @@
-"""Scores that want weights: CLIP on a tiny real one, the others' refusals."""
+"""Scores that need weights: CLIP on a tiny real model, and the refusals of the others."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
 def test_a_student_may_have_layers_of_ones_own_choice(
     family: str, targets: str, layers: list[str] | None, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    """The critic keeps those of the family."""
+    """The critic keeps the layers of the family."""
     task = task_of(family, bases(family), prompts)
     fast = ["updates=2", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
     run = distill(

@@ -45,12 +45,12 @@ def lines(out: Path) -> list[dict[str, float]]:
 
 
 def alarms(out: Path) -> list[tuple[str, int]]:
-    """Names and updates."""
+    """The name and the update of each alarm of a run."""
     return [(key[6:], int(line["step"])) for line in lines(out) for key in line if key.startswith("alarm/")]
 
 
 def go(out: Path, *settings: str, bundled: bool = False, **options: bool | list[Callback]) -> list[str]:
-    """A run of the mixture or of the bundled teacher; returns the lines it told."""
+    """Run the mixture or the bundled teacher, and return the alarm lines that it reported."""
     messages: list[str] = []
     small = BUNDLED if bundled else MIXTURE
     config = load_config(CONFIGS / ("bundled.yaml" if bundled else "mixture.yaml"), [*small, *settings])
@@ -110,7 +110,7 @@ def test_a_critic_blown_up_by_its_rate_is_named_with_its_stage(tmp_path: Path) -
 
 
 def test_a_critic_that_goes_astray_later_is_seen_by_its_loss(tmp_path: Path) -> None:
-    """Its rate grows by warm-up from a good one to an absurd one."""
+    """The critic's learning rate grows by warm-up from a good value to an absurd one."""
     messages = go(tmp_path, "critic.lr=3.0", "critic.warmup=1500", "updates=140")
     (line,) = [line for line in messages if "the critic's loss is at least" in line]
     assert "lower critic.lr or critic.clip" in line
@@ -119,7 +119,7 @@ def test_a_critic_that_goes_astray_later_is_seen_by_its_loss(tmp_path: Path) -> 
 
 
 class Broken(MixtureTask):
-    """The eleventh batch finds a weight that is not a number."""
+    """A mixture whose eleventh batch sets a student weight to NaN."""
 
     calls = 0
 

@@ -213,7 +213,7 @@ def test_automatic_precision_is_settled_before_the_first_update(tmp_path, monkey
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("unit", ["avx512_bf16", "avx2"])
 def test_bf16_on_a_cpu_that_has_no_units_for_it_is_told_of(tmp_path, monkeypatch, precision, unit):
-    """It saves nothing there."""
+    """bf16 saves nothing on such a CPU."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
     messages = []
     distill(Task(), load_config(None, [*SMALL, *QUIET, f"precision={precision}"]), tmp_path, report=messages.append)

@@ -103,7 +103,7 @@ def test_four_steps_reach_a_fifth_of_the_base_distance(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_seed_gets_there_keeps_every_mode_and_stays(tmp_path, seed):
-    """From update 500 on, and for twice as many again."""
+    """The measures hold from update 500 to update 1500."""
     curve = distance_over_training(MixtureTask(), tmp_path, f"seed={seed}")
     assert max(curve) == 1500
     assert all(ratio <= 1 / 5 and least > 0.5 for step, (ratio, least) in curve.items() if step >= 500), curve

@@ -99,7 +99,7 @@ def loss_of(roles: Any, config: DistillConfig, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
 @pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
 def test_a_consistency_function_is_at_rest_and_another_student_is_not(schedule: NoiseSchedule, sampler: str) -> None:
-    """Up to the error of the teacher's one step, which shrinks as steps do."""
+    """The loss of an exact student is zero up to the error of the teacher's one step, which shrinks with its size."""
     losses = []
     for ode_steps in (8, 64, 512):
         config = config_of(
@@ -365,7 +365,7 @@ def test_a_stochastic_student_starts_a_stage_with_fresh_noise() -> None:
 
 
 def test_with_fresh_noise_an_exact_student_draws_the_true_distribution() -> None:
-    """In every step count, where its deterministic sampler keeps the start noise's rank."""
+    """This holds at every step count. One step takes no fresh noise and keeps the rank of the start noise."""
     gaussian = Gaussian(FLOW)
     noise, fresh = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(1)).double(), None
     for steps in (1, 2, 4):

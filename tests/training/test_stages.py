@@ -153,7 +153,7 @@ def test_each_stage_has_its_own_schedule_of_rates(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("moment", [2, 3, 4, 7, 11])
 def test_a_run_stopped_at_any_update_ends_as_the_run_that_was_left_alone(moment: int, tmp_path: Path) -> None:
-    """Among them the last update of a stage, and the first of the next."""
+    """The stops include the last update of a stage and the first of the next."""
     every = ["output.log_every=2", "output.evaluate_every=3", "output.checkpoint_every=5", "output.keep=2"]
     config = config_of(LADDER, *every)
     run_of(tmp_path / "whole", config)
@@ -178,7 +178,7 @@ def test_a_run_stopped_at_any_update_ends_as_the_run_that_was_left_alone(moment:
 
 
 def test_killed_at_the_boundary_it_ends_as_the_run_that_was_left_alone(tmp_path: Path) -> None:
-    """SIGKILL after the checkpoint of a stage's end, before or after the next stage's line was written."""
+    """The run gets SIGKILL after the checkpoint at a stage's end, before or after the next stage's first line."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stages = ["stages=[{updates: 3, trajectory: {steps: 8}}, {updates: 3, critic: {start: student}}, {updates: 6}]"]
     assert finish(command(whole, *stages), tmp_path / "whole.err") == 0, stderr_of(whole)
@@ -200,7 +200,7 @@ def test_killed_at_the_boundary_it_ends_as_the_run_that_was_left_alone(tmp_path:
 
 
 def test_the_best_student_is_one_of_the_last_stage(tmp_path: Path) -> None:
-    """An earlier stage's may measure better, but with other steps than those of the student file."""
+    """An earlier stage's student may measure better, but with other steps than those of the student file."""
     config = config_of(LADDER, "output.evaluate_every=1")
     run_of(tmp_path, config)
     assert read_checkpoint(tmp_path / "best.pt")["step"] > 7

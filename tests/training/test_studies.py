@@ -293,7 +293,7 @@ def test_an_unsound_question_is_refused_before_anything_is_trained(change: str, 
 
 
 def test_two_who_share_a_question_may_write_a_picture_at_the_same_time(tmp_path: Path) -> None:
-    """Both begin by taking over what other questions have."""
+    """Both processes begin by copying the results of other questions."""
     picture = Image.effect_noise((256, 256), 50)
     with ThreadPoolExecutor(4) as pool:
         for written in [pool.submit(save_picture, tmp_path, "a", picture) for _ in range(40)]:

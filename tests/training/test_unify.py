@@ -153,7 +153,7 @@ def test_the_time_embedding_of_every_family_can_be_told(
 def test_every_step_count_is_sampled_as_it_was_trained(
     family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    """In a stock pipeline, by its timesteps alone: epsilon, v and flow."""
+    """A stock pipeline samples it by its timesteps alone, for epsilon, v and flow."""
     task = task_of(family, bases(family), prompts)
     fast = ["updates=4", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
     run = distill(task, load_config("unify", fast), tmp_path / "run", report=lambda _: None)

@@ -199,7 +199,7 @@ def test_the_same_seed_is_the_same_update_bit_for_bit():
 @pytest.mark.parametrize("share", ["true", "false"])
 @pytest.mark.parametrize("stages", ["sample", "update"])
 def test_micro_batches_make_the_update_of_the_whole_batch(share, stages):
-    """Up to the order of sums: SGD in float32, three updates, within 1e-6."""
+    """Three updates of SGD in float32 agree to 1e-6. Only the order of sums differs."""
     options = [f"critic.share_noise={share}", f"trajectory.stages={stages}", "objective.guidance_scale=3"]
     whole, micro = Bench(*options), Bench(*options, "micro_batch_size=2")
     for _ in range(3):
@@ -249,7 +249,7 @@ def test_each_stage_has_its_own_guidance():
 
 
 def test_a_leash_holds_the_critic_near_the_teacher() -> None:
-    """With a strong one the critic stays nearer to where it began."""
+    """With a strong leash the critic stays nearer to its initial weights."""
     apart = []
     for leash in ("0", "1000"):
         bench = Bench(f"critic.leash={leash}", "student.lr=1e-9")
