@@ -26,7 +26,7 @@ BLOCKS = {"sd15": 2, "sd3": 2, "pixart": 1, "wan": 2}  # of Python in a family's
 
 
 def changed(run: FinishedRun, **changes: Any) -> FinishedRun:
-    """The run with other fields in its recipe."""
+    """Return the run with these fields of its recipe changed."""
     return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
 
 

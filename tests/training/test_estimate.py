@@ -160,7 +160,7 @@ def test_full_size_bases_have_their_published_number_of_weights(family: str, bil
 
 
 def test_a_tokenizer_that_the_base_names_and_lacks_is_said(tmp_path: Path) -> None:
-    """transformers makes one of nothing, whose prompts have no longest length."""
+    """transformers would make an empty tokenizer, whose prompts have no maximum length."""
     index = outline_folder("sdxl", tmp_path) / "model_index.json"
     named = {"tokenizer": ["transformers", "CLIPTokenizer"]}
     index.write_text(json.dumps({**json.loads(index.read_text()), **named}))

@@ -101,7 +101,7 @@ def gaussian(n: int, mean: list[float], deviations: list[float], seed: int) -> t
 
 
 def test_sliced_wasserstein_of_shifted_gaussians_is_the_closed_form() -> None:
-    """On a direction u the distance is |u mu|, whose mean square is |mu|^2 / D."""
+    """In a direction u the distance is |u mu|, whose mean square is |mu|^2 / D."""
     mu, ones = [3.0, 4.0, 0.0, 0.0], [1.0] * 4
     x, y = gaussian(2000, [0.0] * 4, ones, 0), gaussian(1500, mu, ones, 1)
     assert sliced_wasserstein(x, y, 2000) == pytest.approx(5 / math.sqrt(4), rel=0.03)
@@ -126,7 +126,7 @@ def exactly(points: torch.Tensor, mean: torch.Tensor, cov: torch.Tensor) -> torc
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
-    """Of covariances that commute it is the sum of the squared differences of means and of deviations."""
+    """For covariances that commute it is the sum of the squared differences of means and of deviations."""
     x, y = gaussian(200, [0.0] * 3, [1.0] * 3, 0), gaussian(150, [0.0] * 3, [1.0] * 3, 1)
     turn = torch.linalg.qr(gaussian(3, [0.0] * 3, [1.0] * 3, 2)).Q
     one, two = torch.tensor([0.5, 2.0, 1.0]).double(), torch.tensor([1.5, 0.25, 1.0]).double()

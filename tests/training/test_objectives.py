@@ -213,7 +213,7 @@ def test_sid_equals_the_gradient_of_its_formula_and_spares_critic_and_base() -> 
 
 
 def test_two_terms_at_one_tau_pull_as_the_coupled_one() -> None:
-    """With a linear penalty, no normaliser and the same tau and noise the decoupled form is the coupled one."""
+    """With a linear penalty, no normaliser, and the same tau and noise, the decoupled form is the coupled one."""
     plain = ["objective.rho=mse", "objective.normalise=false", "objective.guidance_scale=4"]
     apart = ["objective.guidance_term=decoupled", "objective.guidance_band=separate"]
     gradients = []

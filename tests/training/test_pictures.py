@@ -30,7 +30,7 @@ from .base_tasks import task_of
 
 
 class Drawing:
-    """Other pictures each time, counted."""
+    """Draws other pictures each time, and counts the calls."""
 
     def __init__(self) -> None:
         self.times = 0

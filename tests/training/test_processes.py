@@ -117,7 +117,7 @@ def test_two_processes_resume_bit_for_bit(config, tmp_path):
 
 @pytest.mark.parametrize(("size", "after"), [(1, "taken apart\n"), (2, "")])
 def test_one_of_several_leaves_with_its_exit_code_before_the_interpreter_is_taken_apart(size, after):
-    """What FSDP2 leaves of gloo aborts a process now and then while that happens."""
+    """The state that FSDP2 leaves in gloo sometimes aborts a process while the interpreter is taken apart."""
     script = (
         "import atexit, sys; from tdm.cli import main; atexit.register(print, 'taken apart'); sys.exit(main(['stud']))"
     )

@@ -171,7 +171,7 @@ def test_progress_says_how_far_and_how_long(tmp_path: Path, monkeypatch: pytest.
 def test_drawing_many_pictures_says_how_far_it_is(
     bases: Callable[[str], Path], prompts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher's hundred pictures take minutes on a CPU."""
+    """A teacher needs minutes on a CPU for a hundred pictures, so the progress is reported."""
     messages: list[str] = []
     task = task_of("sd15", bases("sd15"), prompts, report=messages.append)
     messages.clear()

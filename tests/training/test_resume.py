@@ -327,7 +327,7 @@ def test_other_values_are_yaml_or_one_line() -> None:
 
 
 def test_a_card_can_be_written_again_after_a_full_disk(runs: Callable[[str], Run], tmp_path: Path) -> None:
-    """A curves.png that was cut off is replaced with --force."""
+    """With --force a curves.png that was cut off is replaced."""
     shutil.copytree(runs("sd15").out_dir, tmp_path / "run")
     plot_curves(tmp_path / "run")
     run = read_run(tmp_path / "run")
