@@ -1,4 +1,4 @@
-"""`tdm` commands in processes of their own, which can be killed and starved of disk.
+"""`tdm` commands in separate processes, which can be killed or run out of disk space.
 
 They are forked from a process that has imported everything already, so that each starts in a fraction of a second.
 """

@@ -47,7 +47,7 @@ def original_names(unet: nn.Module) -> dict[str, Tensor]:
 def test_a_fine_tune_in_one_file_becomes_a_base(
     family: str, dtype: torch.dtype, bases: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The UNet in its original names, the SD3 transformer in those of diffusers; the rest is the base's."""
+    """The UNet has its original names, and the SD3 transformer those of diffusers. All other files are the base's."""
     tuned = tiny.build(family)
     denoiser = tuned.unet if family == "sd15" else tuned.transformer
     generator = torch.Generator().manual_seed(1)

@@ -90,7 +90,7 @@ def test_without_a_command_it_is_the_help(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_info_of_a_header_says_what_the_tensors_say(capsys: pytest.CaptureFixture[str]) -> None:
-    """The short way and the one that reads and matches all tensors."""
+    """The header alone and a reading of all tensors give the same answer."""
     assert main(["info", "bundled"]) == 0
     short = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.replace("LoRA ", "").splitlines())
     assert main(["info", "bundled", "--base", "bundled"]) == 0
@@ -153,7 +153,7 @@ def test_generate_has_the_options_of_the_sampler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["generate", PROMPT, "--out", "a.png"], ["distill", "--dry-run"]])
 def test_nothing_is_said_but_what_was_asked(arguments: list[str], tmp_path: Path) -> None:
-    """The optional libraries of quantisation, both here, have remarks to make on being imported."""
+    """The optional quantisation libraries, both installed here, print remarks when they are imported."""
     done = subprocess.run([sys.executable, "-m", "tdm.cli", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

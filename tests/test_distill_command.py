@@ -1,4 +1,4 @@
-"""tdm distill as a person meets it: the preset of a base of one's own, what is said meanwhile, and the line to try."""
+"""`tdm distill` for a user: the preset for their own base, the messages of the run, and the command to try it."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_a_student_of_a_teacher_with_loras_is_tried_merged(
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a cat\n")
     pipe = tiny.build("sd15")
-    made = updates(pipe, "unet", diffusers_names(pipe.unet, ""))
-    write(tmp_path / "style.safetensors", tensors_of(LAYOUTS["diffusers"], made))
+    lora = updates(pipe, "unet", diffusers_names(pipe.unet, ""))
+    write(tmp_path / "style.safetensors", tensors_of(LAYOUTS["diffusers"], lora))
     options = [f"task.model={bases('sd15')}", "task.prompts=prompts.txt", "task.height=16", "task.width=16", *SHORT]
     assert main(["distill", *options, "task.loras=[style.safetensors@0.8]", "task.cache=cache", "--out", "run"]) == 0
     commands = [shlex.split(line.removeprefix("try it   ")) for line in lines_of(capsys.readouterr().out, "try it   ")]
@@ -91,7 +91,7 @@ def test_a_student_of_a_teacher_with_loras_is_tried_merged(
 
 
 def test_a_terminal_has_a_bar_and_hears_at_once_what_starts(tmp_path: Path) -> None:
-    """In a terminal; in a pipe there are the lines alone, as the test above has them."""
+    """A terminal shows a bar. A pipe gets the lines alone, as in the test above."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     command = [sys.executable, "-m", "tdm.cli", "distill", "mixture", "updates=3", "output.log_every=2", "batch_size=4"]

@@ -89,7 +89,7 @@ PAGES = {  # pages with Python that runs as written, and the variables that hold
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_python_of_a_page_runs_as_written(page: str) -> None:
-    """All of it except the blocks marked `py`, which need files that only a reader has."""
+    """Run all Python blocks of a page except those marked `py`, which need files that only a reader has."""
     names: dict[str, Any] = {}
     for block in python_blocks(ROOT / page):  # one after the other, as a reader would type them
         exec(block, names)
@@ -104,7 +104,7 @@ def test_no_page_with_python_is_left_out_here() -> None:
 
 @pytest.mark.parametrize("page", pages())
 def test_the_links_of_a_page_lead_to_files_and_headings(page: str) -> None:
-    """Relative links and pictures; a link to a part of a page leads to a heading there."""
+    """Check relative links and pictures. A link to a part of a page must lead to a heading there."""
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code((ROOT / page).read_text())):
         path, _, heading = link.partition("#")

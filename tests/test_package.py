@@ -65,7 +65,7 @@ def test_public_names() -> None:
 
 
 def test_a_clone_imports_under_another_name(clone: Path) -> None:
-    """As ComfyUI does it: the folder becomes a module named after its path, and `tdm` is not importable."""
+    """ComfyUI imports the folder as a module named after its path, and `tdm` is not importable."""
     code = f"""
 import importlib.util, sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]

@@ -59,7 +59,7 @@ def folders() -> list[Path]:
 
 @pytest.mark.parametrize("folder", folders(), ids=str)
 def test_no_rooms_of_a_folder_import_each_other_in_a_loop(folder: Path) -> None:
-    """A room is a file or a folder in it, with all that the folder holds."""
+    """A room is a file of the folder, or a subfolder with all that it holds."""
     graph: dict[str, set[str]] = defaultdict(set)
     for source, target, _ in imports():
         if source.is_relative_to(folder) and target.is_relative_to(folder):

@@ -11,7 +11,7 @@ SCRIPT = Path(axe_core_python.__file__).with_name("axe.min.js")
 
 
 def violations(page: Page) -> list[str]:
-    """What axe finds of serious or critical impact, one line each."""
+    """Return the violations that axe reports as serious or critical, one line each."""
     if not page.evaluate("Boolean(window.axe)"):
         page.add_script_tag(path=SCRIPT)
     page.wait_for_timeout(600)  # what fades in has its colours

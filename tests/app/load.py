@@ -3,7 +3,7 @@
     python -m tdm.tests.app.load                                starts a demo of its own, 50 clients, 4 pictures each
     python -m tdm.tests.app.load --url http://127.0.0.1:7860    asks one that runs
 
-Prints how many requests were served, refused, lost and cancelled, whether each that waited was told its place, how long
+Prints how many requests were served, refused, lost and cancelled, whether each waiting client got its place, how long
 they took, and how the memory of the demo's process grew. Exit code 1 if one was lost.
 """
 
@@ -43,7 +43,7 @@ class Figures:
 
     ends: Counter[str] = field(default_factory=Counter)  # served, cancelled, refused, lost
     waits: list[float] = field(default_factory=list)  # seconds, of those that were served
-    told: int = 0  # of those that had to wait, how many heard their place
+    notified: int = 0  # of those that had to wait, how many heard their place
     places: list[int] = field(default_factory=list)  # the largest place of each
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -71,7 +71,7 @@ def visit(client: Client, number: int, pictures: int, figures: Figures) -> None:
             if end == "served":
                 figures.waits.append(time.monotonic() - begun)
             if places:
-                figures.told += 1
+                figures.notified += 1
                 figures.places.append(max(places))
 
 
@@ -148,7 +148,7 @@ def main() -> int:
                 tail = quantiles(figures.waits, n=20)[-1] if len(figures.waits) > 1 else figures.waits[0]
                 print(f"  seconds until served: median {median(figures.waits):.2f}, 95 % below {tail:.2f}")
             furthest = max(figures.places, default=0)
-            print(f"  told their place in the queue: {figures.told}, the furthest back {furthest + 1}", flush=True)
+            print(f"  told their place in the queue: {figures.notified}, the furthest back {furthest + 1}", flush=True)
             lost += figures.ends["lost"] + figures.ends["refused"]
     return 1 if lost else 0
 

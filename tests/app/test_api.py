@@ -51,11 +51,11 @@ def test_the_endpoints_are_named_and_explained(client: Client) -> None:
 
 
 def test_a_seed_gives_the_picture_of_tdm_generate(client: Client, tmp_path: Path) -> None:
-    path, made = client.predict(PROMPT, 7, 2, api_name="/generate")
+    path, record = client.predict(PROMPT, 7, 2, api_name="/generate")
     assert main(["generate", PROMPT, "--seed", "7", "--steps", "2", "--out", str(tmp_path / "a.png")]) == 0
     ours, theirs = Image.open(path), Image.open(tmp_path / "a.png")
     assert ours.tobytes() == theirs.tobytes()
-    assert (made["calls"], made["steps"], made["width"]) == (2, 2, 64)
+    assert (record["calls"], record["steps"], record["width"]) == (2, 2, 64)
     settings, written = json.loads(ours.info["tdm"]), json.loads(theirs.info["tdm"])
     assert ours.info["prompt"] == PROMPT
     assert settings.items() >= written.items()
@@ -74,19 +74,19 @@ def test_a_student_with_fresh_noise_draws_the_picture_of_tdm_generate(
     drawn = [client.predict(PROMPT, 7, student="students/fresh.safetensors", api_name="/generate")[0] for _ in "ab"]
     plain, _ = client.predict(PROMPT, 7, api_name="/generate")
     assert main(["generate", PROMPT, "--seed", "7", "--student", str(file), "--out", str(tmp_path / "a.png")]) == 0
-    first, again, ours, other = (Image.open(path).tobytes() for path in (*drawn, tmp_path / "a.png", plain))
-    assert first == again == ours != other
+    first, repeated, ours, other = (Image.open(path).tobytes() for path in (*drawn, tmp_path / "a.png", plain))
+    assert first == repeated == ours != other
 
 
 def test_more_variety_is_the_picture_of_tdm_generate_base_first(client: Client, tmp_path: Path) -> None:
-    path, made = client.predict(PROMPT, 7, base_first=True, api_name="/generate")
+    path, record = client.predict(PROMPT, 7, base_first=True, api_name="/generate")
     plain, _ = client.predict(PROMPT, 7, api_name="/generate")  # which leaves nothing of it behind
     ours, theirs = tmp_path / "a.png", tmp_path / "b.png"
     assert main(["generate", PROMPT, "--seed", "7", "--base-first", "--out", str(ours)]) == 0
     assert main(["generate", PROMPT, "--seed", "7", "--out", str(theirs)]) == 0
     assert Image.open(path).tobytes() == Image.open(ours).tobytes()
     assert Image.open(plain).tobytes() == Image.open(theirs).tobytes() != Image.open(ours).tobytes()
-    assert (made["calls"], made["base_first"]) == (4, True)
+    assert (record["calls"], record["base_first"]) == (4, True)
     with pytest.raises(AppError, match="so that one is left for the student"):
         client.predict(PROMPT, 7, 1, base_first=True, api_name="/generate")
 
@@ -94,30 +94,30 @@ def test_more_variety_is_the_picture_of_tdm_generate_base_first(client: Client, 
 def test_every_step_is_streamed(client: Client) -> None:
     job = client.submit(PROMPT, 1, 8, api_name="/generate")
     job.result()
-    assert [made["step"] for picture, made in job.outputs() if picture is None] == list(range(1, 9))
+    assert [record["step"] for picture, record in job.outputs() if picture is None] == list(range(1, 9))
 
 
 def test_compare_has_the_student_before_the_teacher_begins(client: Client) -> None:
     job = client.submit(PROMPT, 3, api_name="/compare")
-    student, teacher, made = job.result()
-    states = [(made.get("teacher_calls", 0), done) for done, _, made in job.outputs()]
+    student, teacher, record = job.result()
+    states = [(record.get("teacher_calls", 0), done) for done, _, record in job.outputs()]
     assert any(calls <= 6 and done for calls, done in states)  # at step 3 of the teacher, or before
-    assert (made["student_calls"], made["teacher_calls"]) == (4, 100)
-    assert made["student_seconds"] < made["teacher_seconds"]
+    assert (record["student_calls"], record["teacher_calls"]) == (4, 100)
+    assert record["student_seconds"] < record["teacher_seconds"]
     assert Image.open(student).tobytes() != Image.open(teacher).tobytes()
 
 
 def test_explore_and_trajectory_give_one_sheet(client: Client) -> None:
-    table, made = client.predict([PROMPT], [1, 4], 2, 5, api_name="/explore")
-    assert made == {"prompts": [PROMPT], "steps": [1, 4], "seeds": [5, 6]}
+    table, record = client.predict([PROMPT], [1, 4], 2, 5, api_name="/explore")
+    assert record == {"prompts": [PROMPT], "steps": [1, 4], "seeds": [5, 6]}
     assert Image.open(table).width > 2 * 128
-    strip, made = client.predict(PROMPT, 0, api_name="/trajectory")
-    assert made["timesteps"] == pytest.approx(bundled()[4], abs=1e-3)
+    strip, record = client.predict(PROMPT, 0, api_name="/trajectory")
+    assert record["timesteps"] == pytest.approx(bundled()[4], abs=1e-3)
     assert Image.open(strip).width > 5 * 128
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "arguments", "said"),
+    ("endpoint", "arguments", "message"),
     [
         ("/generate", ["x" * 10_000], "10,000 characters; at most 2,000"),
         ("/generate", ["  "], "the prompt is empty"),
@@ -141,16 +141,16 @@ def test_explore_and_trajectory_give_one_sheet(client: Client) -> None:
         ("/trajectory", [PROMPT, 0, 99], "steps must be 1 to 50"),
     ],
 )
-def test_a_wrong_value_gets_one_clear_line(client: Client, endpoint: str, arguments: list[Any], said: str) -> None:
+def test_a_wrong_value_gets_one_clear_line(client: Client, endpoint: str, arguments: list[Any], message: str) -> None:
     with pytest.raises(AppError) as refused:
         client.predict(*arguments, api_name=endpoint)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_number_at_all_is_told_so(app: App, value: float) -> None:
-    """Python's own client refuses to send it; others do not."""
+    """Python's own client refuses to send a missing number; other clients do send it."""
     body = json.dumps({"data": [PROMPT, value, None, None, None, None, False]}).encode()
     request = urllib.request.Request(f"{app.url}/gradio_api/call/generate", body, {"Content-Type": "application/json"})
     event = json.load(urllib.request.urlopen(request))["event_id"]

@@ -32,7 +32,7 @@ TINY = [
 
 
 def config(tmp_path: Path) -> Path:
-    """The bundled teacher with few prompts to encode, which a visitor cannot ask for."""
+    """A config of the bundled teacher with few prompts to encode. A visitor of the page cannot set this."""
     file = tmp_path / "tiny.yaml"
     task = f"{{name: pipeline, model: bundled, prompts: stickers, prompt_count: 8, cache: {tmp_path / 'prompts'}}}"
     file.write_text(f"task: {task}\ntrajectory: {{steps: 4}}\nobjective: {{guidance_scale: 5.0}}\n")

@@ -26,10 +26,10 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "h
 DONE = "#stage .status:not(:empty)"
 # Notes what the cards say whenever they change.
 WATCH = """() => {
-  window.seen = [];
+  window.snapshots = [];
   window.drawn = [];
   const note = () => {
-    window.seen.push([...document.querySelectorAll("#stage figcaption")].map((c) => c.innerText));
+    window.snapshots.push([...document.querySelectorAll("#stage figcaption")].map((c) => c.innerText));
     for (const card of document.querySelectorAll("#stage figure:has(img)"))
       window.drawn.push([card.querySelector("img").alt, card.querySelector("figcaption").innerText]);
   };
@@ -95,11 +95,11 @@ def test_no_tab_has_a_barrier(open_page: Open, scheme: str) -> None:
     page.wait_for_selector("#gallery img")
     page.wait_for_selector("#slider img")
     page.get_by_text("Advanced").click()
-    found = violations(page)
+    barriers = violations(page)
     for name in ("Explore", "Models", "Distil"):
         page.get_by_role("tab", name=name).click()
-        found += violations(page)
-    assert found == []
+        barriers += violations(page)
+    assert barriers == []
 
 
 @pytest.mark.parametrize("keys", ["Enter", "Control+Enter"])
@@ -111,11 +111,11 @@ def test_enter_streams_the_picture_and_the_teacher_comes_after(open_page: Open, 
     page.keyboard.press(keys)
     page.wait_for_selector('#stage img[alt="three yellow rings at sea"]')
     page.wait_for_selector(DONE)
-    seen = [[" ".join(text.split()) for text in cards] for cards in page.evaluate("window.seen")]
-    student = [cards[0] for cards in seen if cards]
+    snapshots = [[" ".join(text.split()) for text in cards] for cards in page.evaluate("window.snapshots")]
+    student = [cards[0] for cards in snapshots if cards]
     steps = {match[1] for text in student if (match := re.search(r"(\d) calls? of 4", text))}
     assert steps  # of four that take a fiftieth of a second each, the browser shows some
-    early = [cards[1] for cards in seen if len(cards) == 2 and re.search(r"4 calls \d", cards[0])]
+    early = [cards[1] for cards in snapshots if len(cards) == 2 and re.search(r"4 calls \d", cards[0])]
     teacher = [int(match[1]) for text in early if (match := re.search(r"(\d+) calls of 100", text))]
     assert min(teacher) <= 6  # the picture was there when its teacher was at step 3
     assert len(set(teacher)) >= 3
@@ -425,8 +425,8 @@ def test_models_explains_wrong_files_and_draws_with_right_ones(
     expect(page.locator("#stage figcaption").nth(0)).to_contain_text("students/mine.safetensors, 4 steps")
     expect(page.locator("#gallery img")).to_have_count(2)
     newest = max((app.out / "pictures").glob("two-red-stars*"), key=lambda file: file.stat().st_mtime)
-    made = json.loads(Image.open(newest).info["tdm"])
-    assert (made["student"], made["seed"]) == ("students/mine.safetensors", 23)  # the seed stays, to compare
+    record = json.loads(Image.open(newest).info["tdm"])
+    assert (record["student"], record["seed"]) == ("students/mine.safetensors", 23)  # the seed stays, to compare
 
 
 def test_another_student_marks_its_own_steps_everywhere(open_page: Open, students: Path) -> None:
@@ -452,6 +452,6 @@ def test_a_page_that_is_closed_gives_its_turn_back(app: App, open_page: Open) ->
     page.click("#go")
     page.wait_for_selector("#stage figcaption:has-text('of 100')")
     page.close()
-    drawn, made = Client(app.url, verbose=False).predict("a green heart on the beach", 2, api_name="/generate")
-    assert made["calls"] == 4
+    drawn, record = Client(app.url, verbose=False).predict("a green heart on the beach", 2, api_name="/generate")
+    assert record["calls"] == 4
     assert Path(drawn).is_file()

@@ -119,7 +119,7 @@ class Evil:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "no whole PNG"),
         (b"hello", "no whole PNG"),
@@ -135,11 +135,11 @@ class Evil:
     ],
 )
 def test_a_wrong_picture_is_one_line(
-    content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(TDMError, match=said):
+    with pytest.raises(TDMError, match=message):
         read_settings(tmp_path / "a.png")
     assert not (tmp_path / "hurt").exists()
 
@@ -181,7 +181,7 @@ def test_a_run_cannot_be_named_out_of_its_folder(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("config", "setting", "said"),
+    ("config", "setting", "message"),
     [
         ("/etc/passwd", "seed=1", "no configuration"),
         ("bundled", "task.prompts=/etc/passwd", "cannot be set here"),
@@ -193,8 +193,8 @@ def test_a_run_cannot_be_named_out_of_its_folder(name: str, tmp_path: Path) -> N
         ("bundled", "updates=0", "updates must be positive"),
     ],
 )
-def test_a_visitor_sets_no_paths_of_a_run(config: str, setting: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(TDMError, match=said):
+def test_a_visitor_sets_no_paths_of_a_run(config: str, setting: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TDMError, match=message):
         Runs(tmp_path / "runs").start("mine", config, [setting])
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ from tdm.tests.processes import finish
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--prt", "7000"], "did you mean --port?"),
         (["--port", "70000"], "--port must be 1 to 65535"),
@@ -42,11 +42,15 @@ from tdm.tests.processes import finish
     ],
 )
 def test_wrong_input_is_one_line(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    assert said in refused(["app", *(a.replace("{tmp}", str(tmp_path)) for a in arguments)], capsys)
+    assert message in refused(["app", *(a.replace("{tmp}", str(tmp_path)) for a in arguments)], capsys)
 
 
 def test_a_wrong_port_in_the_environment_and_one_that_is_taken_are_one_line(

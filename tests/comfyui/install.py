@@ -40,7 +40,7 @@ def cache() -> Path:
 
 
 def root() -> Path:
-    """The folder of the install that this checkout wants: other pins, another folder."""
+    """The folder of the install that this checkout needs. Each set of pins has its own folder."""
     wanted = "\n".join([SDIST_SHA256, *UNUSED, *LEFT_OUT, PINS.read_text(), *_dependencies()])
     return cache() / hashlib.sha256(wanted.encode()).hexdigest()[:12]
 

@@ -102,10 +102,10 @@ def decoded(graph: Graph) -> Graph:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_each_family_gives_the_latents_and_the_pixels_of_diffusers(server: Server, folder: Folder, name: str) -> None:
-    """From the same seed."""
+    """Both sides start from the same seed."""
     folder(name)
-    (found,) = server.latents(loaded(name), ["samples", 0])
-    assert error(found, stock(name, output_type="latent")) <= 1e-5
+    (latents,) = server.latents(loaded(name), ["samples", 0])
+    assert error(latents, stock(name, output_type="latent")) <= 1e-5
     pictures = pictures_of(server, server.run(decoded(loaded(name))))
     expected = np.asarray(stock(name, output_type="np")).reshape(pictures.shape)
     assert len(pictures) == (FRAMES if name in ("cogvideox", "wan") else 1)
@@ -117,13 +117,13 @@ def test_each_family_gives_the_latents_and_the_pixels_of_diffusers(server: Serve
 def test_guidance_is_that_of_diffusers(server: Server, folder: Folder, name: str) -> None:
     """Empty text is what diffusers takes for no prompt: zeros for SDXL, without instructions for Sana."""
     folder(name)
-    (found,) = server.latents(guided(loaded(name), 3.0), ["samples", 0])
-    assert error(found, stock(name, guidance=3.0, output_type="latent")) <= 1e-5
+    (latents,) = server.latents(guided(loaded(name), 3.0), ["samples", 0])
+    assert error(latents, stock(name, guidance=3.0, output_type="latent")) <= 1e-5
 
 
 @pytest.mark.parametrize(("name", "shift"), [("sd3", 3.0), ("flux", math.exp(1.15))])
 def test_cores_schedules_have_the_shift_of_the_model(server: Server, folder: Folder, name: str, shift: float) -> None:
-    """One that depends on the size of the picture is that of the largest, as ComfyUI has it for Flux."""
+    """A shift that depends on the picture size is that of the largest size, as in ComfyUI for Flux."""
     folder(name)
     graph = {
         "load": node("TDMLoadDiffusers", pipeline=name),
@@ -139,16 +139,16 @@ def test_flux_guidance_is_what_the_network_is_told(server: Server, folder: Folde
     graph = loaded("flux")
     graph["told"] = node("FluxGuidance", conditioning=["prompt", 0], guidance=7.0)
     graph["guider"]["inputs"]["conditioning"] = ["told", 0]
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     expected = stock("flux", guidance_scale=7.0, output_type="latent")
-    assert error(found, expected) <= 1e-5
+    assert error(actual, expected) <= 1e-5
     assert error(expected, stock("flux", output_type="latent")) > 1e-4
 
 
 def test_a_batch_is_that_of_diffusers(server: Server, folder: Folder) -> None:
     folder("sana")
-    (found,) = server.latents(guided(loaded("sana", batch=2), 3.0), ["samples", 0])
-    assert error(found, stock("sana", guidance=3.0, num_images_per_prompt=2, output_type="latent")) <= 1e-5
+    (latents,) = server.latents(guided(loaded("sana", batch=2), 3.0), ["samples", 0])
+    assert error(latents, stock("sana", guidance=3.0, num_images_per_prompt=2, output_type="latent")) <= 1e-5
 
 
 def test_a_video_leaves_as_a_video(server: Server, folder: Folder) -> None:
@@ -188,11 +188,11 @@ def test_a_student_goes_onto_denoiser_and_text_encoder(server: Server, folder: F
     graph["student"] = node("TDMLoadStudent", model=["load", 0], clip=["load", 1], **student)
     graph["sigmas"]["inputs"] |= {"model": ["student", 0], "recipe": ["student", 2]}
     graph["prompt"]["inputs"]["clip"] = ["student", 1]
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     same = {"generator": torch.Generator().manual_seed(SEED), "output_type": "latent"}
     expected = TDMPipeline.from_pipe(pipe, student=file)(tiny.PROMPT, **same)[0]
-    assert error(found, expected) <= 1e-5
-    assert error(found, teacher) > 0.01
+    assert error(actual, expected) <= 1e-5
+    assert error(actual, teacher) > 0.01
 
 
 def broken(path: Path, how: str) -> None:

@@ -79,8 +79,8 @@ def test_cores_lora_loaders_load_what_ours_loads(
     save_file(written(layout, lora), server.models / "loras" / file)
     (plain,) = server.latents(loaded(name), ["samples", 0])
     (expected,) = server.latents(styled("TDMLoadStudent", file, name, 7), ["samples", 0])
-    (found,) = server.latents(styled("LoraLoader", file, name, 7), ["samples", 0])
-    assert error(found, expected) <= 1e-6
+    (actual,) = server.latents(styled("LoraLoader", file, name, 7), ["samples", 0])
+    assert error(actual, expected) <= 1e-6
     assert error(expected, plain) > 1e-3
     (model_only,) = server.latents(styled("LoraLoaderModelOnly", file, name, 7), ["samples", 0])
     if "text_encoder" in components:
@@ -135,10 +135,10 @@ def test_prompt_weights_are_cores(server: Server, folder: Folder, name: str) -> 
     by_hand = weighted(pipe, family_of_pipeline(type(pipe).__name__), "a red cube", WORDS[name], 1.6)
     given = {_ARGUMENTS[key]: value for key, value in by_hand.items()}
     expected = stock(name, output_type="latent", prompt=None, **given)
-    found = conditioning(server, name, "a (red:1.6) cube")
-    assert error(found, expected) <= 1e-5
+    actual = conditioning(server, name, "a (red:1.6) cube")
+    assert error(actual, expected) <= 1e-5
     plain = conditioning(server, name, "a red cube")
-    assert error(found, plain) > 1e-4
+    assert error(actual, plain) > 1e-4
     assert torch.equal(conditioning(server, name, "a (red:1.0) cube"), plain)
     bracketed, heavier = (conditioning(server, name, f"a {red} cube") for red in ("(red)", "(red:1.1)"))
     assert error(bracketed, heavier) <= 1e-6

@@ -53,26 +53,26 @@ def student(**options: Any) -> Graph:
 
 
 def test_student_prompt_and_seed_give_the_same_picture(server: Server, pipe: Any) -> None:
-    """To float32: core merges the LoRA into the weights, diffusers computes it beside them.
+    """Both sides agree to float32 rounding: core merges the LoRA into the weights, diffusers computes it separately.
 
     Merging it in diffusers changes these latents by 1e-6 to 3e-6, as much as the way through ComfyUI does. Of a
     picture's 12,288 values hardly one is another then. But SaveImage cuts what diffusers rounds.
     """
     (latents,) = server.latents(student(), ["samples", 0])
     assert error(latents, pipe(PROMPT, generator=seeded(), output_type="latent")[0]) <= 1e-5
-    (found,) = pictures_of(server, server.run(decoded(student())))
+    (pixels,) = pictures_of(server, server.run(decoded(student())))
     picture = pipe(PROMPT, generator=seeded(), output_type="np").images[0]
-    assert (found != np.floor(picture * 255)).sum() <= 5
+    assert (pixels != np.floor(picture * 255)).sum() <= 5
     rounded = np.asarray(pipe(PROMPT, generator=seeded()).images[0]).astype(float)
-    assert np.abs(found - rounded).max() <= 1
+    assert np.abs(pixels - rounded).max() <= 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8])
 def test_each_step_count_of_the_student_gives_the_same_latents(server: Server, pipe: Any, steps: int) -> None:
-    """Those that it learned beside its own begin below the last timestep; 3 is re-spaced."""
-    (found,) = server.latents(student(steps=steps), ["samples", 0])
+    """The other step counts that it learned begin below the last timestep; the grid of 3 steps is re-spaced."""
+    (actual,) = server.latents(student(steps=steps), ["samples", 0])
     expected = pipe(PROMPT, generator=seeded(), num_inference_steps=steps, output_type="latent")[0]
-    assert error(found, expected) <= 1e-5
+    assert error(actual, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("steps", [2, 4, 8])
@@ -87,21 +87,21 @@ def test_the_first_step_by_the_base_gives_the_latents_of_base_first(server: Serv
     graph["none"] = node("DisableNoise")
     others = {"noise": ["none", 0], "sigmas": ["parts", 1], "latent_image": ["first", 0]}
     graph["samples"] = node("SamplerCustomAdvanced", **{**whole, **others})
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     with pipe.base_first():
         expected = pipe(PROMPT, generator=seeded(), num_inference_steps=steps, output_type="latent")[0]
-    assert error(found, expected) <= 1e-5
+    assert error(actual, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_guided_teacher_gives_the_same_latents(server: Server, pipe: Any, order: int) -> None:
     grid: list[float] = [1000, 870, 740, 610, 480, 350, 220, 90]
-    (found,) = server.latents(guided(teacher(timesteps=grid, order=order), 3.0), ["samples", 0])
+    (actual,) = server.latents(guided(teacher(timesteps=grid, order=order), 3.0), ["samples", 0])
     with pipe.teacher():
         pipe.scheduler = TDMScheduler.from_config(pipe.scheduler.config, trained_timesteps=grid, solver_order=order)
         call = {"num_inference_steps": 8, "guidance_scale": 3.0, "output_type": "latent"}
         expected = pipe(PROMPT, generator=seeded(), **call)[0]
-    assert error(found, expected) <= 1e-5
+    assert error(actual, expected) <= 1e-5
 
 
 def test_cores_own_sampler_gives_the_same_on_the_grid_of_the_student(server: Server) -> None:
@@ -143,9 +143,9 @@ def test_image_to_image_is_that_of_the_pipeline(server: Server, pipe: Any, denoi
     graph = student(denoise=denoise, latent=["encoded", 0])
     graph["picture"] = node("LoadImage", image="heart.png")
     graph["encoded"] = node("VAEEncode", pixels=["picture", 0], vae=["load", 2])
-    (found,) = server.latents(graph, ["samples", 0])
+    (latents,) = server.latents(graph, ["samples", 0])
     call = {"strength": denoise, "generator": seeded(), "output_type": "latent"}
-    assert error(found, pipe.image_to_image(PROMPT, picture, **call)[0]) <= 1e-5
+    assert error(latents, pipe.image_to_image(PROMPT, picture, **call)[0]) <= 1e-5
 
 
 def test_each_step_sends_its_progress_and_a_preview_of_the_picture(server: Server) -> None:
@@ -163,16 +163,16 @@ def test_each_step_sends_its_progress_and_a_preview_of_the_picture(server: Serve
 
 def test_an_interrupted_run_ends_at_once_and_the_next_one_is_whole(server: Server) -> None:
     (expected,) = server.latents(student(), ["samples", 0])
-    seen: list[int] = []
+    progress: list[int] = []
 
     def stop(event: dict[str, Any]) -> None:
         if event["type"] == "progress":
-            seen.append(event["data"]["value"])
-            if len(seen) == 1:
+            progress.append(event["data"]["value"])
+            if len(progress) == 1:
                 server.post("interrupt", {})
 
     slow = decoded(teacher(timesteps=list(range(1000, 0, -1))))
     with pytest.raises(PromptError, match="interrupted"):
         server.run(slow, stop)
-    assert seen[-1] < 900
+    assert progress[-1] < 900
     assert torch.equal(server.latents(student(), ["samples", 0])[0], expected)

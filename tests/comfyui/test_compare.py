@@ -68,7 +68,7 @@ def test_the_bundled_student_is_compared_with_its_teacher(server: Server) -> Non
     [
         ({"steps": 50}, (100, 4)),
         ({"cfg": 1.0}, (6, 4)),
-        ({"sampler_name": "heun"}, (22, 4)),  # two evaluations a step but for the last
+        ({"sampler_name": "heun"}, (22, 4)),  # two evaluations in each step except the last
         ({"denoise": 0.5, "latent_image": ["picture", 0]}, (12, 4)),  # 6 of 12 steps
         ({"student_cfg": 2.0}, (12, 8)),
     ],
@@ -79,8 +79,8 @@ def test_every_call_of_the_network_is_counted(
 ) -> None:
     graph = on_the_formula(checkpoint, **options)
     graph["picture"] = graph["samples"]
-    found = re.findall(r"(\d+) network calls", report(server, graph))
-    assert tuple(map(int, found)) == calls
+    counts = re.findall(r"(\d+) network calls", report(server, graph))
+    assert tuple(map(int, counts)) == calls
 
 
 def test_seconds_are_those_of_the_sampling(server: Server, checkpoint: Checkpoint) -> None:

@@ -36,7 +36,7 @@ def workflow(checkpoint: Checkpoint, **options: Any) -> Graph:
 
 
 def picture(graph: Graph) -> Graph:
-    """A picture beside a workflow, as "picture", and its latent as an artist gets it, as "encoded"."""
+    """Add the nodes "picture" and "encoded" to a workflow: a picture, and its latent as an artist makes it."""
     alone = {"noise": ["other noise", 0], "latent_image": ["latent", 0]}
     return {
         **graph,
@@ -91,20 +91,20 @@ def test_a_lora_of_the_artist_goes_before_or_behind_it(server: Server, checkpoin
     else:
         graph["style"] = node("LoraLoaderModelOnly", model=["student", 0], **style)
         graph["sigmas"]["inputs"]["model"] = ["style", 0]
-    (found,) = server.latents(graph, ["samples", 0])
-    assert error(found * SCALE, sampled(checkpoint, noise(), style=0.8)) <= 1e-5
+    (latents,) = server.latents(graph, ["samples", 0])
+    assert error(latents * SCALE, sampled(checkpoint, noise(), style=0.8)) <= 1e-5
     (without,) = server.latents(workflow(checkpoint), ["samples", 0])  # the same MODEL in memory, not patched by it
     alone = sampled(checkpoint, noise())
     assert error(without * SCALE, alone) <= 1e-5
-    assert error(found * SCALE, alone) > 0.1
+    assert error(latents * SCALE, alone) > 0.1
 
 
 def test_image_to_image(server: Server, checkpoint: Checkpoint) -> None:
     graph = picture(workflow(checkpoint, denoise=0.5, latent=["encoded", 0]))
-    found, encoded = server.latents(graph, ["samples", 0], ["encoded", 0])
+    latents, encoded = server.latents(graph, ["samples", 0], ["encoded", 0])
     reference = scheduler("epsilon", GRID, 2)
     x = reference.add_noise(encoded * SCALE, noise(), reference.timesteps[2:3])
-    assert error(found * SCALE, sampled(checkpoint, x, first=2)) <= 1e-5
+    assert error(latents * SCALE, sampled(checkpoint, x, first=2)) <= 1e-5
 
 
 def test_inpainting_leaves_the_rest_as_it_was(server: Server, checkpoint: Checkpoint) -> None:
@@ -113,9 +113,9 @@ def test_inpainting_leaves_the_rest_as_it_was(server: Server, checkpoint: Checkp
     graph["nothing"] = node("SolidMask", value=0.0, width=64, height=64)
     graph["mask"] = node("MaskComposite", destination=["nothing", 0], source=["left", 0], x=0, y=0, operation="add")
     graph["masked"] = node("SetLatentNoiseMask", samples=["encoded", 0], mask=["mask", 0])
-    found, encoded = server.latents(graph, ["samples", 0], ["encoded", 0])
-    torch.testing.assert_close(found[..., 4:], encoded[..., 4:])
-    assert error(found[..., :4], encoded[..., :4]) > 0.1
+    latents, encoded = server.latents(graph, ["samples", 0], ["encoded", 0])
+    torch.testing.assert_close(latents[..., 4:], encoded[..., 4:])
+    assert error(latents[..., :4], encoded[..., :4]) > 0.1
 
 
 def test_each_picture_of_a_batch_can_be_drawn_alone(server: Server, checkpoint: Checkpoint) -> None:
@@ -158,7 +158,7 @@ def test_a_controlnet_steers_the_student(server: Server, checkpoint: Checkpoint)
     graph["mask"] = node("MaskComposite", destination=["nothing", 0], source=["left", 0], x=0, y=0, operation="add")
     graph["white left"] = node("MaskToImage", mask=["mask", 0])
     graph["guider"]["inputs"]["conditioning"] = ["controlled", 0]
-    (found,) = server.latents(graph, ["samples", 0])
+    (latents,) = server.latents(graph, ["samples", 0])
 
     hint = torch.zeros(2, 3, 64, 64)
     hint[..., :32] = 1
@@ -167,8 +167,8 @@ def test_a_controlnet_steers_the_student(server: Server, checkpoint: Checkpoint)
         down, mid = net(x, t, prompt, hint, conditioning_scale=0.8, return_dict=False)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
-    assert error(found * SCALE, sampled(checkpoint, noise(), control=control)) <= 1e-5
-    assert error(found * SCALE, sampled(checkpoint, noise())) > 0.05
+    assert error(latents * SCALE, sampled(checkpoint, noise(), control=control)) <= 1e-5
+    assert error(latents * SCALE, sampled(checkpoint, noise())) > 0.05
 
 
 def test_a_base_in_eight_bits_takes_the_student(server: Server, checkpoint: Checkpoint) -> None:
@@ -179,6 +179,6 @@ def test_a_base_in_eight_bits_takes_the_student(server: Server, checkpoint: Chec
     graph = workflow(checkpoint)
     graph["base"] = node("UNETLoader", unet_name="for_fp8.safetensors", weight_dtype="fp8_e4m3fn")
     plain = {**graph, **sampling(["base", 0], ["prompt", 0], timesteps=GRID, order=2)}
-    (found,), (base,) = server.latents(graph, ["samples", 0]), server.latents(plain, ["samples", 0])
+    (latents,), (base,) = server.latents(graph, ["samples", 0]), server.latents(plain, ["samples", 0])
     exact = sampled(checkpoint, noise())
-    assert 1e-4 < error(found * SCALE, exact) < error(base * SCALE, exact) / 3
+    assert 1e-4 < error(latents * SCALE, exact) < error(base * SCALE, exact) / 3

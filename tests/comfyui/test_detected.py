@@ -48,7 +48,7 @@ def diffused(network: nn.Module, family: str, reference: TDMScheduler, x: Tensor
 
 
 def test_cogvideox_2b(server: Server) -> None:
-    """With its position table in the file: without one ComfyUI takes it for a 5B, which has none."""
+    """The file holds the position table. Without one ComfyUI detects a 5B model, which has no such table."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = CogVideoXTransformer3DModel(
@@ -64,7 +64,7 @@ def test_cogvideox_2b(server: Server) -> None:
     graph["fixed"] = node("TDMCogVideoXSampling", model=["loader", 0], snr_shift_scale=3.0)
     graph |= sampling(["fixed", 0], ["prompt", 0], student=COGVIDEOX_2B, order=["sigmas", 2])
     graph["latent"] = node("EmptyHunyuanLatentVideo", width=720, height=480, length=5, batch_size=1)
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
 
     stock = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0
@@ -73,11 +73,11 @@ def test_cogvideox_2b(server: Server) -> None:
     reference.set_timesteps(4)
     x = noise((1, 16, 2, 60, 90)).transpose(1, 2)
     expected = diffused(network, "cogvideox", reference, x, 32).transpose(1, 2)
-    assert error(found * COGVIDEOX_SCALE, expected) <= 1e-5
+    assert error(actual * COGVIDEOX_SCALE, expected) <= 1e-5
 
 
 def test_pixart_alpha_512(server: Server) -> None:
-    """One block of the released width, which ComfyUI takes for granted: 150 MB."""
+    """The network is one block of the released width, 150 MB, because ComfyUI assumes that width."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = PixArtTransformer2DModel(
@@ -87,9 +87,9 @@ def test_pixart_alpha_512(server: Server) -> None:
     graph["fixed"] = node("TDMPixArtAlphaLatents", model=["loader", 0])
     graph |= sampling(["fixed", 0], ["prompt", 0], timesteps=[999, 749, 499, 249], order=2)
     graph["latent"] = node("EmptyLatentImage", width=512, height=512, batch_size=1)
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
 
     reference = TDMScheduler(trained_timesteps=[999, 749, 499, 249], solver_order=2)
     reference.set_timesteps(4)
     expected = diffused(network, "pixart", reference, noise((1, 4, 64, 64)), 4096)
-    assert error(found * 0.18215, expected) <= 1e-5
+    assert error(actual * 0.18215, expected) <= 1e-5

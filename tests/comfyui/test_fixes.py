@@ -28,7 +28,7 @@ def cogvideox_graph(snr_shift_scale: float = 3.0, **options: object) -> dict:
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("snr_shift_scale", [1.0, 3.0])
 def test_cogvideox_students_are_sampled_as_in_diffusers(server: Server, snr_shift_scale: float, order: int) -> None:
-    """The schedule of the stock CogVideoX scheduler, which ends in pure noise."""
+    """The schedule is that of the stock CogVideoX scheduler. It ends in pure noise."""
     stock = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=snr_shift_scale
     )
@@ -36,8 +36,8 @@ def test_cogvideox_students_are_sampled_as_in_diffusers(server: Server, snr_shif
         reference = TDMScheduler.from_config(stock.config, trained_timesteps=grid, solver_order=order)
         reference.set_timesteps(4)
         expected, _ = diffused(reference, noise(VIDEO))
-        (found,) = server.latents(cogvideox_graph(snr_shift_scale, timesteps=grid, order=order), ["samples", 0])
-        assert error(found * COGVIDEOX_SCALE, expected) <= 1e-5
+        (actual,) = server.latents(cogvideox_graph(snr_shift_scale, timesteps=grid, order=order), ["samples", 0])
+        assert error(actual * COGVIDEOX_SCALE, expected) <= 1e-5
 
 
 def test_the_released_cogvideox_student_is_one_choice(server: Server) -> None:
@@ -48,11 +48,11 @@ def test_the_released_cogvideox_student_is_one_choice(server: Server) -> None:
 
 
 def test_stock_samplers_are_right_on_the_fixed_model(server: Server) -> None:
-    """All of CogVideoX gains: `euler` with 5 trailing steps is DDIM of diffusers."""
+    """On the fixed CogVideoX model, `euler` with 5 trailing steps equals DDIM in diffusers."""
     grid = [999, 799, 599, 399, 199]
     graph = cogvideox_graph(timesteps=grid)
     graph["sampler"] = node("KSamplerSelect", sampler_name="euler")
-    (found,) = server.latents(graph, ["samples", 0])
+    (latents,) = server.latents(graph, ["samples", 0])
     stock = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
@@ -61,18 +61,18 @@ def test_stock_samplers_are_right_on_the_fixed_model(server: Server) -> None:
     x = noise(VIDEO)
     for t in stock.timesteps:
         x = stock.step(network(x, t), t, x).prev_sample
-    assert error(found * COGVIDEOX_SCALE, x) <= 2e-4  # from s = 20000 in float32
+    assert error(latents * COGVIDEOX_SCALE, x) <= 2e-4  # from s = 20000 in float32
 
 
 def test_pixart_alpha_gets_the_latents_of_its_own_vae(server: Server) -> None:
     graph = student_graph("pixart", timesteps=[999, 749, 499, 249])
     graph["fixed"] = node("TDMPixArtAlphaLatents", model=["model", 0])
     fixed = {**graph, "sigmas": node("TDMSigmas", **{**graph["sigmas"]["inputs"], "model": ["fixed", 0]})}
-    (found,), (stock,) = server.latents(fixed, ["samples", 0]), server.latents(graph, ["samples", 0])
+    (actual,), (stock,) = server.latents(fixed, ["samples", 0]), server.latents(graph, ["samples", 0])
     reference = TDMScheduler(trained_timesteps=[999, 749, 499, 249])  # PixArt's betas are the linear ones
     reference.set_timesteps(4)
     expected, _ = diffused(reference, noise((2, 4, 8, 8)))
-    assert error(found * 0.18215, expected) <= 1e-5
+    assert error(actual * 0.18215, expected) <= 1e-5
     assert error(stock * 0.13025, expected) <= 1e-5  # what it is without the fix: another size for the VAE
 
 

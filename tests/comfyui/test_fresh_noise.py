@@ -55,14 +55,14 @@ def diffused(
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_nodes_sample_what_diffusers_samples(server: Server, kind: str, grid: list[float]) -> None:
-    fresh, own = fresh_graph(kind, grid), student_graph(kind, timesteps=grid)
-    found, deterministic = (server.latents(graph, ["samples", 0])[0] * SCALE for graph in (fresh, own))
+    fresh, plain = fresh_graph(kind, grid), student_graph(kind, timesteps=grid)
+    actual, deterministic = (server.latents(graph, ["samples", 0])[0] * SCALE for graph in (fresh, plain))
     expected = diffused(kind, grid)
-    assert error(found[:1], expected) <= 1e-5  # the first of two is what is drawn alone
+    assert error(actual[:1], expected) <= 1e-5  # the first of two is what is drawn alone
     assert error(deterministic[:1], expected) > 1e-2
-    own["first"] = fresh["sigmas"]
-    own["sigmas"]["inputs"]["model"] = ["first", 0]  # the last TDM Sigmas says what the run is
-    assert torch.equal(server.latents(own, ["samples", 0])[0] * SCALE, deterministic)
+    plain["first"] = fresh["sigmas"]
+    plain["sigmas"]["inputs"]["model"] = ["first", 0]  # the last TDM Sigmas says what the run is
+    assert torch.equal(server.latents(plain, ["samples", 0])[0] * SCALE, deterministic)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,13 +79,13 @@ def test_a_picture_taken_out_of_a_batch_is_the_one_in_it(server: Server, kind: s
     (batch,) = server.latents(graph, ["samples", 0])
     graph["out"] = node("LatentFromBatch", samples=["latent", 0], batch_index=1, length=2)
     graph["samples"]["inputs"]["latent_image"] = ["out", 0]
-    (found,) = server.latents(graph, ["samples", 0])
-    assert error(found, batch[1:]) <= 1e-5
+    (latents,) = server.latents(graph, ["samples", 0])
+    assert error(latents, batch[1:]) <= 1e-5
     assert error(batch[1], batch[2]) > 1e-2
 
 
-def parts(graph: Graph, second: str) -> Graph:
-    """The schedule of a graph in two samplers, of which the second has no noise of its own."""
+def two_samplers(graph: Graph, second: str) -> Graph:
+    """Split the schedule of a graph over two samplers. The second one adds no noise of its own."""
     graph["parts"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
     same = {"guider": ["guider", 0], "sampler": ["sampler", 0]}
     first = {"noise": ["noise", 0], "sigmas": ["parts", 0], "latent_image": ["latent", 0]}
@@ -96,8 +96,8 @@ def parts(graph: Graph, second: str) -> Graph:
         graph["samples"] = node("SamplerCustomAdvanced", **same, **rest, noise=["none", 0])
     else:
         whole = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "sampler": ["sampler", 0]}
-        own = {"noise_seed": graph["noise"]["inputs"]["noise_seed"], "cfg": 1.0, "add_noise": False}
-        graph["samples"] = node("SamplerCustom", **whole, **own, **rest)
+        noise = {"noise_seed": graph["noise"]["inputs"]["noise_seed"], "cfg": 1.0, "add_noise": False}
+        graph["samples"] = node("SamplerCustom", **whole, **noise, **rest)
     return graph
 
 
@@ -107,14 +107,14 @@ def parts(graph: Graph, second: str) -> Graph:
 def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, seed: int, second: str) -> None:
     """No noise comes twice: the second sampler goes on in the seed's noise where the first one stopped."""
     (whole,) = server.latents(fresh_graph(kind, GRIDS[1], seed=seed), ["samples", 0])
-    (found,) = server.latents(parts(fresh_graph(kind, GRIDS[1], seed=seed), second), ["samples", 0])
-    assert error(found, whole) <= 1e-5
+    (split,) = server.latents(two_samplers(fresh_graph(kind, GRIDS[1], seed=seed), second), ["samples", 0])
+    assert error(split, whole) <= 1e-5
     assert error(whole[:1] * SCALE, diffused(kind, GRIDS[1], torch.Generator().manual_seed(seed))) <= 1e-5
 
 
 def test_a_second_sampler_that_cannot_know_its_noise_says_so(server: Server) -> None:
-    """Its samples are not those that the first one left."""
-    graph = parts(fresh_graph("epsilon", GRIDS[0]), "DisableNoise")
+    """The second sampler gets changed samples, not those that the first one returned."""
+    graph = two_samplers(fresh_graph("epsilon", GRIDS[0]), "DisableNoise")
     graph["other"] = node("LatentMultiply", samples=["first", 0], multiplier=0.5)
     graph["samples"]["inputs"]["latent_image"] = ["other", 0]
     with pytest.raises(PromptError, match="neither noise nor a seed for it: use SamplerCustom"):
@@ -123,12 +123,12 @@ def test_a_second_sampler_that_cannot_know_its_noise_says_so(server: Server) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cores_lcm_takes_noise_of_the_same_kind_from_another_generator(server: Server, kind: str) -> None:
-    """What the model card says of core's own nodes."""
+    """The model card says this about core's own nodes."""
     graph = fresh_graph(kind, GRIDS[0])
     graph["sampler"] = node("KSamplerSelect", sampler_name="lcm")
-    (found,) = server.latents(graph, ["samples", 0])
+    (latents,) = server.latents(graph, ["samples", 0])
     first, after = (torch.Generator().manual_seed(seed) for seed in (SEED, SEED + 1))
-    assert error(found * SCALE, diffused(kind, GRIDS[0], first, after, SHAPE)) <= 1e-5
+    assert error(latents * SCALE, diffused(kind, GRIDS[0], first, after, SHAPE)) <= 1e-5
 
 
 def test_order_2_is_refused(server: Server) -> None:
@@ -138,7 +138,7 @@ def test_order_2_is_refused(server: Server) -> None:
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server, folder: Folder, name: str) -> None:
-    """From the same seed; but diffusers draws CogVideoX's noise with frames before channels."""
+    """Both sides use the same seed. CogVideoX differs: diffusers draws its noise with frames before channels."""
     folder(name)
     pipe: Any = tiny.build(name)
     size = size_of(name)
@@ -146,15 +146,15 @@ def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server,
     predicts = TDMScheduler.from_config(pipe.scheduler.config).config.prediction_type
     frames = {"num_frames": FRAMES} if name in ("cogvideox", "wan") else {}
     fields: dict[str, Any] = {"guidance_scale": 1.0, "height": size.height, "width": size.width, **frames}
-    made = StudentRecipe("me/tiny", name, predicts, {3: GRID}, stochastic_sampling=True, **fields)
+    fresh_recipe = StudentRecipe("me/tiny", name, predicts, {3: GRID}, stochastic_sampling=True, **fields)
     (server.models / "loras").mkdir(exist_ok=True)
     file = server.models / "loras" / f"fresh_{name}.safetensors"
-    save_student(file, Student.from_state_dict(made, lora_for(getattr(pipe, denoiser)), alpha=2))
+    save_student(file, Student.from_state_dict(fresh_recipe, lora_for(getattr(pipe, denoiser)), alpha=2))
     graph = loaded(name, timesteps=None)
     student = {"file": file.name, "released_as": "by its header or name", "strength": 1.0}
     graph["student"] = node("TDMLoadStudent", model=["load", 0], **student)
     graph["sigmas"]["inputs"] |= {"model": ["student", 0], "recipe": ["student", 2]}
-    (found,) = server.latents(graph, ["samples", 0])
+    (latents,) = server.latents(graph, ["samples", 0])
 
     same = {"generator": torch.Generator().manual_seed(SEED), "output_type": "latent", **CALLS.get(name, {})}
     ours = TDMPipeline.from_pipe(pipe, student=file)
@@ -162,10 +162,10 @@ def test_a_student_of_each_family_gives_the_latents_of_diffusers(server: Server,
         same["guidance_scale"] = 3.5  # what ComfyUI tells its network, if nothing else is connected
     out = ours(tiny.PROMPT, **same)[0]
     if name == "cogvideox":
-        assert found.shape == out.transpose(1, 2).shape
-        assert found.isfinite().all()
+        assert latents.shape == out.transpose(1, 2).shape
+        assert latents.isfinite().all()
     else:
-        assert error(found, ours.family.unpack(ours, out, size)) <= 1e-5
+        assert error(latents, ours.family.unpack(ours, out, size)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["sd15", "flux"])
@@ -175,14 +175,16 @@ def test_a_batch_of_one_seed_is_that_of_diffusers(server: Server, folder: Folder
     size = size_of(name)
     predicts = TDMScheduler.from_config(pipe.scheduler.config).config.prediction_type
     sizes = {"height": size.height, "width": size.width}
-    made = StudentRecipe("me/tiny", name, predicts, {3: GRID}, guidance_scale=3.5, stochastic_sampling=True, **sizes)
+    fresh_recipe = StudentRecipe(
+        "me/tiny", name, predicts, {3: GRID}, guidance_scale=3.5, stochastic_sampling=True, **sizes
+    )
     graph = loaded(name, timesteps=None, batch=3)
-    graph["sigmas"]["inputs"]["recipe"] = made.to_metadata()[HEADER_KEY]
-    (found,) = server.latents(graph, ["samples", 0])
+    graph["sigmas"]["inputs"]["recipe"] = fresh_recipe.to_metadata()[HEADER_KEY]
+    (latents,) = server.latents(graph, ["samples", 0])
     denoiser = getattr(pipe, "unet" if name == "sd15" else "transformer")
     none = {key: torch.zeros_like(tensor) for key, tensor in lora_for(denoiser).items()}
-    ours = TDMPipeline.from_pipe(pipe, student=Student.from_state_dict(made, none))
+    ours = TDMPipeline.from_pipe(pipe, student=Student.from_state_dict(fresh_recipe, none))
     same = {"output_type": "latent", **(ours.family.guidance(1.0) if name == "sd15" else {})}
     seeded = torch.Generator().manual_seed(SEED)
     out = ours(tiny.PROMPT, num_images_per_prompt=3, generator=seeded, **same)[0]
-    assert error(found, ours.family.unpack(ours, out, size)) <= 1e-5
+    assert error(latents, ours.family.unpack(ours, out, size)) <= 1e-5

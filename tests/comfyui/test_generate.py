@@ -67,22 +67,22 @@ def from_file(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def test_it_gives_the_picture_of_the_long_workflow(server: Server, checkpoint: Checkpoint) -> None:
     student = checkpoint.student(width=96)
-    (found,) = server.pictures(short(checkpoint.file, student, batch_size=2), ["drawn", 0])
+    (actual,) = server.pictures(short(checkpoint.file, student, batch_size=2), ["drawn", 0])
     (expected,) = server.pictures(long(from_file(checkpoint), student, 96, 64, batch_size=2), ["drawn", 0])
-    assert found.shape == (2, 64, 96, 3)
-    assert torch.equal(found, expected)
-    assert not torch.equal(found[0], found[1])
+    assert actual.shape == (2, 64, 96, 3)
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual[0], actual[1])
     (sized,) = server.pictures(short(checkpoint.file, student, width=64, height=128), ["drawn", 0])
     (expected,) = server.pictures(long(from_file(checkpoint), student, 64, 128), ["drawn", 0])
     assert torch.equal(sized, expected)
 
 
 def test_without_any_file_it_draws_with_the_bundled_model(server: Server) -> None:
-    (found,) = server.pictures(short("bundled", "bundled", batch_size=2), ["drawn", 0])
+    (actual,) = server.pictures(short("bundled", "bundled", batch_size=2), ["drawn", 0])
     graph = long(node("TDMLoadDiffusers", pipeline="bundled"), "bundled", 64, 64, batch_size=2)
     (expected,) = server.pictures(graph, ["drawn", 0])
-    assert torch.equal(found, expected)
-    assert found.shape == (2, 64, 64, 3)
+    assert torch.equal(actual, expected)
+    assert actual.shape == (2, 64, 64, 3)
 
 
 def test_a_pipeline_of_diffusers_is_a_checkpoint_too(server: Server) -> None:
@@ -117,9 +117,9 @@ def test_a_student_that_wants_guidance_gets_it(server: Server, checkpoint: Check
     prompts = {"positive": ["prompt", 0], "negative": ["nothing", 0]}
     graph["guider"] = node("CFGGuider", model=["sigmas", 0], cfg=2.5, **prompts)
     (expected,) = server.pictures(graph, ["drawn", 0])
-    (found,) = server.pictures(short(checkpoint.file, student), ["drawn", 0])
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, unguided)
+    (actual,) = server.pictures(short(checkpoint.file, student), ["drawn", 0])
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, unguided)
 
 
 def test_another_seed_loads_nothing_again(server: Server, checkpoint: Checkpoint) -> None:

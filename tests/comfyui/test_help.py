@@ -51,10 +51,10 @@ def test_chinese_says_all_that_english_says() -> None:
 @pytest.mark.parametrize("language", PAGE)
 def test_the_server_hands_the_texts_out_and_none_has_the_signs_of_a_template(server: Server, language: str) -> None:
     """`{`, `@` and `|` mean something in a message of vue-i18n, which the front end shows."""
-    given, own = server.get("i18n")[language]["nodeDefs"], texts(language)
-    assert own
-    assert {name: given[name] for name in own} == own
-    assert not [text for text in leaves(own).values() if re.search(r"[{}@|$]", text)]
+    given, expected = server.get("i18n")[language]["nodeDefs"], texts(language)
+    assert expected
+    assert {name: given[name] for name in expected} == expected
+    assert not [text for text in leaves(expected).values() if re.search(r"[{}@|$]", text)]
 
 
 @pytest.mark.parametrize("language", PAGE)
@@ -76,7 +76,7 @@ def test_each_node_has_a_help_page_with_all_inputs_and_outputs_and_a_picture(
 
 
 def test_the_front_end_finds_english_where_it_looks_first_and_where_it_looks_last(schemas: Texts) -> None:
-    """A language without a page of its own gets the one beside its folder."""
+    """A language without its own page gets the English page next to the node's folder."""
     for node in schemas:
         assert (PAGES / node / "en.md").read_bytes() == (PAGES / f"{node}.md").read_bytes()
 

@@ -35,14 +35,14 @@ def test_ksampler_is_exact_where_its_steps_are_the_trained_ones(
 ) -> None:
     graph = k_sampler(student_graph(kind, shift=shift), sampler)
     inputs = graph["samples"]["inputs"]
-    own = {"add_noise": True, "noise_seed": SEED, "cfg": 1.0}
+    options = {"add_noise": True, "noise_seed": SEED, "cfg": 1.0}
     graph["name"] = node("KSamplerSelect", sampler_name=sampler)
     graph["levels"] = node("BasicScheduler", model=["model", 0], scheduler="simple", steps=4, denoise=1.0)
     links = {name: inputs[name] for name in ("model", "positive", "negative", "latent_image")}
-    graph["custom"] = node("SamplerCustom", sampler=["name", 0], sigmas=["levels", 0], **own, **links)
+    graph["custom"] = node("SamplerCustom", sampler=["name", 0], sigmas=["levels", 0], **options, **links)
     expected, _ = diffused(scheduler(kind, grid, order), noise())
-    for found in server.latents(graph, ["samples", 0], ["custom", 0]):
-        assert error(found * SCALE, expected) <= 1e-5
+    for actual in server.latents(graph, ["samples", 0], ["custom", 0]):
+        assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("kind", "shift", "grid", "order", "sampler"), [each for each in EXACT if each[3] == 1])
@@ -56,38 +56,38 @@ def test_ksampler_advanced_takes_a_part_of_the_steps(
     last = {"add_noise": "disable", "start_at_step": 3, "end_at_step": 4, "return_with_leftover_noise": "disable"}
     graph["first"] = node("KSamplerAdvanced", **whole, **first)
     graph["samples"] = node("KSamplerAdvanced", **{**whole, "latent_image": ["first", 0]}, **last)
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     expected, _ = diffused(scheduler(kind, grid, order), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("kind", "shift", "grid", "order", "sampler"), [each for each in EXACT if each[3] == 1])
 def test_ksampler_redraws_from_a_trained_timestep(
     server: Server, kind: str, shift: float, grid: list[float], order: int, sampler: str
 ) -> None:
-    """`denoise` of half with 2 steps are the last two of four."""
+    """`denoise` 0.5 with 2 steps takes the last two of four steps."""
     graph = k_sampler(student_graph(kind, shift=shift), sampler)
     graph["picture"] = graph["samples"]
     halved = {"latent_image": ["picture", 0], "steps": 2, "denoise": 0.5, "seed": 3}
     graph["samples"] = node("KSampler", **{**graph["picture"]["inputs"], **halved})
-    found, start = server.latents(graph, ["samples", 0], ["picture", 0])
+    actual, start = server.latents(graph, ["samples", 0], ["picture", 0])
     reference = scheduler(kind, grid, order)
     x = reference.add_noise(start * SCALE, noise(seed=3), reference.timesteps[2:3])
     expected, _ = diffused(reference, x, first=2)
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 def test_ksampler_on_the_model_of_tdm_sigmas_begins_at_the_first_trained_timestep(server: Server) -> None:
     """A uniform grid below the last timestep is then 'simple' as well."""
     graph = student_graph("epsilon", timesteps=GRIDS[1])
-    (found,) = server.latents(k_sampler(graph, "euler", model=["sigmas", 0]), ["samples", 0])
+    (actual,) = server.latents(k_sampler(graph, "euler", model=["sigmas", 0]), ["samples", 0])
     expected, _ = diffused(scheduler("epsilon", GRIDS[1]), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("levels", ["simple", "sgm_uniform"])
 def test_the_dreamshaper_student_is_only_near_in_ksampler(server: Server, levels: str) -> None:
-    """Both schedulers lie beside its timesteps 999, 749, 500, 250: by one, or by a quarter of one."""
+    """Both schedulers miss its timesteps 999, 749, 500, 250 by one, or by a quarter of one."""
     student = PRESETS["Luo-Yihong/TDM_dreamshaper_LoRA"]
     expected, _ = diffused(scheduler("epsilon", student.recipe["trained_timesteps"][4], 2), noise())
     graph = student_graph("epsilon", student=student.name, order=["sigmas", 2])
@@ -114,10 +114,10 @@ STOCK = {
     ],
 )
 def test_stock_samplers_on_our_model_and_sigmas_are_exact(server: Server, kind: str, order: int, sampler: str) -> None:
-    """Any grid, such as one that begins below the last timestep; that of SD3 for flow."""
+    """This holds on any grid, also on one that begins below the last timestep. The grid for flow is that of SD3."""
     flow = kind == "flow_prediction"
     grid = PRESETS["Luo-Yihong/TDM_sd3_lora"].recipe["trained_timesteps"][4] if flow else GRIDS[1]
     graph = {**student_graph(kind, shift=6.0, timesteps=grid), "sampler": STOCK[sampler]}
     expected, _ = diffused(scheduler(kind, grid, order), noise())
-    (found,) = server.latents(graph, ["samples", 0])
-    assert error(found * SCALE, expected) <= 1e-5
+    (actual,) = server.latents(graph, ["samples", 0])
+    assert error(actual * SCALE, expected) <= 1e-5

@@ -22,13 +22,13 @@ _nonces = itertools.count()
 
 def fresh(graph: Graph) -> Graph:
     """The same workflow, sampled again although the server has its result."""
-    again = node("TestFresh", latent=["latent", 0], nonce=next(_nonces))
+    renewed = node("TestFresh", latent=["latent", 0], nonce=next(_nonces))
     sampler = graph["samples"]
-    return {**graph, "again": again, "samples": node(**_with(sampler, latent_image=["again", 0]))}
+    return {**graph, "again": renewed, "samples": node(**_with(sampler, latent_image=["again", 0]))}
 
 
-def _with(made: dict[str, Any], **inputs: Any) -> dict[str, Any]:
-    return {"class_type": made["class_type"], **made["inputs"], **inputs}
+def _with(original: dict[str, Any], **inputs: Any) -> dict[str, Any]:
+    return {"class_type": original["class_type"], **original["inputs"], **inputs}
 
 
 def sampled(server: Server, graph: Graph) -> Tensor:
@@ -58,7 +58,7 @@ def stock(kind: str) -> Graph:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
 def test_workflows_leave_nothing_in_each_other(server: Server, kind: str) -> None:
-    """On one MODEL in memory: a stock workflow, ours on two grids, and both again."""
+    """One MODEL stays in memory: a stock workflow, ours on two grids, and both repeated."""
     ours = student_graph(kind, timesteps=GRID)
     first = sampled(server, stock(kind)), sampled(server, ours)
     sampled(server, student_graph(kind, timesteps=[499, 249], order=2))
@@ -80,19 +80,19 @@ def test_cutting_a_schedule_again_is_cutting_it_once(server: Server) -> None:
 
 def test_an_interrupted_run_ends_at_once_and_the_next_one_is_whole(server: Server) -> None:
     expected = sampled(server, student_graph("epsilon", timesteps=GRID))
-    seen: list[int] = []
+    progress: list[int] = []
 
     def stop(event: dict[str, Any]) -> None:
         if event["type"] == "progress":
-            seen.append(event["data"]["value"])
-            if len(seen) == 1:
+            progress.append(event["data"]["value"])
+            if len(progress) == 1:
                 server.post("interrupt", {})
 
     slow = student_graph("epsilon", timesteps=list(range(900, 100, -20)), seconds=0.2)
     slow["end"] = node("SaveLatent", samples=["samples", 0], filename_prefix="interrupted")
     with pytest.raises(PromptError, match="interrupted"):
         server.run(slow, stop)
-    assert 1 <= seen[-1] < 20
+    assert 1 <= progress[-1] < 20
     assert torch.equal(sampled(server, student_graph("epsilon", timesteps=GRID)), expected)
 
 

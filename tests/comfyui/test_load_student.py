@@ -39,7 +39,7 @@ class Model(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model(server: Server) -> Model:
-    """Its file is where the server finds it."""
+    """A Model whose file is where the server finds it."""
     unet = tiny_sd15.build()
     for folder in ("diffusion_models", "loras"):
         (server.models / folder).mkdir(exist_ok=True)
@@ -64,11 +64,11 @@ def weights(server: Server, graph: Graph, link: list[Any], kind: str = "Model") 
     inputs = {kind.lower(): link, "filename_prefix": "weights/w"}
     try:
         server.run({**graph, "save": node("ModelSave" if kind == "Model" else "CLIPSave", **inputs)})
-        found = {}
+        state_dict = {}
         for path in folder.iterdir():
             front = path.name[len("w_") : -len("_00001_.safetensors")]
-            found |= {f"{front}.{k}" if kind == "CLIP" else k: tensor for k, tensor in load_file(path).items()}
-        return {k.removeprefix("model.diffusion_model."): tensor for k, tensor in found.items()}
+            state_dict |= {f"{front}.{k}" if kind == "CLIP" else k: tensor for k, tensor in load_file(path).items()}
+        return {k.removeprefix("model.diffusion_model."): tensor for k, tensor in state_dict.items()}
     finally:
         shutil.rmtree(folder)
 
@@ -86,14 +86,14 @@ def save(server: Server, name: str, layers: dict[str, Lora], recipe: StudentReci
 
 def kohya_native(model: Model, path: Path) -> None:
     """The student as trainers of ComfyUI's users write it: native names, and an alpha that is not the rank."""
-    made = [Update("unet", model.native[name], (name,), lora.A, lora.B) for name, lora in model.student.items()]
-    save_file(tensors_of(LAYOUTS["kohya native"], made), path)  # alpha 3
+    layers = [Update("unet", model.native[name], (name,), lora.A, lora.B) for name, lora in model.student.items()]
+    save_file(tensors_of(LAYOUTS["kohya native"], layers), path)  # alpha 3
 
 
 def raw_peft(model: Model, path: Path) -> None:
     """A layout that ComfyUI itself loads nothing of."""
-    made = [Update("unet", name, (name,), lora.A, lora.B) for name, lora in model.student.items()]
-    save_file(tensors_of(LAYOUTS["raw peft"], made), path)
+    layers = [Update("unet", name, (name,), lora.A, lora.B) for name, lora in model.student.items()]
+    save_file(tensors_of(LAYOUTS["raw peft"], layers), path)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_core_patches_exactly_the_students_weights(
     else:
         write = {"kohya native": kohya_native, "raw peft": raw_peft}[layout]
         write(model, server.models / "loras" / file)
-    found = weights(server, loaded(file, strength=strength), ["student", 0])
+    actual = weights(server, loaded(file, strength=strength), ["student", 0])
     for name, weight in model.unet.state_dict().items():
         layer = name.removesuffix(".weight")
         expected = weight.double()
         if layer in model.student:
             expected = expected + scale * delta(model.student[layer], weight.shape)
         (there,) = tiny_sd15.original_names({name: weight})
-        torch.testing.assert_close(found[there].double(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(actual[there].double(), expected, rtol=0, atol=1e-6)
 
 
 def test_a_student_adds_to_the_other_loras_of_a_workflow(server: Server, model: Model) -> None:
@@ -128,11 +128,11 @@ def test_a_student_adds_to_the_other_loras_of_a_workflow(server: Server, model: 
     before["student"]["inputs"]["model"] = ["style", 0]
     after = loaded("student.safetensors") | {"style": node("LoraLoaderModelOnly", model=["student", 0], **style)}
     for graph, link in ((before, ["student", 0]), (after, ["style", 0])):
-        found = weights(server, graph, link)
+        actual = weights(server, graph, link)
         for name, lora in model.student.items():
             weight = model.unet.get_submodule(name).weight
             expected = weight.double() + (1 + 0.4 * 3 / 4) * delta(lora, weight.shape)
-            torch.testing.assert_close(found[f"{model.native[name]}.weight"].double(), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(actual[f"{model.native[name]}.weight"].double(), expected, rtol=0, atol=1e-6)
 
 
 def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, model: Model) -> None:
@@ -140,7 +140,7 @@ def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, 
     graph = loaded("student.safetensors") | {"prompt": node("TestPrompt", width=768)}
     plain = {**graph, **sampling(["base", 0], ["prompt", 0], timesteps=GRID)}
     graph |= sampling(["student", 0], ["prompt", 0], timesteps=GRID)
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     (untouched,) = server.latents(plain, ["samples", 0])
 
     prompt = torch.linspace(-1, 1, 7 * 768).reshape(1, 7, 768).expand(2, -1, -1)
@@ -160,21 +160,21 @@ def test_the_same_student_samples_the_same_latents_as_diffusers(server: Server, 
     finally:
         model.unet.load_state_dict(before)
     assert error(expected, base) > 0.1
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
     assert error(untouched * SCALE, base) <= 1e-5  # no patch is left behind
 
 
 def test_the_recipe_that_was_loaded_is_the_one_that_is_sampled(server: Server, model: Model) -> None:
-    """One link from the loader: timesteps and order, whatever else TDM Sigmas has been set to."""
+    """One link from the loader sets timesteps and order, and overrides the widgets of TDM Sigmas."""
     grid = [899.0, 674.0, 449.0, 224.0]
-    own = StudentRecipe("me/tiny", "sd15", "epsilon", {4: grid}, 1.0, 64, 64, solver_order=2)
-    save(server, "linked.safetensors", model.student, own)
+    recipe = StudentRecipe("me/tiny", "sd15", "epsilon", {4: grid}, 1.0, 64, 64, solver_order=2)
+    save(server, "linked.safetensors", model.student, recipe)
     graph = loaded("linked.safetensors") | {"prompt": node("TestPrompt", width=768)}
     typed = {**graph, **sampling(["student", 0], ["prompt", 0], timesteps=grid, order=2)}
     linked = {**graph, **sampling(["student", 0], ["prompt", 0], timesteps=[500.0], order=["sigmas", 2])}
     linked["sigmas"]["inputs"]["recipe"] = ["student", 2]
-    (expected,), (found,) = (server.latents(each, ["samples", 0]) for each in (typed, linked))
-    assert torch.equal(found, expected)
+    (expected,), (actual,) = (server.latents(each, ["samples", 0]) for each in (typed, linked))
+    assert torch.equal(actual, expected)
 
     raw_peft(model, server.models / "loras" / "unknown.safetensors")
     linked["student"]["inputs"]["file"] = "unknown.safetensors"
@@ -277,12 +277,12 @@ def test_what_is_no_lora_is_left_out_where_the_user_asks(server: Server, model: 
     with pytest.raises(PromptError, match=message) as failure:
         shown(server, loaded("more.safetensors", strict=True))
     assert "strict=False" not in str(failure.value)
-    found, expected = (
+    actual, expected = (
         weights(server, loaded(name, strict=False), ["student", 0])
         for name in ("more.safetensors", "student.safetensors")
     )
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
     n, lines = len(model.student), shown(server, loaded("more.safetensors", strict=False))[1].splitlines()
     assert lines[0] == f"{n} layers matched"
     assert lines[1].startswith("more.safetensors: 2 tensors next to the LoRA are left out: ")

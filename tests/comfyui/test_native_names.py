@@ -43,7 +43,7 @@ PINS = {
 
 @pytest.fixture(scope="module")
 def comfyui(comfyui_installed: None) -> dict[str, Any]:  # noqa: ARG001
-    """What native_layers.py prints."""
+    """The JSON that native_layers.py prints."""
     command = [install.python(), Path(__file__).with_name("native_layers.py")]
     env = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
@@ -75,13 +75,13 @@ def test_every_layer_of_diffusers_has_its_place_in_comfyui(family: str, comfyui:
 @pytest.mark.parametrize("family", MAPPED)
 def test_they_are_the_places_where_comfyui_puts_loras_of_diffusers(family: str, comfyui: dict[str, Any]) -> None:
     native = network(comfyui, family)
-    rows, shapes, own = rows_of(native, family), layer_shapes(native), layer_shapes(released(family))
+    rows, shapes, released_shapes = rows_of(native, family), layer_shapes(native), layer_shapes(released(family))
     front = f"{family_of_name(family).denoiser}."
     compared = 0
     for key, (weight, part, swapped) in comfyui[family]["keys"].items():
         name = key.removeprefix(front).replace(".processor.to_", ".to_")
         name += ".0" if name.endswith(".to_out") else ""
-        if not key.startswith(front) or name not in own:
+        if not key.startswith(front) or name not in released_shapes:
             continue
         layer = weight.removeprefix("diffusion_model.").removesuffix(".weight")
         _, start, outputs = part or (0, 0, shapes[layer].outputs)
@@ -91,7 +91,7 @@ def test_they_are_the_places_where_comfyui_puts_loras_of_diffusers(family: str, 
         else:
             assert [(row.layer, row.start, row.shape.outputs) for row in rows[name]] == [(layer, start, outputs)]
         compared += 1
-    assert compared > 0.9 * len(own)
+    assert compared > 0.9 * len(released_shapes)
 
 
 # ---------------------------------------------------------------------- the released students
@@ -126,7 +126,7 @@ def test_a_released_list_without_names_lands_layer_by_layer(
     native = network(comfyui, preset.family)
     placed = place_native(file, family_of_name(preset.family), {"transformer": native}, **preset.placing)
     rows = rows_of(native, preset.family)
-    found = 0
+    matched = 0
     for i, name in enumerate(names):
         (there,) = rows[name]
         A, B = placed["transformer"][there.layer]
@@ -135,8 +135,8 @@ def test_a_released_list_without_names_lands_layer_by_layer(
         assert len(columns) == 32
         assert bool((A[columns] == value(i)).all())
         assert bool((block[:, columns] == 2.0 * value(i)).all())  # alpha 64 on rank 32
-        found += 1
-    assert sum(len(lora.A) for lora in placed["transformer"].values()) == 32 * found
+        matched += 1
+    assert sum(len(lora.A) for lora in placed["transformer"].values()) == 32 * matched
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,10 @@ def workflow(grid: list[float], order: int) -> Graph:
 def test_a_real_denoiser_gives_the_same_latents(
     server: Server, unet: UNet2DConditionModel, grid: list[float], order: int
 ) -> None:
-    (found,) = server.latents(workflow(grid, order), ["samples", 0])
+    (latents,) = server.latents(workflow(grid, order), ["samples", 0])
     prompt = torch.linspace(-1, 1, 7 * 768).reshape(1, 7, 768).expand(2, -1, -1)
     reference, x = scheduler("epsilon", grid, order), noise()
     with torch.no_grad():
         for t in reference.timesteps:
             x = reference.step(unet(x, t, prompt).sample, t, x).prev_sample
-    assert error(found * SCALE, x) <= 1e-5
+    assert error(latents * SCALE, x) <= 1e-5

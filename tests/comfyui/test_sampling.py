@@ -30,10 +30,10 @@ CASES = [
 
 
 def scheduler(kind: str, grid: list[float], order: int = 1) -> TDMScheduler:
-    own = {} if kind == "flow_prediction" else SD
-    made = TDMScheduler(prediction_type=kind, trained_timesteps=grid, solver_order=order, **own)
-    made.set_timesteps(len(grid))
-    return made
+    config = {} if kind == "flow_prediction" else SD
+    result = TDMScheduler(prediction_type=kind, trained_timesteps=grid, solver_order=order, **config)
+    result.set_timesteps(len(grid))
+    return result
 
 
 def noise(shape: tuple[int, ...] = SHAPE, seed: int = SEED) -> Tensor:
@@ -50,8 +50,8 @@ def diffused(scheduler: TDMScheduler, x: Tensor, context: float = 0.0, first: in
     return x, clean
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -60,8 +60,8 @@ def test_the_nodes_sample_what_diffusers_samples(
     server: Server, kind: str, grid: list[float], shift: float, order: int
 ) -> None:
     expected, _ = diffused(scheduler(kind, grid, order), noise())
-    (found,) = server.latents(student_graph(kind, shift=shift, timesteps=grid, order=order), ["samples", 0])
-    assert error(found * SCALE, expected) <= 1e-5
+    (actual,) = server.latents(student_graph(kind, shift=shift, timesteps=grid, order=order), ["samples", 0])
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_timesteps_are_read_as_people_type_them(server: Server, text: str) -> No
     graph = student_graph("epsilon", timesteps=GRIDS[0])
     (expected,) = server.latents(graph, ["samples", 0])
     graph["sigmas"]["inputs"]["timesteps"] = text
-    (found,) = server.latents(graph, ["samples", 0])
-    assert torch.equal(found, expected)
+    (actual,) = server.latents(graph, ["samples", 0])
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -88,17 +88,17 @@ def test_a_model_that_core_has_patched_is_followed(server: Server, grid: list[fl
     graph = student_graph("epsilon", timesteps=grid, order=order)
     graph["v"] = node("ModelSamplingDiscrete", model=["model", 0], sampling="v_prediction", zsnr=True)
     graph["sigmas"]["inputs"]["model"] = ["v", 0]
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     reference = TDMScheduler.from_config(scheduler("v_prediction", grid, order).config, rescale_betas_zero_snr=True)
     reference.set_timesteps(4)
     expected, _ = diffused(reference, noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
 def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, order: int) -> None:
-    """As artists split it, for a change of model or of prompt. The second sampler has no past: order 2 begins anew."""
+    """Artists split a schedule to change the model or the prompt. Order 2 begins anew in the second sampler."""
     grid = [999, 899, 749, 499, 249]
     graph = student_graph(kind, timesteps=grid, order=order)
     whole = graph["samples"]["inputs"]
@@ -107,7 +107,7 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, o
     graph["none"] = node("DisableNoise")
     second = {**whole, "sigmas": ["parts", 1], "noise": ["none", 0], "latent_image": ["first", 0]}
     graph["samples"] = node("SamplerCustomAdvanced", **second)
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
 
     reference = scheduler(kind, grid, order)
     x = noise()
@@ -115,7 +115,7 @@ def test_a_schedule_in_two_samplers_is_the_schedule(server: Server, kind: str, o
         x = reference.step(network(x, t), t, x).prev_sample
     reference.set_timesteps(5)
     expected, _ = diffused(reference, x, first=3)
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
@@ -129,27 +129,27 @@ def test_denoise_begins_at_the_nearest_trained_timestep(server: Server, kind: st
         links = {k: v for k, v in each["inputs"].items() if isinstance(v, list) and v[0] != "model"}
         each["inputs"] |= {k: [f"picture {v[0]}", v[1]] for k, v in links.items()}
     graph = student_graph(kind, timesteps=grid, order=2, denoise=denoise, latent=["picture samples", 0])
-    found, start = server.latents({**kept, **graph}, ["samples", 0], ["picture samples", 0])
+    actual, start = server.latents({**kept, **graph}, ["samples", 0], ["picture samples", 0])
 
     reference = scheduler(kind, grid, 2)
     x = reference.add_noise(start * SCALE, noise(), reference.timesteps[first : first + 1])
     expected, clean = diffused(reference, x, first=first)
     assert len(clean) == 4 - first
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 def test_the_simple_custom_sampler_gives_the_same(server: Server) -> None:
     graph = student_graph("epsilon", timesteps=GRIDS[1], order=2)
-    own = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "latent_image": ["latent", 0]}
+    inputs = {"model": ["sigmas", 0], "positive": ["model", 1], "negative": ["model", 1], "latent_image": ["latent", 0]}
     levels = {"sampler": ["sampler", 0], "sigmas": ["sigmas", 1]}
-    graph["simple"] = node("SamplerCustom", add_noise=True, noise_seed=SEED, cfg=1.0, **own, **levels)
+    graph["simple"] = node("SamplerCustom", add_noise=True, noise_seed=SEED, cfg=1.0, **inputs, **levels)
     advanced, simple = server.latents(graph, ["samples", 0], ["simple", 0])
     assert torch.equal(advanced, simple)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_what_a_mask_leaves_out_stays_as_it_was(server: Server, kind: str) -> None:
-    """Inpainting, on the left half only."""
+    """Inpaint the left half only."""
     picture = student_graph(kind, timesteps=GRIDS[0])
     (before,) = server.latents(picture, ["samples", 0])
     graph = student_graph(kind, timesteps=GRIDS[1], order=2, latent=["masked", 0], seed=3)
@@ -174,17 +174,17 @@ def test_guidance_is_applied_to_what_the_sampler_sees(server: Server, kind: str)
     graph["other"] = node("TestModel", kind=kind, shift=1.0, context=-0.2, seconds=0.0)
     prompts = {"positive": ["model", 1], "negative": ["other", 1]}
     graph["guider"] = node("CFGGuider", model=["sigmas", 0], cfg=2.5, **prompts)
-    (found,) = server.latents(graph, ["samples", 0])
+    (latents,) = server.latents(graph, ["samples", 0])
 
     reference, x = scheduler(kind, GRIDS[0], 2), noise()
     for t in reference.timesteps:
         with_prompt, without = network(x, t, 0.3), network(x, t, -0.2)
         x = reference.step(without + 2.5 * (with_prompt - without), t, x).prev_sample
-    assert error(found * SCALE, x) <= 1e-5
+    assert error(latents * SCALE, x) <= 1e-5
 
 
 def test_the_levels_are_those_of_the_timesteps(server: Server) -> None:
-    """Read as a user reads them, from the sigmas themselves: `steps` takes every second one, `denoise` the end."""
+    """Read the timesteps from the sigmas, as a user does. `steps` takes every second one, `denoise` the end."""
 
     def sigmas(**options: object) -> list[float]:
         graph = student_graph("flow_prediction", timesteps=[950, 700, 450, 200], **options)  # type: ignore[arg-type]
@@ -197,13 +197,13 @@ def test_the_levels_are_those_of_the_timesteps(server: Server) -> None:
 
 
 def test_the_callback_gets_the_clean_sample(server: Server) -> None:
-    """What previews are made of: the second output of SamplerCustomAdvanced is the last one, and it is no noise."""
+    """Previews show the clean sample. The second output of SamplerCustomAdvanced is the last one of them."""
     graph = student_graph("epsilon", timesteps=GRIDS[0])
     graph["part"] = node("SplitSigmas", sigmas=["sigmas", 1], step=2)
     graph["samples"]["inputs"]["sigmas"] = ["part", 0]
-    (found,) = server.latents(graph, ["samples", 1])
+    (denoised,) = server.latents(graph, ["samples", 1])
     _, clean = diffused(scheduler("epsilon", GRIDS[0]), noise())
-    assert error(found * SCALE, clean[1]) <= 1e-5
+    assert error(denoised * SCALE, clean[1]) <= 1e-5
 
 
 def test_each_step_sends_its_progress_and_a_preview(server: Server) -> None:
@@ -259,7 +259,7 @@ def test_an_epsilon_model_that_would_begin_in_pure_noise_is_refused(server: Serv
 
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_a_schedule_that_lost_its_cut_is_an_error(server: Server, kind: str) -> None:
-    """A sampling patch behind TDM Sigmas, or the MODEL from before it: the noise would begin too small."""
+    """With a sampling patch after TDM Sigmas, or the MODEL from before it, the first noise would be too small."""
     patch = {"epsilon": "ModelSamplingDiscrete", "flow_prediction": "ModelSamplingSD3"}[kind]
     options = {"epsilon": {"sampling": "eps", "zsnr": False}, "flow_prediction": {"shift": 3.0}}[kind]
     graph = student_graph(kind, timesteps=GRIDS[1])
@@ -271,6 +271,6 @@ def test_a_schedule_that_lost_its_cut_is_an_error(server: Server, kind: str) -> 
     graph["guider"]["inputs"]["model"] = ["sigmas", 0]
     graph["sigmas"]["inputs"]["model"] = ["patch", 0]
     graph["patch"]["inputs"]["model"] = ["model", 0]
-    (found,) = server.latents(graph, ["samples", 0])  # the right order
+    (actual,) = server.latents(graph, ["samples", 0])  # the right order
     expected, _ = diffused(scheduler(kind, GRIDS[1]), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5

@@ -40,13 +40,13 @@ RELEASED = [name for name, preset in PRESETS.items() if "sampler" not in preset.
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_student_runs_by_its_name(server: Server, name: str) -> None:
-    """Its timesteps, and its sampler order through the output `order`."""
+    """The name gives its timesteps, and the output `order` its sampler order."""
     recipe = StudentRecipe.from_fields(PRESETS[name].fields)
     grid = recipe.trained_timesteps[4]
     kind, shift = recipe.prediction_type, recipe.flow_shift or 1.0
-    (found,) = server.latents(student_graph(kind, shift=shift, student=name, order=["sigmas", 2]), ["samples", 0])
+    (actual,) = server.latents(student_graph(kind, shift=shift, student=name, order=["sigmas", 2]), ["samples", 0])
     expected, _ = diffused(scheduler(kind, grid, recipe.solver_order), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 @pytest.mark.parametrize(("steps", "grid"), [(0, GRIDS[4]), (4, GRIDS[4]), (1, GRIDS[1]), (3, [899, 599, 299])])
@@ -56,9 +56,9 @@ def test_a_student_file_brings_its_recipe(
 ) -> None:
     name = student(f"folder/order_{order}.safetensors", solver_order=order)
     graph = student_graph("epsilon", student=name, steps=steps, order=["sigmas", 2])
-    (found,) = server.latents(graph, ["samples", 0])
+    (actual,) = server.latents(graph, ["samples", 0])
     expected, _ = diffused(scheduler("epsilon", grid, order), noise())
-    assert error(found * SCALE, expected) <= 1e-5
+    assert error(actual * SCALE, expected) <= 1e-5
 
 
 def test_a_file_that_is_no_student_is_refused(server: Server, student: Callable[..., str]) -> None:
@@ -77,7 +77,7 @@ def test_a_file_that_is_no_student_is_refused(server: Server, student: Callable[
 
 
 def test_a_file_that_was_written_again_is_read_again(server: Server, student: Callable[..., str]) -> None:
-    """By TDM Sigmas itself, without a loader in front of it."""
+    """TDM Sigmas itself reads it, without a loader in front of it."""
     name = student("again.safetensors")
     graph = student_graph("epsilon", student=name) | {"show": node("TestSigmas", sigmas=["sigmas", 1])}
     first = server.run(graph).outputs["show"]["sigmas"]
@@ -90,7 +90,7 @@ def test_a_file_that_was_written_again_is_read_again(server: Server, student: Ca
 def test_a_student_of_another_family_is_refused(
     server: Server, checkpoint: Checkpoint, student: Callable[..., str]
 ) -> None:
-    """It predicts the same: only the family tells."""
+    """Both families have the same prediction type, so only the family tells them apart."""
     graph = {
         "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint.file),
         "prompt": node("TestPrompt", width=768),

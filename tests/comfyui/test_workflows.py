@@ -128,7 +128,7 @@ def test_its_note_names_all_of_its_files(name: str) -> None:
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_no_node_covers_another(rendering: FrontEnd, name: str) -> None:
-    """Nor when it has run, and the nodes show what they have to say and their pictures."""
+    """This also holds after a run, when the nodes show their texts and pictures."""
     rendering.open(saved(name))
     if name in BUNDLED:
         rendering.run()
@@ -148,8 +148,13 @@ def test_what_the_nodes_say_stays_and_is_there_when_they_come_from_the_cache(ren
         rendering.run()
         rendering.page.wait_for_timeout(1000)
         texts = "\n".join(rendering.texts())
-        for said in ("PixArtAlphaPipeline", "66 layers matched", "timesteps 1000, 857.143", "student: 4 network calls"):
-            assert texts.count(said) == 1, said
+        for message in (
+            "PixArtAlphaPipeline",
+            "66 layers matched",
+            "timesteps 1000, 857.143",
+            "student: 4 network calls",
+        ):
+            assert texts.count(message) == 1, message
         rendering.open(rendering.saved())  # as a page that was loaded again: the loaders are in the server's cache
     after = rendering.prompt()
     for number, node in prompt.items():
@@ -184,7 +189,7 @@ def test_prompt_weights_that_are_not_applied_are_said_on_the_prompts_node(render
 
 @pytest.mark.parametrize("name", [name for name, each in WORKFLOWS.items() if each.files])
 def test_the_front_end_can_fetch_its_files(name: str) -> None:
-    """Each loader knows the address of its file, of which the front end makes a button."""
+    """Each loader knows the address of its file. The front end makes a download button of it."""
     nodes = saved(name)["nodes"]
     known = [model for node in nodes for model in node["properties"].get("models", [])]
     files = [Path(file).name for file, url in WORKFLOWS[name].files.items() if "/resolve/main/" in url]
@@ -196,8 +201,10 @@ def test_the_front_end_can_fetch_its_files(name: str) -> None:
         assert f"{model['directory']}/{model['name']}" in WORKFLOWS[name].files
         assert re.fullmatch(rf"{HUB}[^/]+/[^/]+/resolve/main/.+", model["url"])
     for node in nodes:
-        own = [model["name"] for model in node["properties"].get("models", [])]
-        assert own == [value for value in node.get("widgets_values", []) if value in {model["name"] for model in known}]
+        names = [model["name"] for model in node["properties"].get("models", [])]
+        assert names == [
+            value for value in node.get("widgets_values", []) if value in {model["name"] for model in known}
+        ]
 
 
 def test_files_that_are_missing_have_buttons(comfyui_installed: None, tmp_path: Path) -> None:  # noqa: ARG001
@@ -223,7 +230,7 @@ def test_the_bundled_model_draws_what_the_prompt_says(server: Server, name: str)
 
 @pytest.mark.parametrize("name", SYNTHESISED)
 def test_it_runs_on_weights_of_its_kind(server: Server, models: Path, name: str) -> None:  # noqa: ARG001
-    """Random ones of the right layout, under the right names, at a small size."""
+    """The weights are random and small, in the right layout and under the right names."""
     prompt = copy.deepcopy(WORKFLOWS[name].graph)
     for each in prompt.values():
         sizes = {"width": 64, "height": 64, "length": 9}
@@ -243,7 +250,7 @@ def test_it_runs_on_weights_of_its_kind(server: Server, models: Path, name: str)
 
 @pytest.mark.parametrize("name", [name for name, each in WORKFLOWS.items() if each.too_large])
 def test_the_server_takes_it_and_gets_as_far_as_the_weights(server: Server, models: Path, name: str) -> None:  # noqa: ARG001
-    """Those weights cannot be made small (`Workflow.too_large` says why): here they are empty files."""
+    """These weights cannot be made small (`Workflow.too_large` says why), so they are empty files here."""
     with pytest.raises(PromptError, match="header"):
         server.run(WORKFLOWS[name].graph)
 
@@ -278,8 +285,8 @@ def saved(name: str) -> dict[str, Any]:
 def files(server: Server, prompt: Graph) -> list[Path]:
     """What the nodes that save write."""
     outputs = server.run(prompt).outputs.values()
-    found = [file for output in outputs for key in ("images", "video") for file in output.get(key, [])]
-    return [server.output / file["subfolder"] / file["filename"] for file in found if file["type"] == "output"]
+    records = [file for output in outputs for key in ("images", "video") for file in output.get(key, [])]
+    return [server.output / file["subfolder"] / file["filename"] for file in records if file["type"] == "output"]
 
 
 def pictures(server: Server, prompt: Graph) -> list[np.ndarray]:

@@ -49,7 +49,7 @@ _TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "pr
 
 
 def build() -> UNet2DConditionModel:
-    """The same weights each time, on the CPU in float32: 26 million."""
+    """Build the network: 26 million weights, the same each time, on the CPU in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DConditionModel(

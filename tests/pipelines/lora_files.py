@@ -47,7 +47,7 @@ def diffusers_names(network: nn.Module, _family: str) -> dict[str, tuple[str, ..
 
 
 def native_names(network: nn.Module, family: str) -> dict[str, tuple[str, ...]]:
-    """One native name per layer, where it has one; the one of the first original code, where there are two."""
+    """Return one native name for each layer that has one. Of two it is the name in the first original code."""
     known, left = layer_shapes(network).keys(), set(layer_shapes(network))
     natives = {}
     for name, layers in names_of(network, family).items():
@@ -150,7 +150,7 @@ def layouts_of(family: str) -> list[str]:
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
-    """The tensors in the container that the suffix stands for."""
+    """Write the tensors into the container that the suffix of the path names."""
     if path.suffix == ".safetensors":
         save_file(tensors, path, metadata=metadata)
     elif path.suffix == ".ckpt":

@@ -76,7 +76,7 @@ def guided(family: str) -> dict[str, Any]:
 
 
 def short_call(pipe: DiffusionPipeline, family: str, **kwargs: Any) -> Tensor:
-    """A call without what the student is to know: steps, guidance, size and length."""
+    """Make a call that leaves steps, guidance, size and length to the student's recipe."""
     known = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames"}
     known |= {"use_resolution_binning", "clean_caption"}
     arguments = {name: value for name, value in tiny.call_kwargs(family).items() if name not in known}
@@ -109,7 +109,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def without_student(pipe: TDMPipeline) -> TDMPipeline:
-    """The same pipeline to put other networks into; a scheduler of its own says that this is meant."""
+    """Return the same pipeline to put other networks into. Its own scheduler says that this is intended."""
     clean = copy.copy(pipe)
     clean.scheduler = copy.copy(pipe.scheduler)
     return clean

@@ -90,7 +90,7 @@ def test_families_that_bypass_the_dispatcher_say_so() -> None:
 
 
 def test_a_backend_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As xformers does with Z-Image's boolean masks in diffusers 0.42: it adds them to the scores."""
+    """The test backend drops the mask. In diffusers 0.42 xformers adds Z-Image's boolean masks to the scores."""
     backends = _AttentionBackendRegistry._backends
     name = "_native_math"
     right = backends[name]

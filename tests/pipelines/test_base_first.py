@@ -24,14 +24,14 @@ def denoiser(pipe: TDMPipeline) -> Any:
 
 
 def adapters(pipe: TDMPipeline) -> list[Any]:
-    """All that peft keeps about them, layer by layer."""
+    """Return all that peft keeps about the adapters, layer by layer."""
     layers = tuner_layers(denoiser(pipe))
     grads = [[p.requires_grad for p in layer.parameters()] for layer in layers]
     return [(list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling)) for layer in layers] + grads
 
 
 def watch(pipe: TDMPipeline) -> list[tuple[bool, ...]]:
-    """Whether (student, style) have a part in each network call, as it happens."""
+    """Record for each network call whether (student, style) take part in it."""
     recorded: list[tuple[bool, ...]] = []
     network = pipe.denoiser
     network.register_forward_pre_hook(

@@ -22,7 +22,7 @@ def takes(pipe: TDMPipeline, argument: str) -> bool:
 
 
 def timesteps(pipe: TDMPipeline, family: str, *, streamed: bool = False, **call: Any) -> list[float]:
-    """Where the network is called."""
+    """Return the timesteps at which a call runs the network."""
     if streamed:
         known = ("num_inference_steps", "guidance_scale", "true_cfg_scale")
         arguments = {k: v for k, v in tiny.call_kwargs(family).items() if k not in known}

@@ -83,8 +83,8 @@ def test_a_gguf_network_takes_a_student(make: Make, bases: Callable[[str], Path]
     pipe = TDMPipeline.from_pipe(stock, student=student)
     drawn = short_call(pipe, "flux")
     assert 1e-4 < error(drawn, expected) < 0.01
-    again = load(base, student=student, transformer=gguf_transformer(base))
-    assert torch.equal(short_call(again, "flux"), drawn)
+    reloaded = load(base, student=student, transformer=gguf_transformer(base))
+    assert torch.equal(short_call(reloaded, "flux"), drawn)
     narrow = load(base, student=student, transformer=gguf_transformer(base, torch.bfloat16), dtype=torch.bfloat16)
     assert error(short_call(narrow, "flux").float(), expected) < 0.02
 

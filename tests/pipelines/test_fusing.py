@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def style(family: str, ends: str, *, text: bool = False, seed: int = 5) -> dict[str, Tensor]:
-    """A LoRA on the denoiser's layers that end so, and on one of a text encoder."""
+    """A LoRA on the denoiser's layers whose names contain `ends`, and on one layer of a text encoder."""
     pipe, component = tiny.build(family), family_of_name(family).denoiser
     lora = {f"{component}.{key}": half for key, half in lora_for(getattr(pipe, component), seed).items() if ends in key}
     if text:

@@ -40,7 +40,7 @@ def redrawn(pipe: TDMPipeline, name: str, **call: Any) -> Tensor:
 
 
 def by_hand(pipe: Any, name: str, grid: list[float]) -> Tensor:
-    """The same from the definition: alpha E(picture) + sigma noise, and the trainer's own steps down the rest."""
+    """Compute it from the definition: alpha E(picture) + sigma noise, then the trainer's steps on the rest."""
     side = tiny.call_kwargs(name)["height"]
     family, size, schedule = pipe.family, Size(side, side), pipe.scheduler.schedule
     predict, cond = predictor(pipe, name)

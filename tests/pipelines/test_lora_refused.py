@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 
 class Malice:
-    """A pickle of it runs a command when it is read."""
+    """An object whose pickle runs a command when it is read."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

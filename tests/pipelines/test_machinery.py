@@ -26,7 +26,7 @@ def teacher(pipe: TDMPipeline, family: str) -> Tensor:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative to the largest latent."""
+    """Check that the latents agree, with an error relative to the largest latent."""
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -88,7 +88,7 @@ def test_group_offload(family: str, options: dict[str, Any], make: Make) -> None
 
 
 def test_model_offload(make: Make) -> None:
-    """Another student after it needs an accelerator: diffusers then offloads again, to the default one."""
+    """Loading another student then needs an accelerator, because diffusers offloads again to the default one."""
     plain, pipe = load(make("sd15")), load(make("sd15"))
     pipe.enable_model_cpu_offload(device="cpu")
     assert_close(short_call(pipe, "sd15"), short_call(plain, "sd15"), 1e-5)

@@ -33,7 +33,7 @@ FILES = [(family, layout) for family in tiny.FAMILIES for layout in layouts_of(f
 
 
 def delta(lora: Lora) -> Tensor:
-    """The update of a weight, as a matrix."""
+    """Return the update of a weight as a matrix."""
     A, B = (half.double().flatten(1) for half in lora)
     return B @ A
 

@@ -218,7 +218,7 @@ def test_the_recorder_sees_a_host_sync():
 
 @pytest.mark.parametrize("begin_index", [None, 0])
 def test_step_runs_without_any_values(begin_index):
-    """On the meta device there is nothing to read, so a sync would raise."""
+    """The meta device holds no values, so a sync would raise."""
     scheduler = TDMScheduler(solver_order=2, trained_timesteps=GRIDS[0])
     scheduler.set_timesteps(4, device="meta")
     if begin_index is not None:

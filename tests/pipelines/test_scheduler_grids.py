@@ -270,7 +270,7 @@ V = {"prediction_type": "v_prediction"}
     ids=lambda value: type(value).__name__ if not isinstance(value, dict) else "",
 )
 def test_stock_schedulers_are_followed(stock, expected, tmp_path):
-    """From a live config and from a saved one, with and without trained timesteps."""
+    """The config is live or saved, with and without trained timesteps."""
     stock.save_pretrained(tmp_path)
     for ours in (TDMScheduler.from_config(stock.config), TDMScheduler.from_pretrained(tmp_path)):
         assert expected.items() <= settings(ours).items()

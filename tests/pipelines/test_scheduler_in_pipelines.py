@@ -101,7 +101,7 @@ def test_the_short_name_in_a_model_index_loads_too(tmp_path):
 
 @pytest.mark.parametrize("family", [f for f in FLOW_FAMILIES if f not in ("sana", "wan")])
 def test_without_trained_timesteps_it_is_the_stock_flow_scheduler(family):
-    """A teacher: the same shift, dynamic or not, and the same terminal as FlowMatchEuler. SD3 passes no sigmas."""
+    """A teacher has the same shift, dynamic or not, and the same terminal as FlowMatchEuler. SD3 passes no sigmas."""
     stock, ours = tiny.build(family), student(family, trained_timesteps=None)
     sigmas = {"sigmas": [1 - i / 6 for i in range(6)]} if family == "sd3" else {}
     expected = latents(stock, family, num_inference_steps=6, **sigmas)

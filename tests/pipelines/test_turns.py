@@ -20,7 +20,7 @@ def draw(pipe: TDMPipeline, seed: int, **call: Any) -> Tensor:
 
 
 def at_once(runs: list[Callable[[], Any]]) -> list[Any]:
-    """What these give in a thread each, or their errors."""
+    """Call each function in its own thread, and return the results or errors."""
     results: list[Any] = [None] * len(runs)
 
     def keep(i: int) -> None:

@@ -23,7 +23,7 @@ def task_of(
     report: Report = print_line,
     **changes: Any,
 ) -> PipelineTask:
-    """At the size that tests call the family's pipeline with."""
+    """Return the task at the size that tests call the family's pipeline with."""
     call = tiny.call_kwargs(family)
     size = {"height": call["height"], "width": call["width"], "num_frames": call.get("num_frames")}
     config = PipelineTaskConfig(model=str(base), prompts=prompts, **{**size, **changes})

@@ -1,6 +1,6 @@
 """What the published code of HPSv2 and ImageReward says of tiny random networks: makes `preference_reference.json`.
 
-The tests read the file alone. To make it again, in an environment of its own (transformers 4, which that code wants):
+The tests read only the file. To make it again, use a separate environment (that code needs transformers 4):
 
     pip install torch "transformers==4.37.2" open_clip_torch fairscale
     pip install --no-deps image-reward==1.5
@@ -41,7 +41,7 @@ def weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 
 
 def pictures() -> list[Image.Image]:
-    """Of sizes and shapes of their own, smooth enough that resizing keeps something."""
+    """Random pictures of several sizes and shapes, smooth enough that resizing keeps some structure."""
     images = []
     for i, (height, width) in enumerate([(32, 32), (48, 48), (40, 64), (80, 50)]):
         noise = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(i))

@@ -26,7 +26,7 @@ BLOCKS = {"sd15": 2, "sd3": 2, "pixart": 1, "wan": 2}  # of Python in a family's
 
 
 def changed(run: FinishedRun, **changes: Any) -> FinishedRun:
-    """The run with other fields in its recipe."""
+    """Return the run with these fields of its recipe changed."""
     return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, **changes))
 
 
@@ -62,8 +62,8 @@ def test_the_card_tells_the_facts_of_the_run(runs: Callable[[str], Run], tmp_pat
     settings = re.search(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert settings is not None
     (tmp_path / "again.yaml").write_text(settings[1])
-    again = load_config(tmp_path / "again.yaml")
-    assert dataclasses.replace(again, task=run.config.task) == run.config
+    reread = load_config(tmp_path / "again.yaml")
+    assert dataclasses.replace(reread, task=run.config.task) == run.config
 
 
 def test_the_card_knows_the_base_and_its_licence(runs: Callable[[str], Run], tmp_path: Path) -> None:
@@ -72,14 +72,18 @@ def test_the_card_knows_the_base_and_its_licence(runs: Callable[[str], Run], tmp
     def front(**changes: str) -> dict[str, object]:
         return ModelCard(model_card(changed(run, **changes), "x", "merged")).data.to_dict()
 
-    found = front(base_model="somebody/some-model")
-    assert found["base_model"] == "somebody/some-model"
-    assert found["base_model_relation"] == "finetune"
-    assert "lora" not in found["tags"]  # type: ignore[operator]
+    metadata = front(base_model="somebody/some-model")
+    assert metadata["base_model"] == "somebody/some-model"
+    assert metadata["base_model_relation"] == "finetune"
+    assert "lora" not in metadata["tags"]  # type: ignore[operator]
     assert front(base_model="bundled")["license"] == "apache-2.0"
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: openrail\nlicense_link: LICENSE.md\n---\n")
-    found = front(base_model=str(tmp_path))
-    assert (found["license"], found["license_name"], found["license_link"]) == ("other", "openrail", "LICENSE.md")
+    metadata = front(base_model=str(tmp_path))
+    assert (metadata["license"], metadata["license_name"], metadata["license_link"]) == (
+        "other",
+        "openrail",
+        "LICENSE.md",
+    )
     (tmp_path / "README.md").write_text("A model.")
     assert front(base_model=str(tmp_path))["license"] == "other"
 
@@ -103,16 +107,16 @@ def test_the_python_of_the_card_runs_as_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SD3's own pipeline has no generator for a student that takes fresh noise."""
+    """SD3 with fresh noise has one block less: its stock pipeline has no generator for that noise."""
     run = changed(trained(runs(family)), stochastic_sampling=fresh)
     export_student(run, tmp_path / "student.safetensors")
     base = Path(run.recipe.base_model)
     text = model_card(run, "student.safetensors", "student").replace(f"path/to/{base.name}", str(base))
-    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(found) == blocks
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(programs) == blocks
     monkeypatch.chdir(tmp_path)
     drawn = []
-    for block in found:
+    for block in programs:
         names: dict[str, object] = {}
         seeded = block.replace('"a prompt"', '"a red cube", generator=__import__("torch").Generator().manual_seed(0)')
         exec(seeded, names)
@@ -129,8 +133,8 @@ def test_comfyui_is_told_the_trained_noise_levels_only_where_they_are_right(
 ) -> None:
     def levels(family: str, **changes: object) -> list[float] | None:
         run = changed(trained(runs(family)), **changes)
-        found = re.search(r"`ManualSigmas`\n\n    (.*)\n", model_card(run, "s.safetensors", "student"))
-        return [float(text) for text in found[1].split(", ")] if found else None
+        match = re.search(r"`ManualSigmas`\n\n    (.*)\n", model_card(run, "s.safetensors", "student"))
+        return [float(text) for text in match[1].split(", ")] if match else None
 
     pipe = load(
         Path(trained(runs("sd15")).recipe.base_model),

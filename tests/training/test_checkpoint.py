@@ -27,13 +27,13 @@ def distill(out: Path, *settings: str) -> list[str]:
     return ["distill", str(RECIPE), *SMALL, *EVERY, *settings, "--out", str(out), *resume]
 
 
-def said(out: Path) -> str:
+def stderr_of(out: Path) -> str:
     return out.with_suffix(".err").read_text()
 
 
 def lines(out: Path) -> list[dict[str, float]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds_per_update"} for line in found]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds_per_update"} for line in records]
 
 
 def assert_the_same(one: Path, two: Path) -> None:
@@ -57,10 +57,10 @@ def wait_until(happened, process) -> None:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_ends_as_the_run_that_was_left_alone(tmp_path: Path, kills: int) -> None:
-    """SIGKILL after a random time, and every second time while a checkpoint is being written."""
+    """The run gets SIGKILL after a random time, and every second time while a checkpoint is being written."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     settings = [f"updates={6 * kills + 12}", "student.decay=cosine", "output.keep=2"]
-    assert finish(distill(whole, *settings), tmp_path / "whole.err") == 0, said(whole)
+    assert finish(distill(whole, *settings), tmp_path / "whole.err") == 0, stderr_of(whole)
 
     checkpoint, temporary = cut / "checkpoint.pt", cut / ".checkpoint.pt.tmp"
 
@@ -78,11 +78,11 @@ def test_killed_again_and_again_it_ends_as_the_run_that_was_left_alone(tmp_path:
             wait_until(temporary.exists, process)
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, said(cut)
+        assert process.exitcode == -signal.SIGKILL, stderr_of(cut)
         half_written += temporary.exists()
         read_checkpoint(checkpoint)
     assert half_written >= kills // 4
-    assert finish(distill(cut, *settings), tmp_path / "cut.err") == 0, said(cut)
+    assert finish(distill(cut, *settings), tmp_path / "cut.err") == 0, stderr_of(cut)
     assert_the_same(whole, cut)
 
 
@@ -97,10 +97,10 @@ def test_a_run_that_is_asked_to_stop_writes_a_checkpoint_and_says_how_to_go_on(
     assert process.pid is not None
     os.kill(process.pid, number)
     process.join()
-    assert process.exitcode == 130, said(out)
+    assert process.exitcode == 130, stderr_of(out)
     done = read_checkpoint(out / "checkpoint.pt")["step"]
     assert 0 < done < 2000
-    *_, notice, last = said(out).splitlines()
+    *_, notice, last = stderr_of(out).splitlines()
     assert f"update {done}/2000" in notice
     assert last == f"tdm: stopped after update {done}; the same command with --resume goes on from it"
 
@@ -109,15 +109,15 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_last_checkpoint(tmp
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for out in (whole, cut):
         updates = 12 if out == whole else 6
-        assert finish(distill(out, f"updates={updates}"), tmp_path / f"{out.name}.err") == 0, said(out)
+        assert finish(distill(out, f"updates={updates}"), tmp_path / f"{out.name}.err") == 0, stderr_of(out)
     size = (cut / "checkpoint.pt").stat().st_size
     for room in (size // 2, size - 1000):  # refused within a tensor, and while the file is closed
         assert finish(distill(cut, "updates=12"), tmp_path / "cut.err", largest_file=room) == 2
-        last = said(cut).splitlines()[-1]
+        last = stderr_of(cut).splitlines()[-1]
         assert last.startswith(f"tdm: cannot write {cut / 'checkpoint.pt'}: File too large; make room, then resume")
         assert read_checkpoint(cut / "checkpoint.pt")["step"] == 6
         assert not list(cut.glob("*.tmp"))
-    assert finish(distill(cut, "updates=12"), tmp_path / "cut.err") == 0, said(cut)
+    assert finish(distill(cut, "updates=12"), tmp_path / "cut.err") == 0, stderr_of(cut)
     assert_the_same(whole, cut)
 
 
@@ -125,7 +125,7 @@ def test_older_checkpoints_are_pruned_and_step_in_for_one_that_cannot_be_read(tm
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     for out in (whole, hurt):
         settings = ["updates=15", "output.keep=3"]
-        assert finish(distill(out, *settings), tmp_path / f"{out.name}.err") == 0, said(out)
+        assert finish(distill(out, *settings), tmp_path / f"{out.name}.err") == 0, stderr_of(out)
         assert sorted(p.name for p in out.glob("*.pt")) == [
             "best.pt",
             "checkpoint-000009.pt",
@@ -135,9 +135,9 @@ def test_older_checkpoints_are_pruned_and_step_in_for_one_that_cannot_be_read(tm
     for name in ("checkpoint.pt", "checkpoint-000012.pt"):
         half = (hurt / name).read_bytes()[:10_000]
         (hurt / name).write_bytes(half)
-    assert finish(distill(hurt, *settings), tmp_path / "hurt.err") == 0, said(hurt)
-    assert "checkpoint.pt is not a readable checkpoint" in said(hurt)
-    assert "trying the older checkpoint-000009.pt" in said(hurt)
+    assert finish(distill(hurt, *settings), tmp_path / "hurt.err") == 0, stderr_of(hurt)
+    assert "checkpoint.pt is not a readable checkpoint" in stderr_of(hurt)
+    assert "trying the older checkpoint-000009.pt" in stderr_of(hurt)
     assert_the_same(whole, hurt)
     assert sorted(p.name for p in hurt.glob("checkpoint-*")) == ["checkpoint-000009.pt", "checkpoint-000012.pt"]
 
@@ -158,9 +158,9 @@ def test_the_best_student_is_kept_over_a_resume(tmp_path: Path, higher: bool, be
     values = [0.5, 0.7, 0.2, 0.7 + 0.1 * higher]
     for step, value in enumerate(values, 1):
         keeper = BestStudent(path, measure, resume=step > 1)
-        said = keeper.keep(step, {"a": torch.full((2,), float(step))}, {"score": value, "other": 9.0})
+        record = keeper.keep(step, {"a": torch.full((2,), float(step))}, {"score": value, "other": 9.0})
         right = best[step - 1]
-        assert said == {"best/step": right, "best/score": values[right - 1]}
+        assert record == {"best/step": right, "best/score": values[right - 1]}
         payload = torch.load(path, weights_only=True)
         assert payload.pop("weights")["a"].tolist() == [right, right]
         assert payload == {"format": 1, "step": right, "measure": "score", "value": values[right - 1]}

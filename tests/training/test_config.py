@@ -103,7 +103,7 @@ def test_every_setting_is_shown_with_its_default_and_what_it_does(section, cls):
 
 
 def test_the_shown_defaults_load_as_the_defaults():
-    """What is printed can be given: every line `key=value`, all of them together."""
+    """The printed defaults are valid settings. All `key=value` lines together load as the defaults."""
     lines = [line for section in SECTIONS if section != "task" for line in settings_reference(section).splitlines()]
     given = [line.partition("  (")[0] for line in lines if "=" in line and not line.startswith((" ", "#", "task="))]
     assert len(given) > 60

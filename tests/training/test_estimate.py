@@ -107,8 +107,8 @@ def test_gradient_checkpointing_trades_memory_for_a_forward(bases: Bases) -> Non
         Estimator()(settings("sd3", bases("sd3"), f"memory.gradient_checkpointing={on}")) for on in ("false", "true")
     )
     assert less.memory["update"] < 0.7 * plain.memory["update"]
-    again = (less.flops["student_backward"] - plain.flops["student_backward"]) / plain.flops["student"]
-    assert 0.8 < again <= 1.01  # all blocks, not what is around them
+    recomputed = (less.flops["student_backward"] - plain.flops["student_backward"]) / plain.flops["student"]
+    assert 0.8 < recomputed <= 1.01  # all blocks, not what is around them
     assert {part: size for part, size in less.memory.items() if part != "update"} == {
         part: size for part, size in plain.memory.items() if part != "update"
     }
@@ -160,7 +160,7 @@ def test_full_size_bases_have_their_published_number_of_weights(family: str, bil
 
 
 def test_a_tokenizer_that_the_base_names_and_lacks_is_said(tmp_path: Path) -> None:
-    """transformers makes one of nothing, whose prompts have no longest length."""
+    """transformers would make an empty tokenizer, whose prompts have no maximum length."""
     index = outline_folder("sdxl", tmp_path) / "model_index.json"
     named = {"tokenizer": ["transformers", "CLIPTokenizer"]}
     index.write_text(json.dumps({**json.loads(index.read_text()), **named}))

@@ -35,7 +35,7 @@ SHORT = ["--steps", "2", "--teacher-steps", "3"]
 def student(bases: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     """A student with random weights of the tiny PixArt, by its seed."""
 
-    def made(seed: int, **changes: Any) -> Path:
+    def make(seed: int, **changes: Any) -> Path:
         generator = torch.Generator().manual_seed(seed)
         layer = "transformer.transformer_blocks.0.attn1.to_q"
         lora = {
@@ -51,7 +51,7 @@ def student(bases: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]
         save_student(folder / "student.safetensors", Student.from_state_dict(StudentRecipe(**fields), lora))
         return folder / "student.safetensors"
 
-    return made
+    return make
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def numbers(row: dict[str, Any]) -> list[float]:
-    """All that was measured."""
+    """The values of all measures of a row."""
     kinds = row["measures"]
     return [value["value"] for kind in kinds.values() for value in kind.values()]
 
@@ -81,7 +81,7 @@ def test_a_base_of_ones_own_is_measured_but_for_accuracy_and_its_teacher_drawn_o
     one, two = student(1), student(2)
     given = ["eval", "--prompts-file", str(prompts_file), *SHORT, "--teacher-guidance", "2"]
     assert main([*given, "--student", str(one), "--out", str(tmp_path / "a")]) == 0
-    said = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     rows = read(tmp_path / "a")
     assert [row["name"] for row in rows] == [
         "teacher, 3 steps, guided", "teacher, 4 steps", "teacher, 4 steps of the student's", "student, 2 steps",
@@ -98,8 +98,8 @@ def test_a_base_of_ones_own_is_measured_but_for_accuracy_and_its_teacher_drawn_o
     assert teacher["brightness"] == {"value": 1, "low": 1, "high": 1}
     assert (teacher["diversity"]["value"], teacher["ode"]["value"]) == (1, 0)
     assert rows[3]["measures"]["values"]["ode"]["value"] > 0
-    assert "| teacher, 3 steps, guided | 6 |" in said
-    assert "†" not in said
+    assert "| teacher, 3 steps, guided | 6 |" in stdout
+    assert "†" not in stdout
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"eval.json", "eval.md", "eval.png", "grid.png"}
     assert Image.open(tmp_path / "a" / "eval.png").width > 1000
 
@@ -119,8 +119,8 @@ def test_a_base_of_ones_own_is_measured_but_for_accuracy_and_its_teacher_drawn_o
     assert set(drawn) == {"seed1, 2 steps", "seed2, 2 steps"}
     assert [row["cached"] for row in both] == [True] * 3 + [False] * 3
     assert [(r["calls"], r["seconds"]) for r in both[:3]] == [(r["calls"], r["seconds"]) for r in rows[:3]]
-    for again, first in zip(both[:4], rows[:4], strict=True):
-        assert numbers(again) == pytest.approx(numbers(first), abs=1e-5)
+    for repeated, first in zip(both[:4], rows[:4], strict=True):
+        assert numbers(repeated) == pytest.approx(numbers(first), abs=1e-5)
     distances = [row["measures"]["values"]["distance"]["value"] for row in both[3:5]]
     assert distances[0] != distances[1]
     mean = both[5]["measures"]["values"]["distance"]
@@ -214,11 +214,11 @@ def test_the_first_step_by_the_base_is_a_row_more(
 def test_base_first_draws_what_the_pipeline_draws_so() -> None:
     pipe = TDMPipeline.from_pretrained()
     pipe.set_progress_bar_config(disable=True)
-    made = draw(pipe, Variant("", 4, None, "student", base_first=True), ["a red star on a beach"], [7])
+    drawn = draw(pipe, Variant("", 4, None, "student", base_first=True), ["a red star on a beach"], [7])
     with pipe.base_first():
         call = {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4, "output_type": "pt"}
         picture = pipe("a red star on a beach", **call).images
-    assert torch.equal(made, (picture * 255).round().to(torch.uint8))
+    assert torch.equal(drawn, (picture * 255).round().to(torch.uint8))
 
 
 def test_the_bundled_world_is_measured_by_attribute_and_combination(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,17 +240,19 @@ def test_the_bundled_world_is_measured_by_attribute_and_combination(monkeypatch:
 
 def test_the_reference_against_itself_has_no_ratio_but_one() -> None:
     generator = torch.Generator().manual_seed(0)
-    made, again, other = (
+    pictures, several, others = (
         torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         for shape in ((12, 3, 64, 64), (9, 4, 3, 64, 64), (9, 4, 3, 64, 64))
     )
-    found = Reference(made, again, other, None).measures(made, again)
+    measures = Reference(pictures, several, others, None).measures(pictures, several)
     for name in ("diversity", "brightness", "contrast", "saturation"):
-        assert found.values[name] == pytest.approx((1, 1, 1))
-    assert {name: v.value for name, v in found.spectrum.items()} == pytest.approx(dict.fromkeys(found.spectrum, 1.0))
-    assert found.values["frechet"].low is None
-    assert not found.attributes
-    darker = Reference(made, again, other, None).measures((made // 2), again)
+        assert measures.values[name] == pytest.approx((1, 1, 1))
+    assert {name: v.value for name, v in measures.spectrum.items()} == pytest.approx(
+        dict.fromkeys(measures.spectrum, 1.0)
+    )
+    assert measures.values["frechet"].low is None
+    assert not measures.attributes
+    darker = Reference(pictures, several, others, None).measures((pictures // 2), several)
     assert darker.values["brightness"].value == pytest.approx(0.5, abs=0.01)
 
 
@@ -258,11 +260,11 @@ def test_a_ratio_to_nothing_is_left_out_of_all_that_is_written(tmp_path: Path) -
     grey = torch.full((12, 3, 64, 64), 90, dtype=torch.uint8)
     several = grey[:9, None].expand(9, 4, -1, -1, -1)
     noise = torch.randint(256, grey.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    found = Reference(grey, several, several, None).measures(noise, several)
-    assert found.values["brightness"].value == pytest.approx(127.5 / 90, rel=0.01)
-    assert not {"saturation", "contrast", "diversity", "ode"} & set(found.values)
-    assert not found.spectrum
-    rows = [Row(name, 4, 4.0, 1.0, False, name, measures=found) for name in ("a", "b")]
+    measures = Reference(grey, several, several, None).measures(noise, several)
+    assert measures.values["brightness"].value == pytest.approx(127.5 / 90, rel=0.01)
+    assert not {"saturation", "contrast", "diversity", "ode"} & set(measures.values)
+    assert not measures.spectrum
+    rows = [Row(name, 4, 4.0, 1.0, False, name, measures=measures) for name in ("a", "b")]
     write([*rows, *over_students(rows)], Image.new("RGB", (8, 8)), tmp_path, {})
     assert "NaN" not in (tmp_path / "eval.json").read_text()
     assert "nan" not in (tmp_path / "eval.md").read_text()

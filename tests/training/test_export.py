@@ -60,9 +60,9 @@ def test_kohya_names_are_the_same_student(family: str, runs: Callable[[str], Run
     assert all(key.startswith(prefix) for key in read.tensors)
     assert {float(read.tensors[key]) for key in read.tensors if key.endswith(".alpha")} == {2.0}  # the rank: scale 1
     kind, networks = networks_without_weights(run.recipe.base_model)
-    (expected,), (found,) = (place(f, kind, networks).values() for f in (read_lora_file(file), read))
-    assert found.keys() == expected.keys()
-    for layer, lora in found.items():
+    (expected,), (actual,) = (place(f, kind, networks).values() for f in (read_lora_file(file), read))
+    assert actual.keys() == expected.keys()
+    for layer, lora in actual.items():
         assert torch.equal(lora.A, expected[layer].A)
         assert torch.equal(lora.B, expected[layer].B)
 
@@ -163,9 +163,9 @@ def test_distill_ends_with_what_export_writes(
     assert main(["distill", *settings("sd15"), "--out", str(folder)]) == 0
     student, card = (folder / name for name in ("student.safetensors", "README.md"))
     written, text = student.read_bytes(), card.read_text()
-    said = capsys.readouterr().out
-    assert f"student  {student}" in said
-    assert f"card     {card}" in said
+    stdout = capsys.readouterr().out
+    assert f"student  {student}" in stdout
+    assert f"card     {card}" in stdout
 
     assert f"{student} exists" in refused(["export", str(folder)], capsys)
     card.write_text("mine")
@@ -195,18 +195,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(runs: Callable[[str], Run], 
         "average": ["average", str(student), str(student), "--out", str(out / "a.safetensors")],
     }
     for name, argv in commands.items():
-        said = tmp_path.parent / f"{tmp_path.name}-{name}.err"
-        assert finish(argv, said, largest_file=2000) == 2, (name, said.read_text())
-        line = said.read_text().strip().splitlines()[-1]
+        stderr = tmp_path.parent / f"{tmp_path.name}-{name}.err"
+        assert finish(argv, stderr, largest_file=2000) == 2, (name, stderr.read_text())
+        line = stderr.read_text().strip().splitlines()[-1]
         assert line.startswith(f"tdm: cannot write {argv[-1]}: File too large; free some space"), line
-        assert "Traceback" not in said.read_text()
+        assert "Traceback" not in stderr.read_text()
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
 
     size = student.stat().st_size
-    said = tmp_path.parent / f"{tmp_path.name}.err"
+    stderr = tmp_path.parent / f"{tmp_path.name}.err"
     (run / "curves.png").write_bytes(b"x" * 2 * size)
-    assert finish(commands["student"], said, largest_file=size) == 2  # the card's picture is larger than the student
-    assert f"cannot write {out / 'curves.png'}: File too large" in said.read_text()
+    assert finish(commands["student"], stderr, largest_file=size) == 2  # the card's picture is larger than the student
+    assert f"cannot write {out / 'curves.png'}: File too large" in stderr.read_text()
     assert [path.name for path in out.iterdir()] == ["s.safetensors"]
     (out / "curves.png").touch()  # as an earlier tdm left it
     assert main([*commands["student"], "--force"]) == 0
@@ -233,11 +233,11 @@ def test_which_weights(runs: Callable[[str], Run], tmp_path: Path, capsys: pytes
     best = {"format": 1, "step": 1, "measure": "accuracy", "value": 0.75, "weights": halved}
     torch.save(best, folder / "best.pt")
     assert main(["export", str(folder), "--which", "best"]) == 0
-    found = read_run(folder, "best")
-    assert found is not None
-    assert found.recipe.notes["weights"] == "the best by accuracy, 0.75"
-    assert found.recipe.notes["training"].startswith("1 updates of 2 prompts")
-    a, b = (load_file(export_student(r, tmp_path / f"{i}.safetensors")) for i, r in enumerate((found, mean)))
+    best_run = read_run(folder, "best")
+    assert best_run is not None
+    assert best_run.recipe.notes["weights"] == "the best by accuracy, 0.75"
+    assert best_run.recipe.notes["training"].startswith("1 updates of 2 prompts")
+    a, b = (load_file(export_student(r, tmp_path / f"{i}.safetensors")) for i, r in enumerate((best_run, mean)))
     assert all(torch.equal(a[key] * 2, b[key]) for key in a)
 
 

@@ -1,4 +1,4 @@
-"""Scores that want weights: CLIP on a tiny real one, the others' refusals."""
+"""Scores that need weights: CLIP on a tiny real model, and the refusals of the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def clip(tmp_path: Path) -> Path:
 def test_clip_score_is_a_hundred_times_the_cosine_that_the_models_own_logits_have(clip: Path) -> None:
     pictures = torch.randint(256, (5, 3, 16, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     prompts = ["a cat", "a red cube", "a cat", "two stars above a tree", "x"]
-    found = extra(f"clip={clip}")(pictures, prompts)
+    actual = extra(f"clip={clip}")(pictures, prompts)
     model = transformers.CLIPModel.from_pretrained(clip).eval()
     processor = transformers.CLIPProcessor.from_pretrained(clip)
     scores = []
@@ -49,8 +49,8 @@ def test_clip_score_is_a_hundred_times_the_cosine_that_the_models_own_logits_hav
         with torch.no_grad():
             scores.append(float(model(**inputs).logits_per_image / model.logit_scale.exp()))
     assert min(scores) != max(scores)
-    assert found.value == pytest.approx(100 * sum(max(0.0, s) for s in scores) / 5, abs=0.05)
-    assert found.low < found.value < found.high
+    assert actual.value == pytest.approx(100 * sum(max(0.0, s) for s in scores) / 5, abs=0.05)
+    assert actual.low < actual.value < actual.high
 
 
 def test_image_reward_is_what_its_own_code_says(tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def assert_scores(text: str, known: list[float]) -> None:
     assert alone == pytest.approx(known, rel=1e-4)
     assert score.network(pictures(), PROMPTS).tolist() == pytest.approx(known, rel=1e-4)
     square = np.asarray(pictures()[0])
-    found = score(torch.from_numpy(square.copy()).permute(2, 0, 1)[None].expand(40, -1, -1, -1), PROMPTS[:1] * 40)
-    assert found.value == pytest.approx(known[0], rel=1e-4)
+    actual = score(torch.from_numpy(square.copy()).permute(2, 0, 1)[None].expand(40, -1, -1, -1), PROMPTS[:1] * 40)
+    assert actual.value == pytest.approx(known[0], rel=1e-4)
 
 
 def test_weights_that_lack_a_part_are_refused(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
     finished = read_run(tmp_path / "run")
     assert finished is not None
     file = export_student(finished, tmp_path / "student.safetensors")
-    again = load_file(file)
-    assert all(torch.equal(again[f"{task.family.denoiser}.{key}"], value) for key, value in run.ema.weights.items())
+    exported = load_file(file)
+    assert all(torch.equal(exported[f"{task.family.denoiser}.{key}"], value) for key, value in run.ema.weights.items())
     recipe = read_student(file).recipe
     assert recipe is not None
     assert (recipe.family, recipe.height, recipe.num_frames) == (family, call["height"], call.get("num_frames"))
@@ -81,7 +81,7 @@ def test_a_student_of_any_family_is_sampled_as_it_was_trained(
 def test_a_student_may_have_layers_of_ones_own_choice(
     family: str, targets: str, layers: list[str] | None, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    """The critic keeps those of the family."""
+    """The critic keeps the layers of the family."""
     task = task_of(family, bases(family), prompts)
     fast = ["updates=2", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
     run = distill(

@@ -108,9 +108,9 @@ def test_a_base_that_has_its_weights_as_fp16_alone_is_read(family: str, prompts:
     tiny.build(family).to(torch.float16).save_pretrained(tmp_path / "base", variant="fp16")
     task = task_of(family, tmp_path / "base", prompts)
     assert {weight.dtype for weight in task.base.parameters()} == {torch.float32}
-    parts = components(str(tmp_path / "base"), {}, torch.float32)
+    loaded = components(str(tmp_path / "base"), {}, torch.float32)
     stored = tiny.build(family).to(torch.float16).components
-    for name, part in parts.items():
+    for name, part in loaded.items():
         if part is not None:
             for key, weight in stored[name].state_dict().items():
                 assert torch.equal(part.state_dict()[key].float(), weight.float()), (name, key)

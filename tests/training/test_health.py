@@ -45,26 +45,26 @@ def lines(out: Path) -> list[dict[str, float]]:
 
 
 def alarms(out: Path) -> list[tuple[str, int]]:
-    """Names and updates."""
+    """The name and the update of each alarm of a run."""
     return [(key[6:], int(line["step"])) for line in lines(out) for key in line if key.startswith("alarm/")]
 
 
 def go(out: Path, *settings: str, bundled: bool = False, **options: bool | list[Callback]) -> list[str]:
-    """A run of the mixture or of the bundled teacher; returns the lines it told."""
-    told: list[str] = []
+    """Run the mixture or the bundled teacher, and return the alarm lines that it reported."""
+    messages: list[str] = []
     small = BUNDLED if bundled else MIXTURE
     config = load_config(CONFIGS / ("bundled.yaml" if bundled else "mixture.yaml"), [*small, *settings])
     task = PipelineTask(PipelineTaskConfig()) if bundled else MixtureTask(width=64, samples=500)
-    distill(task, config, out, report=told.append, **options)  # type: ignore[arg-type]
-    return [line for line in told if line.startswith("ALARM")]
+    distill(task, config, out, report=messages.append, **options)  # type: ignore[arg-type]
+    return [line for line in messages if line.startswith("ALARM")]
 
 
 def test_a_run_that_goes_well_raises_none(tmp_path: Path) -> None:
     assert go(tmp_path / "mixture") == go(tmp_path / "bundled", bundled=True) == []
     assert alarms(tmp_path / "mixture") == alarms(tmp_path / "bundled") == []
-    seen = [line["health/diversity"] for line in lines(tmp_path / "mixture") if "health/diversity" in line]
-    assert len(seen) == 5
-    assert all(0.7 < value < 1.1 for value in seen)
+    ratios = [line["health/diversity"] for line in lines(tmp_path / "mixture") if "health/diversity" in line]
+    assert len(ratios) == 5
+    assert all(0.7 < value < 1.1 for value in ratios)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_a_run_that_goes_well_raises_none(tmp_path: Path) -> None:
 def test_a_student_blown_up_by_its_rate(
     settings: list[str], expected: list[tuple[str, str, str]], tmp_path: Path
 ) -> None:
-    told = go(tmp_path, *settings, bundled=True)
+    messages = go(tmp_path, *settings, bundled=True)
     assert {name for name, _, _ in expected} <= {name for name, _ in alarms(tmp_path)}
     assert {step for _, step in alarms(tmp_path)} == {3}
     for name, ratio, remedy in expected:
-        (line,) = [line for line in told if name in line and ratio in line]
+        (line,) = [line for line in messages if name in line and ratio in line]
         assert line.startswith(f"ALARM  {name}: at update 3 the student's previews have ")
         assert line.endswith(f"of the teacher's {ratio} (no good preview before); {remedy}")
     sheet = Image.open(tmp_path / "previews" / "000003.png")
@@ -103,23 +103,23 @@ def test_a_student_blown_up_by_its_rate(
 
 
 def test_a_critic_blown_up_by_its_rate_is_named_with_its_stage(tmp_path: Path) -> None:
-    (told, *_) = go(tmp_path, "critic.lr=0.1")
-    assert "critic_divergence: since update" in told
-    assert "times as far from the teacher as the student's sample; lower critic.lr" in told
+    (message, *_) = go(tmp_path, "critic.lr=0.1")
+    assert "critic_divergence: since update" in message
+    assert "times as far from the teacher as the student's sample; lower critic.lr" in message
     assert {name for name, _ in alarms(tmp_path)} == {"critic_divergence"}
 
 
 def test_a_critic_that_goes_astray_later_is_seen_by_its_loss(tmp_path: Path) -> None:
-    """Its rate grows by warm-up from a good one to an absurd one."""
-    told = go(tmp_path, "critic.lr=3.0", "critic.warmup=1500", "updates=140")
-    (line,) = [line for line in told if "the critic's loss is at least" in line]
+    """The critic's learning rate grows by warm-up from a good value to an absurd one."""
+    messages = go(tmp_path, "critic.lr=3.0", "critic.warmup=1500", "updates=140")
+    (line,) = [line for line in messages if "the critic's loss is at least" in line]
     assert "lower critic.lr or critic.clip" in line
     since = int(line.partition("since update ")[2].partition(" ")[0])
     assert since > 32
 
 
 class Broken(MixtureTask):
-    """The eleventh batch finds a weight that is not a number."""
+    """A mixture whose eleventh batch sets a student weight to NaN."""
 
     calls = 0
 
@@ -155,19 +155,19 @@ def test_an_alarm_stops_the_command_where_it_is_told_to(tmp_path: Path, capsys: 
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == step < 100
 
 
-def replay(found: list[dict[str, float]], monitor: Monitor | None = None) -> list[tuple[str, int]]:
+def replay(records: list[dict[str, float]], monitor: Monitor | None = None) -> list[tuple[str, int]]:
     monitor = monitor or Monitor()
-    return [(alarm.name, int(line["step"])) for line in found for alarm in monitor.watch(line)]
+    return [(alarm.name, int(line["step"])) for line in records for alarm in monitor.watch(line)]
 
 
 def test_an_alarm_is_raised_once_and_again_after_it_was_fine() -> None:
-    found = [{"step": i, "health/contrast": value} for i, value in enumerate([1.0, 0.3, 0.2, 0.9, 0.4])]
-    assert replay(found) == [("darkening", 1), ("darkening", 4)]
+    records = [{"step": i, "health/contrast": value} for i, value in enumerate([1.0, 0.3, 0.2, 0.9, 0.4])]
+    assert replay(records) == [("darkening", 1), ("darkening", 4)]
     message = Monitor().watch({"step": 1, "health/contrast": 0.3})[0].message
     assert "no good preview before" in message
     monitor = Monitor()
-    monitor.watch(found[0])
-    assert "0.30 of the teacher's contrast (1.00 at update 0)" in monitor.watch(found[1])[0].message
+    monitor.watch(records[0])
+    assert "0.30 of the teacher's contrast (1.00 at update 0)" in monitor.watch(records[1])[0].message
 
 
 def test_one_bad_line_of_the_critic_is_no_alarm_and_three_are() -> None:

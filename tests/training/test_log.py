@@ -69,19 +69,19 @@ def test_the_table_holds_the_lines_of_metrics_also_after_a_kill_and_a_resume(tmp
 
 
 def test_the_best_student_so_far_is_kept_by_the_tasks_own_measure(tmp_path: Path) -> None:
-    seen: dict[int, dict[str, torch.Tensor]] = {}
+    weights: dict[int, dict[str, torch.Tensor]] = {}
 
     def remember(run: Run, line: dict[str, float]) -> None:
         if "eval/energy" in line:
-            seen[run.step] = {name: weight.clone() for name, weight in run.ema.weights.items()}
+            weights[run.step] = {name: weight.clone() for name, weight in run.ema.weights.items()}
 
     go(tmp_path, "output.evaluate_every=3", "student.lr=0.01", callbacks=[remember])
     values = {int(line["step"]): line["eval/energy"] for line in lines(tmp_path) if "eval/energy" in line}
     step = min(values, key=lambda step: values[step])
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert (best["step"], best["measure"], best["value"]) == (step, "energy", values[step])
-    assert best["weights"].keys() == seen[step].keys()
-    assert all(torch.equal(weight, seen[step][name]) for name, weight in best["weights"].items())
+    assert best["weights"].keys() == weights[step].keys()
+    assert all(torch.equal(weight, weights[step][name]) for name, weight in best["weights"].items())
     last = [line for line in lines(tmp_path) if "best/step" in line][-1]
     assert (last["best/step"], last["best/energy"]) == (step, values[step])
 
@@ -119,8 +119,8 @@ def test_tensorboard_gets_what_metrics_and_previews_say_and_nothing_twice(tmp_pa
     events.Reload()
     for name in ("critic_loss", "gap_0", "eval/energy", "health/diversity"):
         drawn = [(event.step, event.value) for event in events.Scalars(name)]
-        told = [(line["step"], pytest.approx(line[name])) for line in lines(tmp_path) if name in line]
-        assert drawn == told
+        logged = [(line["step"], pytest.approx(line[name])) for line in lines(tmp_path) if name in line]
+        assert drawn == logged
     assert [image.step for image in events.Images("preview")] == [6, 12]
     assert (events.Images("preview")[0].width, events.Images("preview")[0].height) == (5, 3)
 

@@ -79,22 +79,22 @@ def kill_at(step):
 
 
 def test_run_writes_metrics_previews_and_a_checkpoint(tmp_path):
-    seen, told = [], []
+    records, messages = [], []
     config = load_config(
         None, [*SMALL, "output.preview_every=6", "output.evaluate_every=6", "output.checkpoint_every=0"]
     )
     run = distill(
-        Task(), config, tmp_path, callbacks=[lambda run, line: seen.append((run.step, line))], report=told.append
+        Task(), config, tmp_path, callbacks=[lambda run, line: records.append((run.step, line))], report=messages.append
     )
     assert run.step == 12
     assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == ["000006.png", "000012.png"]
-    assert lines(tmp_path) == [line for _, line in seen]
+    assert lines(tmp_path) == [line for _, line in records]
     training = [line for line in lines(tmp_path) if "student_loss" in line]
     assert [line["step"] for line in training] == [4, 8, 12]
     assert {f"gap_{i}" for i in range(4)} | {"critic_grad", "std_ratio", "seconds_per_update"} <= set(training[0])
     assert [line["step"] for line in lines(tmp_path) if "eval/energy" in line] == [6, 12]
-    assert told[0].startswith("update 4/12  ")
-    assert "ETA" in told[0]
+    assert messages[0].startswith("update 4/12  ")
+    assert "ETA" in messages[0]
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 12
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -203,8 +203,8 @@ def test_checkpointing_needs_a_base_that_can(tmp_path):
 
 def test_automatic_precision_is_settled_before_the_first_update(tmp_path, monkeypatch):
     assert go(tmp_path / "here", "precision=auto").config.precision == best_precision("cpu")
-    for found, precision in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+    for capabilities, precision in (({"avx512_bf16": True}, "bf16"), ({"avx2": True}, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
         assert go(tmp_path / precision, "precision=auto").config.precision == precision
         saved = read_checkpoint(tmp_path / precision / "checkpoint.pt")["config"]
         assert saved["precision"] == precision
@@ -213,13 +213,13 @@ def test_automatic_precision_is_settled_before_the_first_update(tmp_path, monkey
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("unit", ["avx512_bf16", "avx2"])
 def test_bf16_on_a_cpu_that_has_no_units_for_it_is_told_of(tmp_path, monkeypatch, precision, unit):
-    """It saves nothing there."""
+    """bf16 saves nothing on such a CPU."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
-    told = []
-    distill(Task(), load_config(None, [*SMALL, *QUIET, f"precision={precision}"]), tmp_path, report=told.append)
-    notes = [line for line in told if "this cpu has no bf16 units" in line]
+    messages = []
+    distill(Task(), load_config(None, [*SMALL, *QUIET, f"precision={precision}"]), tmp_path, report=messages.append)
+    notes = [line for line in messages if "this cpu has no bf16 units" in line]
     assert len(notes) == (precision == "bf16" and unit == "avx2")
-    assert told[: len(notes)] == notes  # before the first update
+    assert messages[: len(notes)] == notes  # before the first update
 
 
 def test_learning_rate_follows_the_update(tmp_path):

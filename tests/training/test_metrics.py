@@ -101,7 +101,7 @@ def gaussian(n: int, mean: list[float], deviations: list[float], seed: int) -> t
 
 
 def test_sliced_wasserstein_of_shifted_gaussians_is_the_closed_form() -> None:
-    """On a direction u the distance is |u mu|, whose mean square is |mu|^2 / D."""
+    """In a direction u the distance is |u mu|, whose mean square is |mu|^2 / D."""
     mu, ones = [3.0, 4.0, 0.0, 0.0], [1.0] * 4
     x, y = gaussian(2000, [0.0] * 4, ones, 0), gaussian(1500, mu, ones, 1)
     assert sliced_wasserstein(x, y, 2000) == pytest.approx(5 / math.sqrt(4), rel=0.03)
@@ -126,7 +126,7 @@ def exactly(points: torch.Tensor, mean: torch.Tensor, cov: torch.Tensor) -> torc
 
 
 def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
-    """Of covariances that commute it is the sum of the squared differences of means and of deviations."""
+    """For covariances that commute it is the sum of the squared differences of means and of deviations."""
     x, y = gaussian(200, [0.0] * 3, [1.0] * 3, 0), gaussian(150, [0.0] * 3, [1.0] * 3, 1)
     turn = torch.linalg.qr(gaussian(3, [0.0] * 3, [1.0] * 3, 2)).Q
     one, two = torch.tensor([0.5, 2.0, 1.0]).double(), torch.tensor([1.5, 0.25, 1.0]).double()
@@ -186,9 +186,9 @@ def test_spread_of_points_is_their_mean_distance() -> None:
 
 def test_the_spectrum_of_white_noise_is_its_variance_in_every_band() -> None:
     noise = 3 * torch.randn(40, 3, 64, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = power_spectrum(noise + 50).mean(0)
+    spectrum = power_spectrum(noise + 50).mean(0)
     assert octaves(64, 96) == ["2-4 px", "4-8 px", "8-16 px", "16-32 px", "32-64 px"]
-    torch.testing.assert_close(found, torch.full((5,), 9.0, dtype=torch.float64), rtol=0.15, atol=0)
+    torch.testing.assert_close(spectrum, torch.full((5,), 9.0, dtype=torch.float64), rtol=0.15, atol=0)
 
 
 def test_a_wave_is_in_the_band_of_its_length_with_its_power() -> None:
@@ -221,11 +221,11 @@ def test_a_blur_takes_from_the_fine_bands_alone() -> None:
 
 def test_agreement_is_nothing_for_the_teacher_itself_and_one_for_another_noise() -> None:
     generator = torch.Generator().manual_seed(0)
-    same, made = torch.randn(2, 500, 2, generator=generator)
+    same, unrelated = torch.randn(2, 500, 2, generator=generator)
     others = torch.randn(500, 4, 2, generator=generator)
     assert float(ratio(agreement(same, same, others))) == 0
-    assert float(ratio(agreement(made, same, others))) == pytest.approx(1, abs=0.05)
-    near = same + 0.1 * (made - same)
+    assert float(ratio(agreement(unrelated, same, others))) == pytest.approx(1, abs=0.05)
+    near = same + 0.1 * (unrelated - same)
     assert float(ratio(agreement(near, same, others))) == pytest.approx(0.1, abs=0.01)
     shown = torch.tensor([[[0, 0, 0, 0]]], dtype=torch.uint8)  # pictures: no difference wraps around
     assert agreement(shown + 3, shown, shown[None] + 255).tolist() == [[6.0, 510.0]]

@@ -53,7 +53,7 @@ def test_coverage_is_one_on_true_samples_and_sees_a_lost_mode():
 
 
 def base_samples(task: MixtureTask, timesteps: list[float], n: int) -> torch.Tensor:
-    """What the base draws on a grid; on a base of its own, which no adapter was ever put into."""
+    """Return what the base draws on a grid. It is a new base, into which no adapter was ever put."""
     base = MixtureTask(task.schedule.kind).base
 
     def teacher(x, timesteps, _cond):
@@ -103,7 +103,7 @@ def test_four_steps_reach_a_fifth_of_the_base_distance(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_seed_gets_there_keeps_every_mode_and_stays(tmp_path, seed):
-    """From update 500 on, and for twice as many again."""
+    """The measures hold from update 500 to update 1500."""
     curve = distance_over_training(MixtureTask(), tmp_path, f"seed={seed}")
     assert max(curve) == 1500
     assert all(ratio <= 1 / 5 and least > 0.5 for step, (ratio, least) in curve.items() if step >= 500), curve
@@ -111,7 +111,7 @@ def test_every_seed_gets_there_keeps_every_mode_and_stays(tmp_path, seed):
 
 @pytest.mark.slow
 def test_a_v_model_on_its_own_grid_gets_there_too(tmp_path):
-    """SD's table. Its uniform grid ends in a step from sigma / alpha = 0.7, too far for one small network: 1/4."""
+    """The uniform grid of SD's table ends in a step from sigma / alpha = 0.7, so one small network gets to 1/4 only."""
     grid = "trajectory.timesteps=[999, 600, 300, 100]"
     curve = distance_over_training(MixtureTask("vp"), tmp_path, "updates=1000", grid)
     assert all(ratio <= 1 / 5 and least > 0.5 for step, (ratio, least) in curve.items() if step >= 500), curve

@@ -99,7 +99,7 @@ def loss_of(roles: Any, config: DistillConfig, batch: Batch) -> Tensor:
 @pytest.mark.parametrize("schedule", [FLOW, VP], ids=["flow", "vp"])
 @pytest.mark.parametrize("sampler", ["deterministic", "stochastic"])
 def test_a_consistency_function_is_at_rest_and_another_student_is_not(schedule: NoiseSchedule, sampler: str) -> None:
-    """Up to the error of the teacher's one step, which shrinks as steps do."""
+    """The loss of an exact student is zero up to the error of the teacher's one step, which shrinks with its size."""
     losses = []
     for ode_steps in (8, 64, 512):
         config = config_of(
@@ -142,9 +142,9 @@ def test_regression_aims_at_the_end_of_the_teachers_ode(schedule: NoiseSchedule)
 def test_the_teachers_grid_begins_where_a_stage_starts() -> None:
     config = config_of("trajectory.shift=2", "trajectory.timesteps=[1000, 800, 500, 200]")
     trajectory = Trajectory(config.trajectory, FLOW)
-    own = [1000.0, 2000 * 0.75 / 1.75, 2000 / 3, 400.0]  # four steps with shift 2
-    assert ode_grid(trajectory, 0, 4) == pytest.approx(own)
-    assert ode_grid(trajectory, 1, 4) == pytest.approx([800, *own[2:]])
+    grid = [1000.0, 2000 * 0.75 / 1.75, 2000 / 3, 400.0]  # four steps with shift 2
+    assert ode_grid(trajectory, 0, 4) == pytest.approx(grid)
+    assert ode_grid(trajectory, 1, 4) == pytest.approx([800, *grid[2:]])
     assert ode_grid(trajectory, 3, 4) == [200]
 
 
@@ -192,14 +192,14 @@ def test_sid_equals_the_gradient_of_its_formula_and_spares_critic_and_base() -> 
         """SiD's loss, written out, of one step from fixed states."""
         assert batch.student is not None
         with torch.no_grad():
-            made, eps = roles.student(x, batch.trajectory.timesteps[batch.stages], batch.cond)
+            x0, eps = roles.student(x, batch.trajectory.timesteps[batch.stages], batch.cond)
             noised = batch.trajectory.renoise(
-                batch.trajectory.step(made, eps, batch.stages), batch.stages, *batch.student
+                batch.trajectory.step(x0, eps, batch.stages), batch.stages, *batch.student
             )
             c, _ = roles.teacher(noised.x_tau, batch.student.tau, batch.cond)
             u, _ = roles.teacher(noised.x_tau, batch.student.tau, batch.null)
             phi, psi = u + 3 * (c - u), roles.critic(noised.x_tau, batch.student.tau, batch.cond)[0]
-            return float(((phi - psi) * (phi - made) - (phi - psi) ** 2).mean() / 1e6)
+            return float(((phi - psi) * (phi - x0) - (phi - psi) ** 2).mean() / 1e6)
 
     for i in range(0, weight.numel(), 5):
         flat, h = weight.data.view(-1), 1e-2
@@ -213,7 +213,7 @@ def test_sid_equals_the_gradient_of_its_formula_and_spares_critic_and_base() -> 
 
 
 def test_two_terms_at_one_tau_pull_as_the_coupled_one() -> None:
-    """With a linear penalty, no normaliser and the same tau and noise the decoupled form is the coupled one."""
+    """With a linear penalty, no normaliser, and the same tau and noise, the decoupled form is the coupled one."""
     plain = ["objective.rho=mse", "objective.normalise=false", "objective.guidance_scale=4"]
     apart = ["objective.guidance_term=decoupled", "objective.guidance_band=separate"]
     gradients = []
@@ -365,7 +365,7 @@ def test_a_stochastic_student_starts_a_stage_with_fresh_noise() -> None:
 
 
 def test_with_fresh_noise_an_exact_student_draws_the_true_distribution() -> None:
-    """In every step count, where its deterministic sampler keeps the start noise's rank."""
+    """This holds at every step count. One step takes no fresh noise and keeps the rank of the start noise."""
     gaussian = Gaussian(FLOW)
     noise, fresh = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(1)).double(), None
     for steps in (1, 2, 4):

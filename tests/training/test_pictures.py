@@ -30,7 +30,7 @@ from .base_tasks import task_of
 
 
 class Drawing:
-    """Other pictures each time, counted."""
+    """Draws other pictures each time, and counts the calls."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -47,9 +47,9 @@ IDENTITY = {"base": {"files": {"a": "1"}}, "seed": 1}
 def test_pictures_are_drawn_once_and_come_back_with_the_facts_of_their_drawing(tmp_path: Path) -> None:
     draw = Drawing()
     first = cached(tmp_path / "new", IDENTITY, lambda: Drawn(draw(), {"seconds": 1 / 3}))
-    again = cached(tmp_path / "new", dict(reversed(IDENTITY.items())), lambda: Drawn(draw(), {}))  # in any order
-    assert (draw.times, again.facts) == (1, {"seconds": 1 / 3})
-    assert torch.equal(first.pictures, again.pictures)
+    repeated = cached(tmp_path / "new", dict(reversed(IDENTITY.items())), lambda: Drawn(draw(), {}))  # in any order
+    assert (draw.times, repeated.facts) == (1, {"seconds": 1 / 3})
+    assert torch.equal(first.pictures, repeated.pictures)
     assert not torch.equal(cached_pictures(tmp_path / "new", {**IDENTITY, "seed": 2}, draw), first.pictures)
     assert len(list((tmp_path / "new").iterdir())) == 2  # and nothing unfinished
 

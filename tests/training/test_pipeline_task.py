@@ -45,11 +45,11 @@ def test_each_update_draws_one_size_for_its_whole_batch(
     family: str, sizes: tuple[tuple[int, ...], ...], bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
     task = task_of(family, bases(family), prompts, **NO_SIZE, sizes=sizes)
-    seen: list[tuple[int, ...]] = []
+    call_shapes: list[tuple[int, ...]] = []
 
     class Watching(PipelineTask):
         def call(self, base: Any, x: Tensor, timesteps: Tensor, cond: Any) -> Tensor:
-            seen.append(tuple(x.shape[1:]))
+            call_shapes.append(tuple(x.shape[1:]))
             if "sizes" in cond:  # SDXL's network is told the size of the picture
                 assert cond["sizes"][:, :2].tolist() == [[2 * x.shape[2], 2 * x.shape[3]]] * len(x)
             return super().call(base, x, timesteps, cond)
@@ -58,8 +58,8 @@ def test_each_update_draws_one_size_for_its_whole_batch(
     distill(task, load_config(None, [*FAST, "updates=8"]), tmp_path / "run", report=lambda _: None)
     shapes = [task.family.latent_shape(task.pipe, size) for size in task.sizes]
     assert len(set(shapes)) == len(sizes)
-    assert set(seen) == set(shapes)
-    assert seen[0] == task.conditions(1, torch.Generator().manual_seed(0))[1] or len(set(seen)) > 1
+    assert set(call_shapes) == set(shapes)
+    assert call_shapes[0] == task.conditions(1, torch.Generator().manual_seed(0))[1] or len(set(call_shapes)) > 1
 
     finished = read_run(tmp_path / "run")
     assert finished is not None
@@ -109,9 +109,9 @@ def test_a_size_beyond_a_table_of_positions_is_one_line(
     pipe = SimpleNamespace(transformer=SimpleNamespace(config=FrozenDict(config)), vae_scale_factor_spatial=8)
     family = family_of_name("cogvideox")
     family.check_size(pipe, family.default_size(pipe))
-    own = family.default_size(pipe)
-    with pytest.raises(TDMError, match=f"learned for {own.height}x{own.width} alone"):
-        family.check_size(pipe, own._replace(height=2 * own.height))
+    default = family.default_size(pipe)
+    with pytest.raises(TDMError, match=f"learned for {default.height}x{default.width} alone"):
+        family.check_size(pipe, default._replace(height=2 * default.height))
 
 
 def test_sizes_and_loras_are_read_from_a_configuration() -> None:
@@ -149,11 +149,11 @@ def random_lora(family: str, *, text: bool) -> list[Update]:
     if text:
         components += [name for name in pipe._lora_loadable_modules if name.startswith("text_encoder")]
     ends = ("to_q", "to_v", "to_out.0", "q_proj", "v_proj", "conv1")
-    made = []
+    lora = []
     for i, name in enumerate(components):
         names = {n: layers for n, layers in diffusers_names(getattr(pipe, name), family).items() if n.endswith(ends)}
-        made += updates(pipe, name, names, seed=i)
-    return made
+        lora += updates(pipe, name, names, seed=i)
+    return lora
 
 
 @torch.no_grad()
@@ -162,16 +162,16 @@ def whole_prediction(pipe: Any, task: PipelineTask, x: Tensor) -> Tensor:
     return task.family.denoise(getattr(pipe, task.family.denoiser), x, torch.tensor([800.0, 300.0]), cond)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_teacher_with_a_lora_in_it_is_the_pipeline_with_that_lora_loaded(
     family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    made = random_lora(family, text=family in WITH_TEXT)
-    file = write(tmp_path / "style.safetensors", tensors_of(LAYOUTS["diffusers"], made))
+    lora = random_lora(family, text=family in WITH_TEXT)
+    file = write(tmp_path / "style.safetensors", tensors_of(LAYOUTS["diffusers"], lora))
     task = task_of(family, bases(family), prompts, loras=(f"{file}@0.7",))
     whole = task.family.pipeline_class().from_pretrained(bases(family))
     x = torch.randn(2, *task.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -180,8 +180,8 @@ def test_a_teacher_with_a_lora_in_it_is_the_pipeline_with_that_lora_loaded(
     whole.set_adapters("style", 0.7)
     expected = whole_prediction(whole, task, x)
     with torch.no_grad():
-        found = task.call(task.base, x, torch.tensor([800.0, 300.0]), task.encode(PROMPTS))
-    assert error(found, expected) < 1e-5
+        actual = task.call(task.base, x, torch.tensor([800.0, 300.0]), task.encode(PROMPTS))
+    assert error(actual, expected) < 1e-5
     assert error(plain, expected) > 1e-3
     assert task.merged_loras == ["style.safetensors@0.7"]
 
@@ -189,17 +189,17 @@ def test_a_teacher_with_a_lora_in_it_is_the_pipeline_with_that_lora_loaded(
 def test_loras_of_other_layouts_add_up_and_are_named_in_the_student(
     bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    made = random_lora("sd15", text=True)
+    lora = random_lora("sd15", text=True)
     files = [
-        write(tmp_path / f"{i}.safetensors", tensors_of(LAYOUTS[name], made)) for i, name in enumerate(("kohya",) * 2)
+        write(tmp_path / f"{i}.safetensors", tensors_of(LAYOUTS[name], lora)) for i, name in enumerate(("kohya",) * 2)
     ]
     task = task_of("sd15", bases("sd15"), prompts, loras=(str(files[0]), f"{files[1]}@-0.4"))
     whole = task.family.pipeline_class().from_pretrained(bases("sd15"))
-    merge(whole, made, 0.6 * 1.5)  # alpha 3, rank 2
+    merge(whole, lora, 0.6 * 1.5)  # alpha 3, rank 2
     x = torch.randn(2, *task.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = task.call(task.base, x, torch.tensor([800.0, 300.0]), task.encode(PROMPTS))
-    assert error(found, whole_prediction(whole, task, x)) < 1e-5
+        prediction = task.call(task.base, x, torch.tensor([800.0, 300.0]), task.encode(PROMPTS))
+    assert error(prediction, whole_prediction(whole, task, x)) < 1e-5
     config = load_config(None, [*FAST, "updates=1", f"task.loras=[{files[0]}, {files[1]}@-0.4]"])
     run = distill(task, config, tmp_path / "run", report=lambda _: None)
     finished = read_run(tmp_path / "run")
@@ -221,8 +221,8 @@ def test_loras_that_are_not_there_or_do_not_fit_are_refused(
     bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
     other = write(tmp_path / "o.safetensors", tensors_of(LAYOUTS["diffusers"], random_lora("pixart", text=False)))
-    own = tensors_of(LAYOUTS["diffusers"], random_lora("sd15", text=False))
-    biases = write(tmp_path / "biases.safetensors", own | {"diffusion_model.conv_in.diff_b": torch.ones(8)})
+    tensors = tensors_of(LAYOUTS["diffusers"], random_lora("sd15", text=False))
+    biases = write(tmp_path / "biases.safetensors", tensors | {"diffusion_model.conv_in.diff_b": torch.ones(8)})
     for lora, line in (
         (f"{other}", "task.loras: .*o.safetensors: .* do not"),
         (f"{tmp_path}/nothing.safetensors@0.5", "nothing.safetensors: no such file"),

@@ -54,7 +54,7 @@ def test_a_cpu_without_units_computes_what_one_with_them_does(case, monkeypatch)
 
 
 def test_without_units_a_product_is_that_of_rounded_numbers(monkeypatch):
-    """To the last bit, in the forward and the backward pass; nothing is rounded that autocast would not round."""
+    """Both passes agree to the last bit, and nothing is rounded that autocast would not round."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: UNITS[False])
     torch.manual_seed(0)
     x, w, g = (torch.randn(shape) for shape in ((5, 7), (3, 7), (5, 3)))

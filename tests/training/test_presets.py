@@ -42,7 +42,7 @@ def test_every_family_goes_with_every_memory_class(family: str, memory: str) -> 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "bundled"])
 def test_every_family_goes_with_every_objective(family: str, objective: str) -> None:
-    """It changes how is learned, and neither what nor at what rates. Without guidance it is no term of its own."""
+    """An objective preset keeps task, batch size, student and shift. The decoupled one needs guidance."""
     if objective == "decoupled" and load_config(family).objective.guidance_scale == 1:
         with pytest.raises(TDMError, match="a guidance_scale above 1"):
             load_config([family, objective])

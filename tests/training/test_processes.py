@@ -70,13 +70,13 @@ def furthest(one, two):
 )
 def test_two_processes_train_the_student_of_one(config, tmp_path, settings):
     alone(config, tmp_path / "one", *settings)
-    code, told = torchrun(config, tmp_path / "two", *settings)
-    assert code == 0, told
+    code, stderr = torchrun(config, tmp_path / "two", *settings)
+    assert code == 0, stderr
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
     fresh = alone(config, tmp_path / "start", "updates=1", "student.lr=1e-12", "critic.lr=1e-12").roles
     moved = max(float((one["adapters"]["student"][k] - v).abs().max()) for k, v in fresh.state("student").items())
     assert furthest(one, two) < TOLERANCE < moved / 20
-    assert told.count("update 12/12") == 3  # its losses, its evaluation and its health: one process talks, not two
+    assert stderr.count("update 12/12") == 3  # its losses, its evaluation and its health: one process talks, not two
     assert torch.equal(one["generator"], two["generator"])
 
 
@@ -99,8 +99,8 @@ output: {{teacher_steps: 3}}
 """
     (tmp_path / "tiny.yaml").write_text(options)
     assert main(["distill", str(tmp_path / "tiny.yaml"), "--device", "cpu", "--out", str(tmp_path / "one")]) == 0
-    code, told = torchrun(tmp_path / "tiny.yaml", tmp_path / "two", "memory.shard=true")
-    assert code == 0, told
+    code, stderr = torchrun(tmp_path / "tiny.yaml", tmp_path / "two", "memory.shard=true")
+    assert code == 0, stderr
     one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt")["ema"]["weights"] for name in ("one", "two"))
     learned = [key for key in one if "lora_B" in key]
     far = sum(float((one[key] - two[key]).square().sum()) for key in learned) ** 0.5
@@ -110,14 +110,14 @@ output: {{teacher_steps: 3}}
 def test_two_processes_resume_bit_for_bit(config, tmp_path):
     assert torchrun(config, tmp_path / "whole")[0] == 0
     assert torchrun(config, tmp_path / "cut", "updates=4")[0] == 0
-    code, told = torchrun(config, tmp_path / "cut", resume=True)
-    assert code == 0, told
+    code, stderr = torchrun(config, tmp_path / "cut", resume=True)
+    assert code == 0, stderr
     assert furthest(*(read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))) == 0
 
 
 @pytest.mark.parametrize(("size", "after"), [(1, "taken apart\n"), (2, "")])
 def test_one_of_several_leaves_with_its_exit_code_before_the_interpreter_is_taken_apart(size, after):
-    """What FSDP2 leaves of gloo aborts a process now and then while that happens."""
+    """The state that FSDP2 leaves in gloo sometimes aborts a process while the interpreter is taken apart."""
     script = (
         "import atexit, sys; from tdm.cli import main; atexit.register(print, 'taken apart'); sys.exit(main(['stud']))"
     )
@@ -165,10 +165,10 @@ output: {{preview_every: 0, checkpoint_every: 4}}
 """)
     with two_of_srun(config, tmp_path / "run") as (first, second):
         second.send_signal(signal.SIGKILL)
-        _, told = first.communicate(timeout=60)
-    assert first.returncode == 2, told
-    assert "another process of this run has ended" in told.splitlines()[-1]
-    assert "Traceback" not in told
+        _, stderr = first.communicate(timeout=60)
+    assert first.returncode == 2, stderr
+    assert "another process of this run has ended" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 4
 
 
@@ -197,19 +197,19 @@ def test_an_environment_without_several_processes_is_one_process(size, monkeypat
 def test_one_process_that_is_asked_to_stop_stops_all_after_the_same_update(config, tmp_path):
     with two_of_srun(config, tmp_path / "run") as both:
         both[1].send_signal(signal.SIGTERM)
-        told = [process.communicate(timeout=60)[1] for process in both]
+        stderrs = [process.communicate(timeout=60)[1] for process in both]
     done = read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
-    assert [process.returncode for process in both] == [130, 0], told
-    assert f"tdm: stopped after update {done}; the same command with --resume goes on" in told[0]
+    assert [process.returncode for process in both] == [130, 0], stderrs
+    assert f"tdm: stopped after update {done}; the same command with --resume goes on" in stderrs[0]
 
 
 def test_an_alarm_stops_all_processes(config, tmp_path):
-    code, told = torchrun(config, tmp_path, "critic.lr=0.1", "updates=400", "output.stop_on_alarm=true")
+    code, stderr = torchrun(config, tmp_path, "critic.lr=0.1", "updates=400", "output.stop_on_alarm=true")
     assert code != 0
     done = read_checkpoint(tmp_path / "checkpoint.pt")["step"]
     assert done < 400
-    assert f"; stopped after update {done}: resume to go on as it is" in told
-    assert "another process" not in told
+    assert f"; stopped after update {done}: resume to go on as it is" in stderr
+    assert "another process" not in stderr
 
 
 def test_what_cannot_be_shared_is_refused(config, tmp_path, monkeypatch):

@@ -88,18 +88,18 @@ def test_encoders_and_denoiser_are_never_in_memory_together(
 ) -> None:
     kinds = type(tiny.build("sd3").transformer)
     base, before = bases("sd3"), set(map(id, networks()))
-    seen = []
+    alive = []
 
     class Watching(progress.Progress):
         def add(self, count: int) -> None:
-            seen.append([m for m in networks() if id(m) not in before])
+            alive.append([m for m in networks() if id(m) not in before])
             super().add(count)
 
     monkeypatch.setattr(prompt_cache, "Progress", Watching)
     task = task_of("sd3", base, prompts, cache=prompts + ".cache")
-    assert sum(isinstance(m, PreTrainedModel) and "Model" in type(m).__name__ for m in seen[0]) >= 3
-    assert not any(isinstance(m, kinds) for m in seen[0])
-    seen.clear()
+    assert sum(isinstance(m, PreTrainedModel) and "Model" in type(m).__name__ for m in alive[0]) >= 3
+    assert not any(isinstance(m, kinds) for m in alive[0])
+    alive.clear()
     now = [m for m in networks() if id(m) not in before]
     assert any(m is task.base for m in now)
     assert not any(isinstance(m, PreTrainedModel) for m in now)
@@ -144,9 +144,9 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
 
     damaged = list(cut.shards)[1]
     damaged.write_bytes(damaged.read_bytes()[:-8])
-    again = Counting()
-    build_cache(cut, again)
-    assert again.calls == [prompts[4:6], prompts[6:8]]
+    resumed = Counting()
+    build_cache(cut, resumed)
+    assert resumed.calls == [prompts[4:6], prompts[6:8]]
     assert files(cut.folder) == files(whole.folder)
 
     @contextmanager
@@ -162,24 +162,24 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest
 def test_progress_says_how_far_and_how_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
-    told: list[str] = []
-    build_cache(PromptCache(tmp_path, {}, [str(i) for i in range(160)]), Counting(), told.append)
-    assert told[0] == "encoding prompts 64/160  ETA 6 s"
-    assert told[-1] == "encoding prompts 160/160  ETA 0 s"
+    messages: list[str] = []
+    build_cache(PromptCache(tmp_path, {}, [str(i) for i in range(160)]), Counting(), messages.append)
+    assert messages[0] == "encoding prompts 64/160  ETA 6 s"
+    assert messages[-1] == "encoding prompts 160/160  ETA 0 s"
 
 
 def test_drawing_many_pictures_says_how_far_it_is(
     bases: Callable[[str], Path], prompts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A teacher's hundred pictures take minutes on a CPU."""
-    told: list[str] = []
-    task = task_of("sd15", bases("sd15"), prompts, report=told.append)
-    told.clear()
+    """A teacher needs minutes on a CPU for a hundred pictures, so the progress is reported."""
+    messages: list[str] = []
+    task = task_of("sd15", bases("sd15"), prompts, report=messages.append)
+    messages.clear()
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     task.pictures(lambda noise, _: noise, ["a cat"] * 150, seed=0)
-    assert told[0].startswith("drawing pictures 64/150  ETA ")
-    assert told[-1] == "drawing pictures 150/150  ETA 0 s"
+    assert messages[0].startswith("drawing pictures 64/150  ETA ")
+    assert messages[-1] == "drawing pictures 150/150  ETA 0 s"
 
 
 def test_another_encoder_or_other_prompts_get_another_folder(
@@ -229,8 +229,8 @@ def test_a_cache_that_rots_or_goes_before_a_run_opens_it_is_one_line(
         task.encode(["a cat"])
     assert "\n" not in str(error.value)
     file.unlink(missing_ok=True)  # what the line says
-    again = task_of("pixart", bases("pixart"), prompts, cache=str(tmp_path / "cache"))
-    assert all(torch.equal(again.encode(["a cat"])[key], value) for key, value in expected.items())
+    rebuilt = task_of("pixart", bases("pixart"), prompts, cache=str(tmp_path / "cache"))
+    assert all(torch.equal(rebuilt.encode(["a cat"])[key], value) for key, value in expected.items())
 
 
 def test_the_grammar_gives_as_many_prompts_as_asked_the_same_each_time(tmp_path: Path) -> None:

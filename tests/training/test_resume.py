@@ -136,12 +136,12 @@ def test_previews_of_an_earlier_run_are_not_those_of_this_one(tmp_path: Path) ->
 def test_what_does_not_change_what_is_learned_may_change(
     change: str, runs: Callable[[str], Run], settings: Callable[[str], list[str]], bases: Bases, tmp_path: Path
 ) -> None:
-    own = settings("sd15")
-    prompts = next(s for s in own if s.startswith("task.prompts=")).partition("=")[2]
+    options = settings("sd15")
+    prompts = next(s for s in options if s.startswith("task.prompts=")).partition("=")[2]
     shutil.copy(prompts, tmp_path / "moved.txt")
     shutil.copytree(bases("sd15"), tmp_path / "moved")
     shutil.copytree(runs("sd15").out_dir, tmp_path / "run")
-    run = train(tmp_path / "run", own, "updates=3", change.format(tmp=tmp_path), resume=True)
+    run = train(tmp_path / "run", options, "updates=3", change.format(tmp=tmp_path), resume=True)
     assert run.step == 3
 
 
@@ -152,15 +152,15 @@ def test_other_content_under_the_same_name_is_refused(
     base, prompts = tmp_path / "base", tmp_path / "p.txt"
     shutil.copytree(bases("sd15"), base)
     prompts.write_text("a cat\na dog\n")
-    own = [*settings("sd15"), f"task.model={base}", f"task.prompts={prompts}", "output.preview_every=0"]
-    train(tmp_path / "run", own)
+    options = [*settings("sd15"), f"task.model={base}", f"task.prompts={prompts}", "output.preview_every=0"]
+    train(tmp_path / "run", options)
     if what == "the prompts":
         prompts.write_text("something else\n")
     else:
         (file,) = (base / "unet").glob("*.safetensors")
         save_file({key: weight + 0.3 for key, weight in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(TDMError, match=f"other content of: {what}; put back"):
-        train(tmp_path / "run", own, "updates=4", resume=True)
+        train(tmp_path / "run", options, "updates=4", resume=True)
 
 
 def test_other_settings_are_refused(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,9 +251,9 @@ def test_a_base_that_gives_nan_is_named(
         weights["conv_in.weight"] *= 3e5
     save_file(weights, file, {"format": "pt"})
     storage = "fp16" if kind == "overflow" else "fp32"
-    own = [*settings("sd15"), f"task.model={base}", "output.preview_every=0", f"memory.base={storage}"]
+    options = [*settings("sd15"), f"task.model={base}", "output.preview_every=0", f"memory.base={storage}"]
     with pytest.raises(TDMError, match=f"base's own prediction is not finite. With memory.base={storage}") as refusal:
-        train(tmp_path / "run", own)
+        train(tmp_path / "run", options)
     assert "checkpoint is kept" not in str(refusal.value)
 
 
@@ -327,7 +327,7 @@ def test_other_values_are_yaml_or_one_line() -> None:
 
 
 def test_a_card_can_be_written_again_after_a_full_disk(runs: Callable[[str], Run], tmp_path: Path) -> None:
-    """A curves.png that was cut off is replaced with --force."""
+    """With --force a curves.png that was cut off is replaced."""
     shutil.copytree(runs("sd15").out_dir, tmp_path / "run")
     plot_curves(tmp_path / "run")
     run = read_run(tmp_path / "run")

@@ -162,7 +162,7 @@ def test_gradients_reach_the_named_role_only(network, role):
 
 
 def losses_in_training_order(roles, x, t):
-    """Student forward, critic forward and backward, teacher, critic, student backward: others ran in between."""
+    """Return the gradients of passes in training order: others run between the student's forward and backward."""
     student = roles.student(x, t, {})[0]
     roles.critic(student.detach(), t, {})[0].square().mean().backward()
     roles.teacher(x, t, {})
@@ -174,7 +174,7 @@ def losses_in_training_order(roles, x, t):
 
 @pytest.mark.parametrize("network", [tiny, pixart])
 def test_checkpointing_changes_no_gradient(network):
-    """The trap of peft #2832: a recomputed forward must run the adapter of its own role, not the one that ran last."""
+    """A recomputed forward must run the adapter of its own role, not of the last one that ran (see peft #2832)."""
     for kind in (make, copies):
         plain = losses_in_training_order(*kind(network))
         recomputed = losses_in_training_order(*kind(network, checkpointing=True))

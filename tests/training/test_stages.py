@@ -29,7 +29,7 @@ from tdm.training.settings import load_config
 from tdm.training.stages import stage_of_update, stages_of, total_updates
 from tdm.training.tasks.mixture import MixtureTask
 
-from .test_checkpoint import assert_the_same, said, wait_until
+from .test_checkpoint import assert_the_same, stderr_of, wait_until
 from .test_checkpoint import distill as command
 
 LADDER = (
@@ -101,11 +101,11 @@ def test_stages_that_cannot_be_are_refused_in_one_line(stages: str, line: str) -
 
 def test_student_and_mean_go_on_and_the_rest_as_the_stage_says(tmp_path: Path) -> None:
     """At each boundary: what the checkpoint had, and what the next stage's first update starts from."""
-    seen: dict[int, dict[str, Any]] = {}
+    states: dict[int, dict[str, Any]] = {}
 
-    def look(run: Run, _line: dict[str, float]) -> None:
+    def record(run: Run, _line: dict[str, float]) -> None:
         mean = {name: value.clone() for name, value in run.ema.weights.items()}
-        seen[run.step] = {**{role: run.roles.state(role) for role in ROLES}, "mean": mean}
+        states[run.step] = {**{role: run.roles.state(role) for role in ROLES}, "mean": mean}
 
     lines: list[str] = []
     # A stage of no learning shows what it began with.
@@ -113,17 +113,17 @@ def test_student_and_mean_go_on_and_the_rest_as_the_stage_says(tmp_path: Path) -
     for begins in ("student", "teacher", "checkpoint"):
         stages = f"stages=[{{updates: 3}}, {{updates: 1, {still % begins}}}]"
         config = config_of(stages, "output.log_every=1", "ema.decay=0.5", "student.lr=1e-2", "critic.lr=1e-2")
-        run_of(tmp_path / begins, config, callbacks=[look], report=lines.append)
-        assert all(torch.equal(seen[4]["student"][name], value) for name, value in seen[3]["student"].items())
+        run_of(tmp_path / begins, config, callbacks=[record], report=lines.append)
+        assert all(torch.equal(states[4]["student"][name], value) for name, value in states[3]["student"].items())
         if begins == "student":
-            assert any(bool(value.any()) for value in seen[3]["mean"].values())
-            for name, value in seen[3]["mean"].items():
-                torch.testing.assert_close(seen[4]["critic"][name], value)
+            assert any(bool(value.any()) for value in states[3]["mean"].values())
+            for name, value in states[3]["mean"].items():
+                torch.testing.assert_close(states[4]["critic"][name], value)
         elif begins == "teacher":
-            begun = [value for name, value in seen[4]["critic"].items() if "lora_B" in name]
+            begun = [value for name, value in states[4]["critic"].items() if "lora_B" in name]
             assert max(float(value.abs().max()) for value in begun) < 1e-20
         else:
-            assert all(torch.equal(seen[4]["critic"][name], value) for name, value in seen[3]["critic"].items())
+            assert all(torch.equal(states[4]["critic"][name], value) for name, value in states[3]["critic"].items())
     assert "stage 2 of 2: matching, 4 steps, 1 updates" in lines
 
 
@@ -153,7 +153,7 @@ def test_each_stage_has_its_own_schedule_of_rates(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("moment", [2, 3, 4, 7, 11])
 def test_a_run_stopped_at_any_update_ends_as_the_run_that_was_left_alone(moment: int, tmp_path: Path) -> None:
-    """Among them the last update of a stage, and the first of the next."""
+    """The stops include the last update of a stage and the first of the next."""
     every = ["output.log_every=2", "output.evaluate_every=3", "output.checkpoint_every=5", "output.keep=2"]
     config = config_of(LADDER, *every)
     run_of(tmp_path / "whole", config)
@@ -178,10 +178,10 @@ def test_a_run_stopped_at_any_update_ends_as_the_run_that_was_left_alone(moment:
 
 
 def test_killed_at_the_boundary_it_ends_as_the_run_that_was_left_alone(tmp_path: Path) -> None:
-    """SIGKILL after the checkpoint of a stage's end, before or after the next stage's line was written."""
+    """The run gets SIGKILL after the checkpoint at a stage's end, before or after the next stage's first line."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     stages = ["stages=[{updates: 3, trajectory: {steps: 8}}, {updates: 3, critic: {start: student}}, {updates: 6}]"]
-    assert finish(command(whole, *stages), tmp_path / "whole.err") == 0, said(whole)
+    assert finish(command(whole, *stages), tmp_path / "whole.err") == 0, stderr_of(whole)
     for _ in range(2):
         before = (cut / "checkpoint.pt").stat().st_mtime_ns if (cut / "checkpoint.pt").exists() else 0
 
@@ -193,14 +193,14 @@ def test_killed_at_the_boundary_it_ends_as_the_run_that_was_left_alone(tmp_path:
         time.sleep(0.01)
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, said(cut)
+        assert process.exitcode == -signal.SIGKILL, stderr_of(cut)
     assert read_checkpoint(cut / "checkpoint.pt")["step"] in (3, 6, 9)
-    assert finish(command(cut, *stages), tmp_path / "cut.err") == 0, said(cut)
+    assert finish(command(cut, *stages), tmp_path / "cut.err") == 0, stderr_of(cut)
     assert_the_same(whole, cut)
 
 
 def test_the_best_student_is_one_of_the_last_stage(tmp_path: Path) -> None:
-    """An earlier stage's may measure better, but with other steps than those of the student file."""
+    """An earlier stage's student may measure better, but with other steps than those of the student file."""
     config = config_of(LADDER, "output.evaluate_every=1")
     run_of(tmp_path, config)
     assert read_checkpoint(tmp_path / "best.pt")["step"] > 7

@@ -54,7 +54,7 @@ def test_a_stochastic_student_is_sampled_as_it_was_trained(
 def test_a_stochastic_run_of_an_earlier_tdm_is_no_deterministic_student(
     bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    """Its checkpoint keeps a recipe that says nothing of the noise."""
+    """The checkpoint of such a run has a recipe that says nothing about the noise."""
     fast = ["updates=1", "batch_size=2", "precision=fp32", "output.preview_every=0"]
     distill(task_of("sd3", bases("sd3"), prompts), load_config("dmd2", fast), tmp_path, report=lambda _: None)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)

@@ -34,7 +34,7 @@ def drawn(pipe: TDMPipeline, family: str) -> np.ndarray:
 
 @pytest.mark.parametrize("family", ["sd15", "sd3", "pixart"])
 def test_a_student_drawn_during_a_run_is_the_exported_one(family: str, settings: Settings, tmp_path: Path) -> None:
-    """After each of two updates, to the bit; the student of the first is a copy that the second leaves alone."""
+    """The two agree to the bit after each of two updates. The second update does not change the first student."""
     every = ["output.log_every=1", "output.checkpoint_every=1", "output.keep=2", "output.preview_every=0"]
     config = load_config(None, [*settings(family), *every])
     task = build_task(config.task, config.memory, "cpu", silent)

@@ -44,15 +44,17 @@ def question(tmp_path: Path) -> Question:
 
 
 def test_a_run_says_how_far_it_is_once_a_minute(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = itertools.count(step=25.0), []
+    clock, messages = itertools.count(step=25.0), []
     monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
-    runs.train(replace(question, settings=(*question.settings, "output.log_every=1")), "TDM", 0, report=said.append)
-    paced = [line for line in said if "ETA" in line]
+    runs.train(replace(question, settings=(*question.settings, "output.log_every=1")), "TDM", 0, report=messages.append)
+    paced = [line for line in messages if "ETA" in line]
     assert 1 <= len(paced) < 6
     assert all(re.fullmatch(r"    update [1-6]/6  ETA \d+ (s|min)", line) for line in paced)
-    assert [line for line in said if line not in paced] == [
+    assert [line for line in messages if line not in paced] == [
         f"  TDM, seed 0: update {step}/6, energy {energy}"
-        for step, energy in zip((2, 4, 6), [line.rpartition(" ")[2] for line in said if line not in paced], strict=True)
+        for step, energy in zip(
+            (2, 4, 6), [line.rpartition(" ")[2] for line in messages if line not in paced], strict=True
+        )
     ]
 
 
@@ -93,18 +95,18 @@ def test_a_question_may_give_as_many_passes_and_no_more(question: Question) -> N
 
 
 def test_runs_are_made_once_and_kept_one_by_one(question: Question, tmp_path: Path) -> None:
-    path, said = tmp_path / "results.jsonl", []
-    stopped = answer(question, path, report=said.append, stop=lambda: len(read_runs(path)) >= 4)
+    path, messages = tmp_path / "results.jsonl", []
+    stopped = answer(question, path, report=messages.append, stop=lambda: len(read_runs(path)) >= 4)
     assert set(stopped) == {("undistilled", 0), ("teacher", 0), ("TDM", 0), ("LCM", 0)}
     assert stopped["TDM", 0].curve[0].step == 2
     assert [p.step for p in stopped["LCM", 0].curve] == [2, 4, 6, 8]
     assert [p.passes for p in stopped["TDM", 0].curve] == [19, 38, 57]
-    said.clear()
-    found = answer(question, path, report=said.append)
-    assert set(found) == {("undistilled", 0), ("teacher", 0), *question.runs()}
-    assert not any("TDM, seed 0" in line for line in said)
-    assert found["TDM", 0] == stopped["TDM", 0]
-    assert answer(question, path, report=said.append) == found
+    messages.clear()
+    results = answer(question, path, report=messages.append)
+    assert set(results) == {("undistilled", 0), ("teacher", 0), *question.runs()}
+    assert not any("TDM, seed 0" in line for line in messages)
+    assert results["TDM", 0] == stopped["TDM", 0]
+    assert answer(question, path, report=messages.append) == results
     assert len(path.read_text().splitlines()) == 8
 
 
@@ -113,8 +115,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     whole = answer(question, tmp_path / "elsewhere" / "whole.jsonl", only=["TDM"], report=lambda _: None)["TDM", 0]
-    path, said, asked = tmp_path / "results.jsonl", [], itertools.count(1)
-    assert ("TDM", 0) not in answer(question, path, only=["TDM"], report=said.append, stop=lambda: next(asked) >= 3)
+    path, messages, asked = tmp_path / "results.jsonl", [], itertools.count(1)
+    assert ("TDM", 0) not in answer(question, path, only=["TDM"], report=messages.append, stop=lambda: next(asked) >= 3)
     (kept,) = (user_cache() / "studies").iterdir()
 
     def kill(line: str) -> None:
@@ -124,28 +126,28 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(
     with pytest.raises(KeyboardInterrupt):
         answer(question, path, only=["TDM"], report=kill)
     assert kept.exists()  # what the first stop left is still there
-    said.clear()
-    found = answer(question, path, only=["TDM"], report=said.append)["TDM", 0]
-    assert found.curve == whole.curve
-    assert [line.split()[4] for line in said if line.startswith("  TDM, seed 0: update")] == ["4/6,", "6/6,"]
+    messages.clear()
+    resumed = answer(question, path, only=["TDM"], report=messages.append)["TDM", 0]
+    assert resumed.curve == whole.curve
+    assert [line.split()[4] for line in messages if line.startswith("  TDM, seed 0: update")] == ["4/6,", "6/6,"]
     assert not list((user_cache() / "studies").iterdir())
-    assert found.seconds > 0
+    assert resumed.seconds > 0
     assert not kept.exists()
 
 
 def test_a_run_that_another_question_made_is_not_made_again(question: Question, tmp_path: Path) -> None:
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    made = answer(question, first, only=["TDM", "two critic updates"])
+    earlier = answer(question, first, only=["TDM", "two critic updates"])
     variants = {"as it is": [], "a larger rank": ["student.rank=3"], "critic twice": ["critic.per_student=2"]}
-    said: list[str] = []
+    messages: list[str] = []
     other = replace(question, name="other", variants=variants)
-    found = answer(other, second, only=["as it is", "critic twice"], report=said.append)
-    assert said == []
-    assert {(name, seed) for name, seed in found if seed in (0, 1)} == {
+    results = answer(other, second, only=["as it is", "critic twice"], report=messages.append)
+    assert messages == []
+    assert {(name, seed) for name, seed in results if seed in (0, 1)} == {
         ("undistilled", 0), ("teacher", 0), ("as it is", 0), ("as it is", 1), ("critic twice", 0), ("critic twice", 1)
     }  # fmt: skip
-    assert found["critic twice", 1].curve == made["two critic updates", 1].curve
-    assert found["teacher", 0] == made["teacher", 0]
+    assert results["critic twice", 1].curve == earlier["two critic updates", 1].curve
+    assert results["teacher", 0] == earlier["teacher", 0]
     here, there = tmp_path / "second" / "as-it-is.png", tmp_path / "first" / "tdm.png"
     assert Image.open(here).tobytes() == Image.open(there).tobytes()
 
@@ -193,8 +195,8 @@ def test_an_interval_lies_between_the_seeds() -> None:
 
 
 def test_the_table_has_a_row_for_everything(question: Question, tmp_path: Path) -> None:
-    found = answer(question, tmp_path / "results.jsonl", only=["TDM"], report=lambda _: None)
-    lines = table(question, found).splitlines()
+    results = answer(question, tmp_path / "results.jsonl", only=["TDM"], report=lambda _: None)
+    lines = table(question, results).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["teacher", "undistilled", *question.variants]
     assert "| - | - |" in lines[-1]
     assert lines[4].endswith("| 2 | 2 to 2 (19 to 19) |")
@@ -261,10 +263,10 @@ def test_a_unified_student_is_reported_at_each_of_its_step_counts(
     assert main(common) == 0
     assert main([*common, "--report", "--steps", "2"]) == 0
     rows = capsys.readouterr().out.splitlines()
-    (own,) = [row for row in rows if row.startswith("| unified") and row.endswith("| 1 |")]
+    (unified,) = [row for row in rows if row.startswith("| unified") and row.endswith("| 1 |")]
     (alone,) = [row for row in rows if row.startswith("| 2 steps alone") and row.endswith("| 1 |")]
     last = {run.variant: run.curve[-1].measures for run in read_runs(tmp_path / "r.jsonl")}
-    assert f"| {last['unified']['energy/2_steps']:.4g} |" in own
+    assert f"| {last['unified']['energy/2_steps']:.4g} |" in unified
     assert f"| {last['2 steps alone']['energy']:.4g} |" in alone
     assert any(row.startswith("| TDM") and row.endswith("| 0 |") for row in rows)
     assert main([*common, "--report", "--steps", "3"]) == 2
@@ -291,7 +293,7 @@ def test_an_unsound_question_is_refused_before_anything_is_trained(change: str, 
 
 
 def test_two_who_share_a_question_may_write_a_picture_at_the_same_time(tmp_path: Path) -> None:
-    """Both begin by taking over what other questions have."""
+    """Both processes begin by copying the results of other questions."""
     picture = Image.effect_noise((256, 256), 50)
     with ThreadPoolExecutor(4) as pool:
         for written in [pool.submit(save_picture, tmp_path, "a", picture) for _ in range(40)]:

@@ -184,9 +184,9 @@ def test_targets_that_would_be_infinite_are_refused():
 
 @pytest.mark.parametrize("eta", [0.3, 0.8])
 def test_eta_mixes_the_own_noise_with_a_fresh_one_of_the_same_variance(eta):
-    own, fresh = torch.randn(2, 100_000, generator=seeded()).double()
-    mixed = mixed_noise(own, fresh, eta)
+    noise, fresh = torch.randn(2, 100_000, generator=seeded()).double()
+    mixed = mixed_noise(noise, fresh, eta)
     assert float(mixed.var()) == pytest.approx(1, abs=0.02)
     assert float((mixed * fresh).mean()) == pytest.approx(eta, abs=0.02)
-    assert float((mixed * own).mean()) == pytest.approx((1 - eta**2) ** 0.5, abs=0.02)
-    assert torch.equal(mixed_noise(own, fresh, 1.0), fresh)
+    assert float((mixed * noise).mean()) == pytest.approx((1 - eta**2) ** 0.5, abs=0.02)
+    assert torch.equal(mixed_noise(noise, fresh, 1.0), fresh)

@@ -60,20 +60,22 @@ def go(out: Path, *overrides: str, resume: bool = False) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("tell", "told"), [("timestep", ["critic"]), ("embedding", ["student", "critic"]), ("none", [])]
+    ("tell", "informed"), [("timestep", ["critic"]), ("embedding", ["student", "critic"]), ("none", [])]
 )
-def test_who_is_told_by_an_embedding_learns_one_for_each_step_count(tell: str, told: list[str], tmp_path: Path) -> None:
+def test_who_is_told_by_an_embedding_learns_one_for_each_step_count(
+    tell: str, informed: list[str], tmp_path: Path
+) -> None:
     run = go(tmp_path, f"trajectory.tell_steps={tell}", "updates=40")
-    assert [role for role in ROLES if STEPS in run.roles.state(role)] == told
-    for role in told:
+    assert [role for role in ROLES if STEPS in run.roles.state(role)] == informed
+    for role in informed:
         vectors = run.roles.state(role)[STEPS]  # type: ignore[arg-type]
         assert vectors.shape[0] == len(COUNTS)
         assert bool(vectors.any(1).all())
     noise, t = torch.randn(5, 2), torch.full((5,), 600.0, dtype=torch.float64)
     conds = [run.with_steps({}, k, 5) for k in COUNTS]
     for role in ROLES:
-        made = [getattr(run.roles, role)(noise, t, cond)[0] for cond in conds]
-        assert all(torch.equal(made[0], other) for other in made[1:]) == (role not in told)
+        predictions = [getattr(run.roles, role)(noise, t, cond)[0] for cond in conds]
+        assert all(torch.equal(predictions[0], other) for other in predictions[1:]) == (role not in informed)
     teacher = [run.roles.teacher(noise, t, cond)[0] for cond in conds]
     assert all(torch.equal(teacher[0], other) for other in teacher[1:])
 
@@ -138,9 +140,9 @@ def test_the_time_embedding_of_every_family_can_be_told(
         run.roles.parameters("student")[-1].normal_(generator=torch.Generator().manual_seed(0))
     assert next(reversed(run.roles.state("student"))) == STEPS
     x, t, cond = torch.randn(2, *task.latent_shape), torch.tensor([400.0, 700.0]).double(), task.encode(PROMPTS[:2])
-    for role, told in (("student", True), ("teacher", False)):
+    for role, informed in (("student", True), ("teacher", False)):
         one, two = (getattr(run.roles, role)(x, t, run.with_steps(cond, k, 2))[0] for k in (1, 8))
-        assert torch.equal(one, two) != told
+        assert torch.equal(one, two) != informed
     finished = read_run(tmp_path / "run")
     assert finished is not None
     with pytest.raises(TDMError, match="told its step count by an embedding"):
@@ -151,7 +153,7 @@ def test_the_time_embedding_of_every_family_can_be_told(
 def test_every_step_count_is_sampled_as_it_was_trained(
     family: str, bases: Callable[[str], Path], prompts: str, tmp_path: Path
 ) -> None:
-    """In a stock pipeline, by its timesteps alone: epsilon, v and flow."""
+    """A stock pipeline samples it by its timesteps alone, for epsilon, v and flow."""
     task = task_of(family, bases(family), prompts)
     fast = ["updates=4", "batch_size=2", "precision=fp32", "student.lr=0.02", "ema.decay=0", "output.preview_every=0"]
     run = distill(task, load_config("unify", fast), tmp_path / "run", report=lambda _: None)

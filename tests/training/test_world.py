@@ -20,8 +20,8 @@ from tdm.training.worlds.teacher.data import pictures
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[torch.Tensor, list[Scene]]:
-    parts = [pictures(200, 11, split) for split in ("train", "held_out")]
-    return torch.cat([p for p, _, _ in parts]), [scene for _, _, wanted in parts for scene in wanted]
+    splits = [pictures(200, 11, split) for split in ("train", "held_out")]
+    return torch.cat([p for p, _, _ in splits]), [scene for _, _, wanted in splits for scene in wanted]
 
 
 def test_verifier_reads_drawn_pictures(drawn: tuple[torch.Tensor, list[Scene]]) -> None:
@@ -81,8 +81,8 @@ def test_splits_keep_their_word() -> None:
     held = list(islice(scenes(0, "held_out"), 500))
     assert not any((g.colour, g.kind) in HELD_OUT for s in train for g in s.groups)
     assert all(any((g.colour, g.kind) in HELD_OUT for g in s.groups) for s in held)
-    seen = {(g.colour, g.kind) for s in train for g in s.groups}
-    assert len(seen) == len(COLOURS) * len(KINDS) - len(HELD_OUT)
+    pairs = {(g.colour, g.kind) for s in train for g in s.groups}
+    assert len(pairs) == len(COLOURS) * len(KINDS) - len(HELD_OUT)
 
 
 def test_same_seed_same_pictures() -> None:
