@@ -20,6 +20,7 @@ from tdm.training.pictures import Drawn, cached, cached_pictures
 from tdm.training.roles import Ema
 from tdm.training.run import Run
 from tdm.training.settings import load_config
+from tdm.training.stages import stages_of
 from tdm.training.task import Teacher
 from tdm.training.tasks.base_model import BaseModel
 from tdm.training.tasks.pipeline import PipelineTask
@@ -135,6 +136,7 @@ def run_of(task: PipelineTask, *settings: str) -> Run:
         roles,
         build_trajectories(config.trajectory, task.schedule),
         Ema(roles, decay=0.9),
+        stages_of(config)[0],
     )
 
 

@@ -87,7 +87,9 @@ def test_what_cannot_be_started_from_is_one_line(settings: Settings, tmp_path: P
     run = read_run(tmp_path / "first")
     assert run is not None
     file = export(run, "student", tmp_path / "student.safetensors")
-    with pytest.raises(TDMError, match="has a student and no critic; set critic.start=student or critic.start=teacher"):
+    with pytest.raises(
+        TDMError, match=r"has a student and no critic; set critic.start=student or critic.start=teacher"
+    ):
         trained([*settings("sd15"), f"start_from={file}"], tmp_path / "a")
     narrow = ["critic.start=teacher", "student.targets=[to_q]"]
     with pytest.raises(
