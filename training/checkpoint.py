@@ -22,6 +22,7 @@ from ..errors import TDMError, first_line
 from ..files import RESUME, save_tensors, writing
 from ..pipelines.students.recipe import StudentRecipe
 from .config import DistillConfig
+from .from_plain import from_dict
 from .roles import ROLES, Ema, Role, Roles
 
 FORMAT = 1
@@ -181,7 +182,9 @@ def check_settings(path: Path, payload: Mapping[str, Any], config: DistillConfig
         TDMError: they differ in what is not in `free_settings`.
     """
     free = free_settings(config, by_content=bool(payload.get("identity")))
-    differences = list(_differences(payload["config"], dataclasses.asdict(config), free=free))
+    # A setting that is younger than the checkpoint counts as its default, which is how the run was made.
+    before = dataclasses.asdict(from_dict(DistillConfig, payload["config"]))
+    differences = list(_differences(before, dataclasses.asdict(config), free=free))
     if differences:
         raise TDMError(
             f"{path} was made with other settings: {'; '.join(differences)}; use those, or another output folder"

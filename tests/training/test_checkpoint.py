@@ -167,3 +167,22 @@ def test_the_best_student_is_kept_over_a_resume(tmp_path: Path, higher: bool, be
     with pytest.raises(TDMError, match="ranks students by score, not energy"):
         BestStudent(path, Metric("energy", higher_is_better=False), resume=True)
     assert BestStudent(path, measure, resume=False).keep(9, {}, {"score": 0.0})["best/step"] == 9
+
+
+def test_a_run_of_an_earlier_version_without_todays_settings_goes_on(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert finish(distill(whole, "updates=6"), tmp_path / "whole.err") == 0, stderr_of(whole)
+    assert finish(distill(cut, "updates=3"), tmp_path / "cut.err") == 0, stderr_of(cut)
+    payload = read_checkpoint(cut / "checkpoint.pt")
+    for section, name in (
+        (None, "stages"),
+        ("trajectory", "eta"),
+        ("objective", "guidance_range"),
+        ("critic", "leash"),
+    ):
+        (payload["config"] if section is None else payload["config"][section]).pop(name)
+    torch.save(payload, cut / "checkpoint.pt")
+    assert finish(distill(cut, "updates=6"), tmp_path / "cut.err") == 0, stderr_of(cut)
+    torch.testing.assert_close(
+        read_checkpoint(whole / "checkpoint.pt")["ema"], read_checkpoint(cut / "checkpoint.pt")["ema"], rtol=0, atol=0
+    )
