@@ -186,8 +186,8 @@ class GenerateTab:
             info=f"Trained for {grid}; another count runs on that grid, re-spaced",
         )
         with gr.Row(elem_classes="seed"):
-            seed = gr.Number(first.seed, label="Seed", minimum=0, step=1, elem_id="seed", scale=3)
-            randomize = gr.Checkbox(True, label="Randomize seed", elem_id="randomize", scale=3, min_width=160)
+            seed = gr.Number(first.seed, label="Seed", minimum=0, step=1, elem_id="seed", scale=2, min_width=120)
+            randomize = gr.Checkbox(True, label="Randomize seed", elem_id="randomize", scale=3, min_width=190)
         with gr.Row():
             size = gr.Dropdown(
                 size_choices(recipe),
