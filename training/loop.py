@@ -4,6 +4,7 @@ update.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from .optimizers import build_optimizer, learning_rate, set_learning_rate
 from .precision import best_precision
 from .processes import Processes, shard
 from .progress import Report, print_line
-from .roles import ROLES, AdapterRoles, CopyRoles, Ema, Roles
+from .roles import ROLES, STEPS, AdapterRoles, CopyRoles, Ema, Roles
 from .run import Callback, Run
 from .stages import Stage, stage_of_update, stages_of
 from .start import load, start
@@ -87,27 +88,27 @@ def distill(
     log = Log(run, callbacks, report) if processes.first else None
     if resume:
         _show_what_is_missing(run, log, processes)
-    stopping = False
+
+    def update_once(draw: Draw) -> None:
+        _update(run, optimizers, draw, processes, log)
+        on_update(run.step)
+
+    def save() -> None:
+        _save(checkpoint, state, run, log)
+
+    def asked_to_stop() -> bool:
+        # Several processes answer together, which waits for the device.
+        now = processes.size == 1 or run.due(config.output.log_every)
+        return now and processes.any(stop() or (log is not None and log.alarmed), task.device)
+
     for stage in stages[run.stage.index :]:
-        if stage is not run.stage and not stopping:
+        if stage is not run.stage:
             _enter(run, stage, optimizers)
-        if log is not None and config.stages and not stopping:
+        if log is not None and config.stages:
             log.stage(len(stages))
         draw = _draw(run, generator, processes)
-        while run.step < stage.end and not stopping:
-            _update(run, optimizers, draw, processes, log)
-            on_update(run.step)
-            # Before previews and evaluation, so that one that fails, for memory or a full disk, loses no update.
-            saved = run.step == stage.end or run.due(config.output.checkpoint_every)
-            if saved:
-                _save(checkpoint, state, run, log)
-            output = config.output
-            _show(run, log, evaluation=run.due(output.evaluate_every), preview=run.due(output.preview_every))
-            # Several processes answer together, which waits for the device.
-            asked = processes.size == 1 or run.due(output.log_every)
-            stopping = asked and processes.any(stop() or (log is not None and log.alarmed), task.device)
-            if stopping and not saved:
-                _save(checkpoint, state, run, log)
+        if _train(run, log, functools.partial(update_once, draw), save, asked_to_stop):
+            break
     processes.wait()  # for what the first one still writes
     if log is not None and log.alarmed:
         raise TDMError(
@@ -115,6 +116,29 @@ def distill(
             f"with other settings and start_from={checkpoint}"
         )
     return run
+
+
+def _train(
+    run: Run,
+    log: Log | None,
+    update_once: Callable[[], None],
+    save: Callable[[], None],
+    asked_to_stop: Callable[[], bool],
+) -> bool:
+    """Train a run's stage to its end, or until it is asked to stop; returns whether it was."""
+    output = run.config.output
+    while run.step < run.stage.end:
+        update_once()
+        # Before previews and evaluation, so that one that fails, for memory or a full disk, loses no update.
+        saved = run.step == run.stage.end or run.due(output.checkpoint_every)
+        if saved:
+            save()
+        _show(run, log, evaluation=run.due(output.evaluate_every), preview=run.due(output.preview_every))
+        if asked_to_stop():
+            if not saved:
+                save()
+            return True
+    return False
 
 
 def _begin(task: Task, config: DistillConfig, stage: Stage, out: Path, generator: torch.Generator) -> Run:
@@ -155,7 +179,9 @@ def _enter(run: Run, stage: Stage, optimizers: dict[Role, Optimizer]) -> None:
     if stage.critic == "teacher":
         run.roles.reset("critic")
     elif stage.critic == "student":
-        load(run.roles, "critic", run.ema.weights, run.config.student, run.config.critic)
+        steps = run.roles.state("critic").get(STEPS)  # the student may know step counts by their timesteps
+        weights = run.ema.weights if steps is None else {STEPS: steps, **run.ema.weights}
+        load(run.roles, "critic", weights, run.config.student, run.config.critic)
     if stage.optimizers == "fresh":
         optimizers |= _optimizers(run)
 

@@ -209,7 +209,8 @@ def test_the_best_student_is_one_of_the_last_stage(tmp_path: Path) -> None:
 
 
 def test_a_unified_stage_follows_one_of_four_steps(tmp_path: Path) -> None:
-    stages = "stages=[{updates: 2}, {updates: 2, trajectory: {unify: [1, 2, 4]}}, {updates: 1}]"
+    unified = "{updates: 2, trajectory: {unify: [1, 2, 4]}, critic: {start: student}}"
+    stages = f"stages=[{{updates: 2}}, {unified}, {{updates: 1}}]"
     states: dict[int, set[str]] = {}
     run = run_of(
         tmp_path, config_of(stages, "output.log_every=1"),
