@@ -1,9 +1,10 @@
-"""Guidance that a call asks for and the student was not made for."""
+"""Guidance of a call: warnings where the student was not made for it, and the negative prompt of its teacher."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from .families import Family
@@ -40,3 +41,20 @@ def warn_of_guidance(family: Family, recipe: StudentRecipe, call: inspect.BoundA
         if argument.startswith("negative_") and value is not None and value != "" and argument not in warned:
             warned.add(argument)
             warnings.warn(f"{argument} has no effect: this student was made for no guidance", stacklevel=4)
+
+
+def negative_prompt_of_teacher(recipe: StudentRecipe, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The negative prompt that a student's teacher was run with, by argument of `__call__`.
+
+    Args:
+        recipe: of the student.
+        call: the arguments of a call by name.
+
+    Returns:
+        {} if there is none, or the call names its own.
+    """
+    text = recipe.teacher_negative_prompt
+    if text is None or any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds")):
+        return {}
+    prompts = call["prompt_embeds"] if call.get("prompt") is None else call["prompt"]
+    return {"negative_prompt": text if isinstance(prompts, str) else [text] * len(prompts)}

@@ -22,7 +22,7 @@ from .families import Family, TeacherCall, family_of_pipeline
 from .family_class import forget_output_capture, from_pipe, on_family, unpickled
 from .finite import finite_output
 from .fresh_noise import noise_of
-from .guidance import warn_of_guidance
+from .guidance import negative_prompt_of_teacher, warn_of_guidance
 from .image_to_image import image_to_image
 from .loras.adapters import adapters_off, require_wide
 from .scheduler import TDMScheduler
@@ -382,17 +382,9 @@ class TDMPipeline(StudentSaving):
             if argument in signature.parameters and bound.arguments.get(argument) is None:
                 bound.arguments[argument] = value
         if self._teaching and "negative_prompt" in signature.parameters:
-            bound.arguments.update(self._teachers_negative_prompt(bound.arguments))
+            bound.arguments.update(negative_prompt_of_teacher(self.recipe, bound.arguments))
         bound.arguments.update(self.family.negative_prompt(bound.arguments))
         return bound
-
-    def _teachers_negative_prompt(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The negative prompt that the student's teacher was run with; {} if there is none, or the call has its own."""
-        text = self.recipe.teacher_negative_prompt
-        if text is None or any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds")):
-            return {}
-        prompts = call["prompt_embeds"] if call.get("prompt") is None else call["prompt"]
-        return {"negative_prompt": text if isinstance(prompts, str) else [text] * len(prompts)}
 
     def call_defaults(self) -> dict[str, Any]:
         """What a call uses for arguments that were left out or given as None."""
