@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
                 print(f"the demo starts at {waiting.url}", flush=True)
             if args.open:
                 webbrowser.open(waiting.url)
-            drawing.set()
             page = build(args, waiting.say)
+            drawing.set()
         launch(page, args.listen, waiting.port, auth=auth, mcp=args.mcp)
 
 
