@@ -204,6 +204,15 @@ MODELS = {model.family: model for model in _MODELS}
 BUNDLED_PROMPT = "two red stars above a blue moon at night"
 
 
+def check_steps(name: str, steps: int) -> None:
+    """Raise TDMError if the stock pipeline of a model, which a student is compared with, cannot make that many steps."""
+    if steps == 1 and name in ("bundled", "pixart"):
+        raise TDMError(
+            f"--steps 1 cannot be measured for {name}: diffusers' PixArt pipeline makes one step with DMD's sampler "
+            "alone; take 2 or more"
+        )
+
+
 def build(
     name: str, *, tiny: bool, device: torch.device, dtype: torch.dtype, steps: int
 ) -> tuple[TDMPipeline, dict[str, Any]]:
@@ -213,15 +222,7 @@ def build(
         tiny: a small variant of the architecture.
         device, dtype: of the networks.
         steps: network calls of the student.
-
-    Raises:
-        TDMError: the stock pipeline cannot make that many steps.
     """
-    if steps == 1 and name in ("bundled", "pixart"):
-        raise TDMError(
-            f"--steps 1 cannot be measured for {name}: diffusers' PixArt pipeline makes one step with DMD's sampler "
-            "alone; take 2 or more"
-        )
     if name == "bundled":
         pipe = TDMPipeline.from_pretrained(dtype=dtype).to(device)
         return pipe, {"prompt": BUNDLED_PROMPT, "num_inference_steps": steps}

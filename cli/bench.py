@@ -45,13 +45,15 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..bench.measure import HEADER, rows
-    from ..bench.models import MODELS, build
+    from ..bench.models import MODELS, build, check_steps
 
     known = ["bundled", *MODELS]
     gpu = torch.cuda.is_available()
     names = args.models.split(",") if args.models else known if gpu else known[:1]
     if unknown := [name for name in names if name not in known]:
         raise TDMError(f"--models has no {unknown[0]!r}; known: {', '.join(known)}")
+    for name in names:
+        check_steps(name, args.steps)
     quiet()
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
     where = torch.cuda.get_device_name() if gpu else f"{_cpu()}, {torch.get_num_threads()} threads"
