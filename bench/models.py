@@ -205,7 +205,7 @@ BUNDLED_PROMPT = "two red stars above a blue moon at night"
 
 
 def check_steps(name: str, steps: int) -> None:
-    """Raise TDMError if the stock pipeline of a model, which a student is compared with, cannot make that many steps."""
+    """Raise TDMError if a model's stock pipeline, which the student is compared with, cannot make that many steps."""
     if steps == 1 and name in ("bundled", "pixart"):
         raise TDMError(
             f"--steps 1 cannot be measured for {name}: diffusers' PixArt pipeline makes one step with DMD's sampler "
