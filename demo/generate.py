@@ -274,12 +274,13 @@ class GenerateTab:
             request = self._read(values)
             if words := unknown_words(self.engine, request.pictures[0].prompt):
                 gr.Info(f"this model does not know {', '.join(words[:5])} and leaves that out")
-            comparison = Comparison(self.engine, request.pictures, request.compare)
+            comparison, seed = Comparison(self.engine, request.pictures, request.compare), request.pictures[0].seed
             yield {
                 self._stage: comparison.html(),
                 self._slider: gr.update(value=None, visible=comparison.race),
                 self.comparison: comparison,
-                self.controls.seed: request.pictures[0].seed,
+                # Only a seed that was chosen here: the visitor may be typing the next one already.
+                self.controls.seed: gr.skip() if values[self.controls.seed] == seed else seed,
             }
             wait.over = True
             if wait.stopped:
