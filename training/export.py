@@ -113,7 +113,7 @@ def read_run(folder: Path, which: Which = "mean") -> FinishedRun | None:
         best = read_checkpoint(folder / "best.pt")
         step, weights = best["step"], best["weights"]
         which_weights = f"the best by {best['measure']}, {best['value']:.4g}"
-    recipe = _recipe(checkpoint["recipe"], config)
+    recipe = _recipe(checkpoint["recipe"], stage_of_update(stages_of(config), checkpoint["step"]).config)
     notes = recipe.notes | training_notes(config, step, which_weights)
     return FinishedRun(folder, config, step, dataclasses.replace(recipe, notes=notes), weights)
 
@@ -159,7 +159,8 @@ def export(run: FinishedRun, form: Format, out: Path, *, dtype: torch.dtype | No
 
 def unexportable(config: DistillConfig) -> str | None:
     """Why no student of these settings can be exported, and what to train instead; None if one can."""
-    if config.trajectory.unify and config.trajectory.tell_steps == "embedding":
+    trajectories = [stage.config.trajectory for stage in stages_of(config)]
+    if any(trajectory.unify and trajectory.tell_steps == "embedding" for trajectory in trajectories):
         return (
             "this student is told its step count by an embedding, which needs code at inference; to export one, "
             "train it with trajectory.tell_steps=timestep"

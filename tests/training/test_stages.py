@@ -264,7 +264,8 @@ def test_head_start_is_that_many_updates_of_the_critic_before_the_students_first
 
 
 def test_the_card_and_the_file_tell_the_stages(settings: Callable[[str], list[str]], tmp_path: Path) -> None:
-    stages = "stages=[{name: warm-up, updates: 1, objective: {name: regression}}, {updates: 2}]"
+    fresh = "trajectory: {sampler: stochastic, eta: 0.5}"
+    stages = f"stages=[{{name: warm-up, updates: 1, objective: {{name: regression}}}}, {{updates: 2, {fresh}}}]"
     config = load_config(None, [*settings("sd3"), stages, "output.preview_every=0", "student.lr=1e-2"])
     from tdm.training.tasks import build_task
 
@@ -273,7 +274,9 @@ def test_the_card_and_the_file_tell_the_stages(settings: Callable[[str], list[st
     trained = read_run(tmp_path / "run")
     assert trained is not None
     file = export(trained, "student", tmp_path / "student.safetensors")
-    notes = TDMPipeline.from_pretrained(file).recipe.notes
+    recipe = TDMPipeline.from_pretrained(file).recipe
+    assert (recipe.stochastic_sampling, recipe.eta) == (True, 0.5)  # as the last stage was trained
+    notes = recipe.notes
     first, second = notes["stages"].split("; ")
     assert first == "warm-up (1 updates): regression onto the end of the teacher's ODE"
     assert second.startswith("matching, 4 steps (2 updates): Trajectory Distribution Matching")
