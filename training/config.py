@@ -139,6 +139,16 @@ class ObjectiveConfig:
     norm_max: float | None = None
     """The largest number that `normalise` divides by. None: no limit. 5 in BLADE (video)."""
 
+    anchor: float = 0.0
+    """The weight of a pull on the student's first step to where the guided teacher is at the end of it. It keeps the
+    teacher's variety."""
+
+    anchor_steps: int = 4
+    """For anchor: the teacher's steps over the student's first step."""
+
+    spread: float = 0.0
+    """The weight of a push between the first predictions for one prompt; needs `samples_per_prompt` above 1."""
+
     @property
     def teacher_guidance(self) -> str:
         """For people: the scale that the student learned from, one for each stage of the grid, or a range."""
@@ -312,6 +322,9 @@ class DistillConfig:
 
     batch_size: int = 16
     """Samples per update, over all processes. Best a multiple of trajectory.steps."""
+
+    samples_per_prompt: int = 1
+    """How many of them are of one prompt, each from a noise of its own. Above 1 for objective.spread."""
 
     micro_batch_size: int | None = None
     """How many of these samples a device takes at a time; the gradients are summed. None: all of its share."""

@@ -8,6 +8,7 @@ from ..errors import TDMError
 from .config import DistillConfig
 from .objectives import objective_of
 from .objectives.passes import Passes
+from .objectives.variety import anchor_passes
 from .stages import stages_of, total_updates
 
 
@@ -21,7 +22,8 @@ def passes(config: DistillConfig, processes: int = 1) -> Passes:
     Raises:
         TDMError: the batch cannot be split evenly.
     """
-    return objective_of(config.objective).passes(config, micro_batches(config, processes) > 1)
+    alone = objective_of(config.objective).passes(config, micro_batches(config, processes) > 1)
+    return replace(alone, teacher=alone.teacher + anchor_passes(config))
 
 
 def head_start_passes(config: DistillConfig, processes: int = 1) -> Passes:
@@ -68,4 +70,9 @@ def micro_batches(config: DistillConfig, processes: int = 1) -> int:
     share, micro = config.batch_size // processes, micro_batch_size(config, processes)
     if share % micro:
         raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each process has")
+    if micro % config.samples_per_prompt:
+        raise TDMError(
+            f"the {config.samples_per_prompt} samples of a prompt stay together: make micro_batch_size, which is {micro}, "
+            "a multiple of samples_per_prompt"
+        )
     return share // micro

@@ -193,7 +193,9 @@ def _draw(run: Run, generator: torch.Generator, processes: Processes) -> Draw:
     guidance_band = objective_of(objective).guidance_band(objective)
 
     def draw(student: bool) -> list[Batch]:
-        cond, shape = task.conditions(n, generator)
+        cond, shape = task.conditions(n // config.samples_per_prompt, generator)
+        # Tiled, so that the samples of one prompt fall into one micro batch: it takes every so many-th of the batch.
+        cond = {key: value.repeat(config.samples_per_prompt, *[1] * (value.ndim - 1)) for key, value in cond.items()}
         null = task.null(cond) if objective.guidance_scale != 1 else {}
         k = draw_steps(run.trajectories, generator)
         cond, null = (run.with_steps(c, k, n) for c in (cond, null))

@@ -141,6 +141,23 @@ def regression_loss(x0: Tensor, x0_target: Tensor, *, kind: Rho = "pseudo_huber"
     return rho(x0 - x0_target.detach(), kind, c).mean()
 
 
+def spread_loss(groups: Tensor) -> Tensor:
+    """What pushes the samples of each group apart: minus the mean distance of two of them, over its own value, so that
+    the force does not depend on the scale.
+
+    Args:
+        groups: ``[G, N, ...]``, G samples of each of N prompts, with gradient.
+
+    Returns:
+        A scalar; only its gradient means anything.
+    """
+    samples = groups.flatten(2).transpose(0, 1)  # [N, G, D]
+    g = samples.shape[1]
+    i, j = torch.triu_indices(g, g, 1, device=groups.device)
+    distance = (samples[:, i] - samples[:, j]).square().mean(2).clamp_min(1e-12).sqrt()  # [N, pairs]
+    return -(distance.mean(1) / distance.detach().mean(1)).mean()
+
+
 def _norm(x0: Tensor, x0_teacher: Tensor, norm_min: float, norm_max: float | None) -> Tensor:
     return sample_mean((x0 - x0_teacher).abs()).clamp(norm_min, norm_max)
 
@@ -173,16 +190,22 @@ def critic_loss(x0_critic: Tensor, x0_target: Tensor, weight: Tensor) -> Tensor:
     return (weight.to(x0_critic.dtype) * sample_mean((x0_critic - x0_target).square())).mean()
 
 
-def subinterval_target(x_tau: Tensor, xi: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def subinterval_target(
+    x_tau: Tensor, xi: Tensor, b: Tensor, alpha: Tensor, sigma: Tensor, alpha_m: Tensor
+) -> tuple[Tensor, Tensor]:
     """The critic's target when ``x_tau = r x_m + b xi`` started from the trajectory's own state ``x_m`` (Phased DMD).
 
     Given ``x_m`` the score of ``x_tau`` is ``-xi / b``, so the epsilon target is ``sigma xi / b`` and in x0 space
     ``(x_tau - sigma^2 xi / b) / alpha``. Its mean over ``xi`` given ``x_tau`` is the exact score of the student's
     states; the clean target is exact only where ``x_m`` is clean, and leaves intermediate states too wide.
 
-    Returns ``(x0_target, factor)``: ``factor = (b / sigma)^2`` ``[B]`` multiplies the critic's weight, for the target's
-    variance grows as its inverse near ``b = 0``. At the last stage ``b = sigma``: target and weight equal the clean
-    ones.
+    Args:
+        alpha_m: ``[B]``, alpha of ``x_m``.
+
+    Returns:
+        ``(x0_target, factor)``: ``factor = (alpha_m b / sigma)^2`` ``[B]`` multiplies the critic's weight, for the
+        target's variance grows as its inverse near ``b = 0``, and with noise in ``x_m``. It makes losses of all stages
+        alike. At the last stage ``b = sigma`` and ``alpha_m = 1``: target and weight equal the clean ones.
     """
     x0_target = (x_tau - expand(sigma.square() / b, x_tau) * xi) / expand(alpha, x_tau)
-    return x0_target, (b / sigma).square()
+    return x0_target, (alpha_m * b / sigma).square()

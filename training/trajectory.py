@@ -37,13 +37,16 @@ Predict = Callable[[Tensor, Tensor, Condition], tuple[Tensor, Tensor]]  # (x [B,
 
 
 class Noised(NamedTuple):
-    """``x_tau = r x_m + b xi`` at ``(alpha, sigma)`` of tau; the coefficients are ``[B]`` float64 on the CPU."""
+    """``x_tau = r x_m + b xi`` at ``(alpha, sigma)`` of tau, from ``x_m`` at ``alpha_m``; the coefficients are ``[B]``
+    float64 on the CPU.
+    """
 
     x_tau: Tensor
     xi: Tensor
     b: Tensor
     alpha: Tensor
     sigma: Tensor
+    alpha_m: Tensor
 
 
 def with_fresh_noise(predict: Predict, fresh: Tensor, eta: float = 1.0) -> Predict:
@@ -210,7 +213,7 @@ class Trajectory:
         clean = self.config.renoise == "clean" if clean is None else clean
         m = torch.full_like(stages, len(self)) if clean else stages + 1
         r, b = renoise_coefficients(self.alphas[m], self.sigmas[m], alpha, sigma)
-        return Noised(expand(r, x_m) * x_m + expand(b, xi) * xi, xi, b, alpha, sigma)
+        return Noised(expand(r, x_m) * x_m + expand(b, xi) * xi, xi, b, alpha, sigma, self.alphas[m])
 
 
 def _uniform(config: TrajectoryConfig, schedule: NoiseSchedule, steps: int) -> list[float]:

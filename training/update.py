@@ -20,6 +20,7 @@ from .batch import Batch
 from .config import DistillConfig
 from .objectives import objective_of
 from .objectives.matching import CriticForward, Metrics, StudentStep, critic_forward, student_prediction, student_step
+from .objectives.variety import variety_loss
 from .processes import Processes
 from .roles import Role, Roles
 
@@ -102,6 +103,9 @@ def _student_backward(
         x0, eps = student_prediction(roles, batch, step.x)
         step = step._replace(x0=x0, eps=eps)
     loss, metrics = objective.student_loss(roles, config.objective, batch, step, forward)
+    variety = variety_loss(roles, config, batch, step)
+    if variety is not None:
+        loss, metrics = loss + variety, {**metrics, "variety_loss": variety.detach()}
     (loss / n).backward()
     return metrics
 

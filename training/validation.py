@@ -52,6 +52,8 @@ def _batch(c: DistillConfig) -> None:
         micro is None or (micro > 0 and c.batch_size % micro == 0),
         f"micro_batch_size must divide batch_size, which is {c.batch_size}; {micro} does not",
     )
+    g = c.samples_per_prompt
+    _need(g > 0 and c.batch_size % g == 0, f"samples_per_prompt must divide batch_size, which is {c.batch_size}, not {g}")
 
 
 def _trajectory(t: TrajectoryConfig) -> None:
@@ -107,6 +109,12 @@ def _objective(o: ObjectiveConfig, t: TrajectoryConfig) -> None:
         o.norm_max is None or o.norm_max > o.norm_min,
         f"objective.norm_max must be above norm_min, which is {o.norm_min}; it is {o.norm_max}",
     )
+    _need(o.anchor >= 0 and o.spread >= 0, "objective.anchor and objective.spread must not be negative")
+    _need(o.anchor_steps > 0, f"objective.anchor_steps must be positive, not {o.anchor_steps}")
+    _need(
+        o.anchor == 0 or max(t.unify or (t.steps,)) > 1,
+        "objective.anchor is for the first of several steps: the only step of a student ends in the picture",
+    )
     _need(o.ode_steps >= t.steps, f"objective.ode_steps must be at least trajectory.steps, not {o.ode_steps}")
     _need(o.guidance_weight >= 0, f"objective.guidance_weight must not be negative, not {o.guidance_weight}")
 
@@ -121,6 +129,14 @@ def _objective_of_run(c: DistillConfig) -> None:
     _need(
         not objective.needs_guidance or o.guidance_scale > 1,
         f"objective.guidance_term={o.guidance_term} needs a guidance_scale above 1",
+    )
+    _need(
+        objective.through_step or (o.anchor == 0 and o.spread == 0),
+        f"objective.name={o.name} does not learn its first step as such: leave objective.anchor and objective.spread out",
+    )
+    _need(
+        o.spread == 0 or (c.samples_per_prompt > 1 and c.trajectory.stages == "update"),
+        "objective.spread needs samples_per_prompt above 1 and trajectory.stages=update",
     )
     sharing = [f"objective.name={x.name}, gradient={x.gradient}, guidance_term={x.guidance_term}"
                for x in OBJECTIVES if x.shares_noise]  # fmt: skip

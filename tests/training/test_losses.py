@@ -87,20 +87,21 @@ def test_subinterval_target_is_the_clean_one_where_the_state_is_clean(tensors):
     x0, xi, _ = tensors
     sigma = torch.linspace(0.1, 0.9, B, dtype=torch.float64)
     x_tau = (1 - sigma).view(B, 1, 1, 1) * x0 + sigma.view(B, 1, 1, 1) * xi
-    target, factor = subinterval_target(x_tau, xi, sigma, 1 - sigma, sigma)
+    target, factor = subinterval_target(x_tau, xi, sigma, 1 - sigma, sigma, torch.ones_like(sigma))
     torch.testing.assert_close(target, x0)
     torch.testing.assert_close(factor, torch.ones(B, dtype=torch.float64))
 
 
 def test_subinterval_weight_bounds_the_target(tensors):
-    """With its factor the loss is ``mean (b / sigma eps_critic - xi)^2``: a target of variance 1 for any b."""
+    """With its factor the loss is ``mean (alpha_m (b / sigma eps_critic - xi))^2``: a bounded target for any b."""
     x0_critic, xi, x_tau = tensors
     sigma = torch.linspace(0.5, 0.9, B, dtype=torch.float64)
     b = sigma * torch.tensor([0.01, 0.1, 0.3, 0.7, 1.0], dtype=torch.float64)
-    target, factor = subinterval_target(x_tau, xi, b, 1 - sigma, sigma)
+    alpha_m = torch.linspace(0.2, 1.0, B, dtype=torch.float64)
+    target, factor = subinterval_target(x_tau, xi, b, 1 - sigma, sigma, alpha_m)
     loss = critic_loss(x0_critic, target, critic_weight(1 - sigma, sigma, "min_snr") * factor)
-    a, s, ratio = ((v).view(B, 1, 1, 1) for v in (1 - sigma, sigma, b / sigma))
-    torch.testing.assert_close(loss, (ratio * (x_tau - a * x0_critic) / s - xi).square().mean())
+    a, s, ratio, kept = (v.view(B, 1, 1, 1) for v in (1 - sigma, sigma, b / sigma, alpha_m))
+    torch.testing.assert_close(loss, (kept * (ratio * (x_tau - a * x0_critic) / s - xi)).square().mean())
 
 
 # -- a linear-Gaussian student: everything is a variance ---------------------------------------------------------
@@ -128,7 +129,7 @@ def critic_slope(c: float, sigma: float, target: str) -> float:
     end = torch.full_like(level, END)
     r, b = renoise_coefficients(1 - end, end, 1 - level, level)
     x_tau = r[:, None] * student(c) * x + b[:, None] * xi
-    goal = c * x if target == "clean" else subinterval_target(x_tau, xi, b, 1 - level, level)[0]
+    goal = c * x if target == "clean" else subinterval_target(x_tau, xi, b, 1 - level, level, 1 - end)[0]
     return float((weight * goal * x_tau).sum() / (weight * x_tau**2).sum())
 
 

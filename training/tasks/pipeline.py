@@ -28,7 +28,7 @@ from ...pipelines.students.recipe import StudentRecipe
 from ...sheet import contact_sheet
 from ..best import Metric
 from ..config import MemoryConfig
-from ..metrics import colour_ratios
+from ..metrics import colour_ratios, diversity
 from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
 from ..preview import Preview, picture_ratios
@@ -44,6 +44,7 @@ from .prompts import STICKERS, held_out, training_prompts
 
 PREVIEWS = 4  # prompts
 SEEDS = 2  # pictures of each, since a student that collapses draws one and the same
+REPEATS = 4  # pictures of a prompt whose variety is measured
 SHOWN = 8  # pictures in a row
 CHUNK = 32  # pictures at a time in previews and evaluation
 
@@ -93,6 +94,10 @@ class PipelineTaskConfig:
 
     evaluate: int = 64
     """Held-out prompts per evaluation (the bundled world only)."""
+
+    diversity: int = 0
+    """Of these, the prompts that are drawn from four noises each, to compare their variety with the teacher's. The
+    teacher's pictures of them take longest, and are kept."""
 
 
 class PipelineTask:
@@ -300,7 +305,18 @@ class PipelineTask:
         pictures = reference if student is teacher else self.pictures(student, prompts, 1)
         accuracy = {"accuracy": _accuracy(pictures, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
         far = {"frechet": picture_frechet(pictures, reference)} if len(prompts) > DIMENSIONS else {}
-        return accuracy | far | colour_ratios(pictures, reference)
+        return accuracy | far | colour_ratios(pictures, reference) | self._diversity(student, teacher)
+
+    def _diversity(self, student: Sample, teacher: Teacher) -> dict[str, float]:
+        """The variety of pictures of one prompt over the teacher's; nothing if it is not asked for."""
+        n = min(self.config.diversity, len(self._held_out))
+        if n == 0:
+            return {}
+        labels = [prompt for prompt in self._held_out[:n] for _ in range(REPEATS)]
+        reference = self._by_teacher(teacher, labels, 2)
+        pictures = reference if student is teacher else self.pictures(student, labels, 2)
+        ratio = diversity(pictures.unflatten(0, (n, REPEATS))) / diversity(reference.unflatten(0, (n, REPEATS)))
+        return {"diversity": ratio}
 
 
 def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size]:
