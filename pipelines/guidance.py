@@ -1,13 +1,14 @@
-"""Guidance of a call: warnings where the student was not made for it, and the negative prompt of its teacher."""
+"""Guidance of a call: warnings where the student was not made for it, and the guidance of its teacher."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from .families import Family
+from .guidance_norm import GuidanceNorm, arguments_of_norm, zero_star
 from .students.recipe import StudentRecipe
 
 
@@ -43,18 +44,39 @@ def warn_of_guidance(family: Family, recipe: StudentRecipe, call: inspect.BoundA
             warnings.warn(f"{argument} has no effect: this student was made for no guidance", stacklevel=4)
 
 
-def negative_prompt_of_teacher(recipe: StudentRecipe, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The negative prompt that a student's teacher was run with, by argument of `__call__`.
+def guidance_of_teacher(recipe: StudentRecipe, call: inspect.BoundArguments) -> dict[str, Any]:
+    """The negative prompt and the normalisation that a student's teacher was run with, by argument of `__call__`.
 
     Args:
         recipe: of the student.
-        call: the arguments of a call by name.
+        call: its arguments by name.
 
     Returns:
-        {} if there is none, or the call names its own.
+        What the call does not name itself.
     """
+    arguments, known, taught = call.arguments, call.signature.parameters, {}
     text = recipe.teacher_negative_prompt
-    if text is None or any(call.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds")):
-        return {}
-    prompts = call["prompt_embeds"] if call.get("prompt") is None else call["prompt"]
-    return {"negative_prompt": text if isinstance(prompts, str) else [text] * len(prompts)}
+    named = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    if text is not None and "negative_prompt" in known and not named:
+        prompts = arguments["prompt_embeds"] if arguments.get("prompt") is None else arguments["prompt"]
+        taught["negative_prompt"] = text if isinstance(prompts, str) else [text] * len(prompts)
+    for name, amount in arguments_of_norm(_norm(recipe)).items():
+        if name in known and arguments.get(name) is None:
+            taught[name] = amount
+    return taught
+
+
+def zero_star_of_teacher(pipe: Any, call: inspect.BoundArguments) -> AbstractContextManager[None]:
+    """CFG-Zero* for the length of a `with`, if a student's teacher was guided with it and the call is guided.
+
+    Args:
+        pipe: a `TDMPipeline`.
+        call: its arguments by name, with the defaults filled in.
+    """
+    norm, family = _norm(pipe.recipe), pipe.family
+    guided = (call.arguments.get(family.guidance_argument) or family.no_guidance) > family.no_guidance
+    return zero_star(pipe, family) if guided and norm is not None and norm.name == "zero_star" else nullcontext()
+
+
+def _norm(recipe: StudentRecipe) -> GuidanceNorm | None:
+    return GuidanceNorm.parse(recipe.teacher_guidance_norm) if recipe.teacher_guidance_norm else None

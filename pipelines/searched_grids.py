@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .families import Family, Size
+from .guidance_norm import guided, norm_of_family
 from .schedule import grid_of_steps, predict_x0_eps, uniform_grid
 from .scheduler import TDMScheduler
 from .students.recipe import StudentRecipe
@@ -44,21 +46,23 @@ def predictor(
     scheduler = TDMScheduler.from_config(pipe.scheduler.config)
     if family.embeds_guidance(pipe):
         options["guidance_scale"] = guidance_scale
-    guided = _guided(pipe, family, guidance_scale)
+    is_guided = _guided(pipe, family, guidance_scale)
+    norm = norm_of_family(family, None, flow=scheduler.schedule.kind == "flow")
+    combine = guided if norm is None else functools.partial(norm, token_norms=family.token_norms)
     with torch.no_grad():
         cond = family.encode(pipe, list(prompts), size, **options)
-        if guided:
+        if is_guided:
             null = family.null(pipe, cond, **options)
             cond = {key: torch.cat([value, null[key]]) for key, value in cond.items()}
 
     @torch.no_grad()
     def predict(x: Tensor, timestep: float) -> tuple[Tensor, Tensor]:
-        inputs = torch.cat([x, x]) if guided else x
+        inputs = torch.cat([x, x]) if is_guided else x
         clock = torch.full((len(inputs),), timestep, dtype=torch.float32, device=x.device)
         output = family.denoise(network, inputs.to(network.dtype), clock, cond).float()
-        if guided:
+        if is_guided:
             prompted, without = output.chunk(2)
-            output = without + guidance_scale * (prompted - without)
+            output = combine(prompted, without, guidance_scale)
         alpha, sigma = scheduler.schedule.alpha_sigma(torch.tensor(timestep, dtype=torch.float64))
         return predict_x0_eps(scheduler.config.prediction_type, output, x.float(), float(alpha), float(sigma))
 

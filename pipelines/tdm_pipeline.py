@@ -22,7 +22,7 @@ from .families import Family, TeacherCall, family_of_pipeline
 from .family_class import forget_output_capture, from_pipe, on_family, unpickled
 from .finite import finite_output
 from .fresh_noise import noise_of
-from .guidance import negative_prompt_of_teacher, warn_of_guidance
+from .guidance import guidance_of_teacher, warn_of_guidance, zero_star_of_teacher
 from .image_to_image import image_to_image
 from .loras.adapters import adapters_off, require_wide
 from .scheduler import TDMScheduler
@@ -287,9 +287,10 @@ class TDMPipeline(StudentSaving):
         """The teacher, for the length of a `with`: all adapters off, the base's own scheduler, steps and guidance.
 
         A call in the block is guided in the family's way: with the scale and the steps of `teacher_call`, with the
-        negative prompt that the student was distilled with, and with an empty one where that is what switches guidance
-        on (Qwen-Image). An argument that the caller gives wins. The size stays the student's, so that one seed gives
-        pictures to lay side by side. The student is back after the block, whatever happened in it.
+        negative prompt and the normalisation that the student was distilled with, and with an empty prompt where that
+        is what switches guidance on (Qwen-Image). An argument that the caller gives wins. The size stays the student's,
+        so that one seed gives pictures to lay side by side. The student is back after the block, whatever happened in
+        it.
 
         Raises:
             TDMError: adapters are fused into the weights, so that they cannot be switched off.
@@ -369,7 +370,13 @@ class TDMPipeline(StudentSaving):
             self.check_student()
             if not self._teaching and (self.scheduler is self._sampler or isinstance(self.scheduler, TDMScheduler)):
                 warn_of_guidance(self.family, self.recipe, bound, self._warned)
-            with sigmas_of(self, bound.arguments), noise_of(self, bound), finite_output(self, drawer) as checked:
+            teacher = zero_star_of_teacher(self, bound) if self._teaching else contextlib.nullcontext()
+            with (
+                sigmas_of(self, bound.arguments),
+                noise_of(self, bound),
+                teacher,
+                finite_output(self, drawer) as checked,
+            ):
                 if self._first_by_base and not self._teaching:
                     return checked(base_first(self, call, bound))
                 return checked(call(*bound.args, **bound.kwargs))
@@ -381,8 +388,8 @@ class TDMPipeline(StudentSaving):
         for argument, value in self.call_defaults().items():
             if argument in signature.parameters and bound.arguments.get(argument) is None:
                 bound.arguments[argument] = value
-        if self._teaching and "negative_prompt" in signature.parameters:
-            bound.arguments.update(negative_prompt_of_teacher(self.recipe, bound.arguments))
+        if self._teaching:
+            bound.arguments.update(guidance_of_teacher(self.recipe, bound))
         bound.arguments.update(self.family.negative_prompt(bound.arguments))
         return bound
 

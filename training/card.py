@@ -263,6 +263,9 @@ def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:
     yield "teacher guidance", c.objective.teacher_guidance
     if run.recipe.teacher_negative_prompt is not None:
         yield "teacher's negative prompt", run.recipe.teacher_negative_prompt
+    norm = run.recipe.teacher_guidance_norm or family_of_name(run.recipe.family).own_guidance_norm
+    if norm is not None:
+        yield "teacher's guidance norm", norm
     for name, role in (("student", c.student), ("critic", c.critic)):
         adapter = "whole weights" if c.full_weights else f"LoRA, rank {role.rank}, alpha {role.alpha or role.rank:g}"
         yield name, f"{adapter}; AdamW, learning rate {role.lr:g}"

@@ -72,7 +72,7 @@ def micro_batches(config: DistillConfig, processes: int = 1) -> int:
         raise TDMError(f"micro_batch_size {micro} does not divide the {share} samples that each process has")
     if micro % config.samples_per_prompt:
         raise TDMError(
-            f"the {config.samples_per_prompt} samples of a prompt stay together: make micro_batch_size, which is {micro}, "
-            "a multiple of samples_per_prompt"
+            f"the samples of one prompt ({config.samples_per_prompt}) stay together: make micro_batch_size, which is "
+            f"{micro}, a multiple of samples_per_prompt"
         )
     return share // micro

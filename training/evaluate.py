@@ -244,6 +244,7 @@ class Drawing:
             "guidance_scale": scale,
             **pipe.family.negative_prompt({"prompt": "", **pipe.family.guidance(scale)}),
             **({"teacher_negative_prompt": text} if (text := recipe.teacher_negative_prompt) else {}),
+            **({"teacher_guidance_norm": norm} if (norm := recipe.teacher_guidance_norm) else {}),
             "prompts": list(prompts),
             "seeds": list(seeds),
         }

@@ -317,6 +317,7 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
         "schedule": task.schedule,
         "prediction_type": task.prediction_type,
         "precision": config.precision,
+        "guided_output": task.guided_output,
     }
     roles: Roles
     if config.full_weights:

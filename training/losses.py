@@ -23,11 +23,6 @@ def sample_mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def guided(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance of predictions ``[B, ...]``: ``c + (w - 1)(c - u)``. ``w = 1`` is ``c`` itself."""
-    return cond + (guidance_scale - 1.0) * (cond - uncond)
-
-
 def rho(residual: Tensor, kind: Rho, c: float | None = None) -> Tensor:
     """The penalty of a residual ``[B, ...]``, per sample ``[B]``.
 
@@ -80,8 +75,7 @@ def generator_loss(
 def guidance_loss(
     x0: Tensor,
     x0_cond: Tensor,
-    x0_uncond: Tensor,
-    guidance_scale: float | Tensor,
+    x0_guided: Tensor,
     *,
     kind: Rho = "pseudo_huber",
     c: float | None = None,
@@ -90,19 +84,19 @@ def guidance_loss(
     norm_max: float | None = None,
 ) -> Tensor:
     """The guidance of :func:`generator_loss` as a separate term (Decoupled DMD, arXiv 2511.22677): ``x0`` moves along
-    ``(w - 1)(x0_cond - x0_uncond)``. ``norm`` is ``mean |x0 - x0_guided|``, as in the coupled form.
+    ``x0_guided - x0_cond``, which without a normalisation is ``(w - 1)(x0_cond - x0_uncond)``. ``norm`` is
+    ``mean |x0 - x0_guided|``, as in the coupled form.
 
     Args:
         x0: the student's prediction ``[B, ...]``, with gradient.
-        x0_cond, x0_uncond: the teacher's predictions ``[B, ...]`` at the term's own tau.
-        guidance_scale: w; a number, or a tensor that broadcasts to ``[B, ...]``.
+        x0_cond, x0_guided: the teacher's predictions ``[B, ...]`` at the term's own tau, without guidance and with it.
 
     Returns:
         A scalar.
     """
-    direction = guided(x0_cond, x0_uncond, guidance_scale) - x0_cond
+    direction = x0_guided - x0_cond
     with torch.no_grad():
-        norm = _norm(x0, x0_cond + direction, norm_min, norm_max) if normalise else x0.new_ones(len(x0))
+        norm = _norm(x0, x0_guided, norm_min, norm_max) if normalise else x0.new_ones(len(x0))
     return _move(x0, direction, norm, kind, c)
 
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import TDMError
+from ..pipelines.guidance_norm import guided
 from ..pipelines.prediction_types import PredictionType
-from ..pipelines.schedule import NoiseSchedule, expand, predict_x0_eps
+from ..pipelines.schedule import NoiseSchedule, expand, predict_output, predict_x0_eps
 from .config import Role
-from .losses import guided
 from .precision import Precision, autocast
 from .trajectory import Condition, Predict
 
@@ -35,6 +35,11 @@ ROLES: tuple[Role, ...] = get_args(Role)
 Denoiser = Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
 """``(base, x [B, ...], timesteps [B] float32, cond) -> model output [B, ...]``: what differs between model families."""
 
+
+GuidedOutput = Callable[[Tensor, Tensor, float | Tensor], Tensor]
+"""``(with the prompt, without it, guidance scale) -> guided``, all network outputs ``[B, ...]``: a normalised guidance;
+the scale broadcasts to them.
+"""
 
 STEPS = "steps_embedding"
 """In a condition: the index ``[B]`` of each sample's step count. Among weights: the vectors ``[N, D]`` of all."""
@@ -55,6 +60,7 @@ class Roles(ABC):
         base: the pretrained network. It is frozen and put in eval mode.
         call: how to call it.
         precision: of the network's own arithmetic; trained weights, predictions and losses are float32.
+        guided_output: how guidance is normalised; None: not at all.
     """
 
     _weights: dict[Role, dict[str, nn.Parameter]]
@@ -68,9 +74,11 @@ class Roles(ABC):
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
         precision: Precision = "fp32",
+        guided_output: GuidedOutput | None = None,
     ) -> None:
         self.base, self.call, self.schedule, self.prediction_type = base, call, schedule, prediction_type
         self.precision: Precision = precision
+        self.guided_output = guided_output
         self._step_hooks: list[RemovableHandle] = []
         base.eval().requires_grad_(False)
 
@@ -142,12 +150,6 @@ class Roles(ABC):
         """
         return self._predict(None, x, timesteps, cond)
 
-    def teacher_pair(
-        self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The teacher's ``(x0, eps)``, each ``[B, ...]``, with the prompt and without it, from one batch of 2 B."""
-        return _pair(self.teacher, x, timesteps, cond, null)
-
     def guided_teacher(
         self, x: Tensor, timesteps: Tensor, cond: Condition, null: Condition, guidance_scale: float | Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -169,13 +171,30 @@ class Roles(ABC):
         Args:
             predict: of the role, such as `teacher`.
         """
+        if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
+            return predict(x, timesteps, cond)
+        return self.with_and_without_guidance(predict, x, timesteps, cond, null, guidance_scale)[0]
+
+    def with_and_without_guidance(
+        self,
+        predict: Predict,
+        x: Tensor,
+        timesteps: Tensor,
+        cond: Condition,
+        null: Condition,
+        guidance_scale: float | Tensor,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """A role's ``(x0, eps)``, each ``[B, ...]``, guided and with the prompt alone, from one batch of 2 B."""
         if isinstance(guidance_scale, Tensor):
             guidance_scale = expand(guidance_scale, x)
-        elif guidance_scale == 1:
-            return predict(x, timesteps, cond)
-        with_prompt, without = _pair(predict, x, timesteps, cond, null)
-        x0, eps = (guided(c, u, guidance_scale) for c, u in zip(with_prompt, without, strict=True))
-        return x0, eps
+        prompted, without = _pair(predict, x, timesteps, cond, null)
+        if self.guided_output is None:  # it is linear: any parametrisation will do
+            x0, eps = (guided(c, u, guidance_scale) for c, u in zip(prompted, without, strict=True))
+            return (x0, eps), prompted
+        alpha, sigma = (expand(value, x) for value in self.schedule.alpha_sigma(timesteps))
+        c, u = (predict_output(self.prediction_type, *part, alpha, sigma) for part in (prompted, without))
+        output = self.guided_output(c, u, guidance_scale)
+        return predict_x0_eps(self.prediction_type, output, x, alpha, sigma), prompted
 
     @abstractmethod
     def reset(self, role: Role) -> None:
@@ -242,6 +261,7 @@ class AdapterRoles(Roles):
         alpha: dict[Role, float | None],
         generator: torch.Generator,
         precision: Precision = "fp32",
+        guided_output: GuidedOutput | None = None,
         device: torch.device | None = None,
     ) -> None:
         for role in ROLES:
@@ -259,7 +279,14 @@ class AdapterRoles(Roles):
                     inject_adapter_in_model(lora, base, adapter_name=role)
             except ValueError as error:
                 raise TDMError(f"no {role} adapter fits the base: {error}") from error
-        super().__init__(base, call, schedule=schedule, prediction_type=prediction_type, precision=precision)
+        super().__init__(
+            base,
+            call,
+            schedule=schedule,
+            prediction_type=prediction_type,
+            precision=precision,
+            guided_output=guided_output,
+        )
         self._layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
         self._weights = {role: self._find(role) for role in ROLES}
         for role in ROLES:
@@ -301,8 +328,16 @@ class CopyRoles(Roles):
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
         precision: Precision = "fp32",
+        guided_output: GuidedOutput | None = None,
     ) -> None:
-        super().__init__(base, call, schedule=schedule, prediction_type=prediction_type, precision=precision)
+        super().__init__(
+            base,
+            call,
+            schedule=schedule,
+            prediction_type=prediction_type,
+            precision=precision,
+            guided_output=guided_output,
+        )
         self._copies = {role: copy.deepcopy(base).float().requires_grad_(True) for role in ROLES}
         self._weights = {role: dict(network.named_parameters()) for role, network in self._copies.items()}
 

@@ -15,6 +15,7 @@ from ..pipelines.schedule import NoiseSchedule
 from ..pipelines.students.recipe import StudentRecipe
 from .best import Metric
 from .preview import Preview
+from .roles import GuidedOutput
 from .trajectory import Condition, Trajectory
 
 Sample = Callable[[Tensor, Condition], Tensor]
@@ -44,6 +45,7 @@ class Task(Protocol):
     schedule: NoiseSchedule
     prediction_type: PredictionType
     targets: Sequence[str] | str  # the layers that get adapters, as in peft
+    guided_output: GuidedOutput | None  # how the base's guidance is normalised; None: not at all
     time_embedder: str  # the base's module whose output [B, D] is the time embedding
 
     @property

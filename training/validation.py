@@ -53,7 +53,9 @@ def _batch(c: DistillConfig) -> None:
         f"micro_batch_size must divide batch_size, which is {c.batch_size}; {micro} does not",
     )
     g = c.samples_per_prompt
-    _need(g > 0 and c.batch_size % g == 0, f"samples_per_prompt must divide batch_size, which is {c.batch_size}, not {g}")
+    _need(
+        g > 0 and c.batch_size % g == 0, f"samples_per_prompt must divide batch_size, which is {c.batch_size}, not {g}"
+    )
 
 
 def _trajectory(t: TrajectoryConfig) -> None:
@@ -132,7 +134,7 @@ def _objective_of_run(c: DistillConfig) -> None:
     )
     _need(
         objective.through_step or (o.anchor == 0 and o.spread == 0),
-        f"objective.name={o.name} does not learn its first step as such: leave objective.anchor and objective.spread out",
+        f"objective.name={o.name} does not train steps: leave objective.anchor and objective.spread out",
     )
     _need(
         o.spread == 0 or (c.samples_per_prompt > 1 and c.trajectory.stages == "update"),

@@ -68,6 +68,9 @@ class Family(ABC):
         teacher_call: how the family's base is run as a teacher: the stock pipeline's default steps, and the guidance
             scale that the family's training preset distils with (the file says where one differs).
         published_negative_prompt: what the base's authors guide away from, if they publish it; None: the empty prompt.
+        own_guidance_norm: the normalisation of guidance that its pipeline always has (see guidance_norm.py).
+        guidance_halves: how its pipeline calls a flow model's network under guidance, for CFG-Zero*; None: not at all,
+            or its base is no flow model.
         call_kwargs: what this pipeline is called with unless the caller says otherwise, student or teacher.
         binned_sample_sizes: the denoiser's `sample_size`s that resolution binning has tables for; others switch it off.
         kohya_in_comfyui: ComfyUI knows the kohya names that we write for it.
@@ -88,6 +91,8 @@ class Family(ABC):
     no_guidance: ClassVar[float] = 1.0
     teacher_call: ClassVar[TeacherCall]
     published_negative_prompt: ClassVar[str | None] = None
+    own_guidance_norm: ClassVar[str | None] = None
+    guidance_halves: ClassVar[Literal["negative first", "prompt first", "two calls"] | None] = None
     call_kwargs: ClassVar[Mapping[str, Any]] = {}
     binned_sample_sizes: ClassVar[frozenset[int] | None] = None
     kohya_in_comfyui: ClassVar[bool] = False
@@ -118,6 +123,12 @@ class Family(ABC):
                 name no negative prompt.
         """
         return {}
+
+    def token_norms(self, output: Tensor) -> Tensor:
+        """The norm of each of the network's tokens in an output like the latents, ``[B, C, ...]``, in a shape that
+        broadcasts to it: of a network on single latent pixels, over the channels.
+        """
+        return output.norm(dim=1, keepdim=True)
 
     def call_defaults(self, pipe: DiffusionPipeline) -> dict[str, Any]:
         """`call_kwargs` for a loaded pipeline: resolution binning goes off where it has no table for the model."""

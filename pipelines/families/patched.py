@@ -22,6 +22,11 @@ class PatchedFamily(Family):
     def latent_channels(self, pipe: Any) -> int:
         return pipe.transformer.config.in_channels // 4
 
+    def token_norms(self, output: Tensor) -> Tensor:
+        squares = output.square().sum(1, keepdim=True)
+        patch = squares.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).sum((-1, -3))  # [B, 1, h / 2, w / 2]
+        return patch.sqrt().repeat_interleave(2, -1).repeat_interleave(2, -2)
+
     def pack(self, latents: Tensor) -> Tensor:
         return patches(latents)
 

@@ -32,6 +32,7 @@ class PixArt(Family):
     # Caption cleaning needs two optional packages and is skipped without them: off, so that no picture depends on that.
     call_kwargs: ClassVar[Mapping[str, Any]] = {"clean_caption": False}
     binned_sample_sizes = frozenset({32, 64, 128})
+    guidance_halves = "negative first"
     home = "..fixes.pixart"
 
     def encode_text(self, pipe: Any, prompts: list[str], **options: Any) -> Condition:

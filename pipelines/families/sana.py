@@ -15,6 +15,7 @@ class Sana(Family):
 
     name = "sana"
     teacher_call = TeacherCall(20, 4.5)
+    guidance_halves = "negative first"
     time_embedder = "time_embed.emb.timestep_embedder"
     lora_targets = ATTENTION
     binned_sample_sizes = frozenset({16, 32, 64, 128})

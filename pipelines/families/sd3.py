@@ -16,6 +16,7 @@ class SD3(Family):
     name = "sd3"
     kohya_in_comfyui = True
     teacher_call = TeacherCall(28, 4.5)
+    guidance_halves = "negative first"
     time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, *FEED_FORWARD, "ff_context.net.0.proj", "ff_context.net.2")
 

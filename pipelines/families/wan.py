@@ -35,6 +35,7 @@ class Wan(Family):
     )
     time_embedder = "condition_embedder.time_embedder"
     lora_targets = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
+    guidance_halves = "two calls"
     video = True
     frames_per_second = 16
     pixel_multiple = 16

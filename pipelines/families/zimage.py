@@ -20,6 +20,7 @@ class ZImage(Family):
     time_embedder = "t_embedder"
     lora_targets = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     no_guidance = 0.0
+    guidance_halves = "prompt first"
     home = "..fixes.batches"
     float32_latents = True
 

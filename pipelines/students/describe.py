@@ -166,6 +166,8 @@ def _recipe_rows(fields: Mapping[str, Any]) -> dict[str, str]:
         rows["noise"] = f"{share} at each step, from the call's generator"
     if recipe.teacher_negative_prompt is not None:
         rows["teacher's negative prompt"] = recipe.teacher_negative_prompt
+    if recipe.teacher_guidance_norm is not None:
+        rows["teacher's guidance norm"] = recipe.teacher_guidance_norm
     if recipe.sampler is not None:
         rows["scheduler"] = f"{recipe.sampler}; {recipe.default_steps} steps if none are asked for"
     return rows | {f"note: {topic}": text for topic, text in recipe.notes.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import TDMError
 from ..families import check_family_name
+from ..guidance_norm import GuidanceNorm
 from ..prediction_types import PREDICTION_TYPES
 from .samplers import Sampler
 
@@ -41,6 +42,8 @@ class StudentRecipe:
         stochastic_sampling: it was trained with fresh noise at each step but the last, and `TDMScheduler` draws that.
         teacher_negative_prompt: what its teacher's guidance led away from, which `TDMPipeline.teacher` takes; None is
             the empty prompt.
+        teacher_guidance_norm: how its guidance was normalised (guidance_norm.py), as in `TDMPipeline.teacher`; None:
+            as the base's own pipeline has it.
         eta: how fresh that noise is, above 0 and at most 1: the next state has ``sqrt(1 - eta^2)`` of the student's own
             noise and ``eta`` of fresh noise.
     """
@@ -61,6 +64,7 @@ class StudentRecipe:
     stochastic_sampling: bool = False
     eta: float = 1.0
     teacher_negative_prompt: str | None = None
+    teacher_guidance_norm: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -96,6 +100,8 @@ class StudentRecipe:
         self._require("eta", self.stochastic_sampling or self.eta == 1, "absent without stochastic_sampling")
         negative = self.teacher_negative_prompt
         self._require("teacher_negative_prompt", negative is None or (isinstance(negative, str) and negative), "a text")
+        if self.teacher_guidance_norm is not None:
+            GuidanceNorm.parse(self.teacher_guidance_norm)
         known_steps = self.preferred_steps in (None, *self.trained_timesteps)
         self._require("preferred_steps", known_steps, f"one of {', '.join(map(str, self.trained_timesteps))}")
         if self.sampler is not None:
@@ -129,10 +135,11 @@ class StudentRecipe:
 
     def to_metadata(self) -> dict[str, str]:
         """The header entry: {"tdm_student": JSON}. A reader that does not know `sampler`, `preferred_steps`,
-        `stochastic_sampling`, `eta` or `teacher_negative_prompt` refuses a file that has them.
+        `stochastic_sampling`, `eta`, `teacher_negative_prompt` or `teacher_guidance_norm` refuses a file with them.
         """
         fields = dataclasses.asdict(self)
-        for name in ("sampler", "preferred_steps", "stochastic_sampling", "teacher_negative_prompt"):
+        optional = ("sampler", "preferred_steps", "stochastic_sampling")
+        for name in (*optional, "teacher_negative_prompt", "teacher_guidance_norm"):
             if not fields[name]:
                 del fields[name]
         if self.eta == 1:

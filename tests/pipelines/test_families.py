@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from tdm import TDMScheduler
 from tdm.errors import TDMError
 from tdm.pipelines.families import Size, family_of_pipeline
 from tdm.pipelines.families.base import Family
-from tdm.pipelines.schedule import expand, predict_x0_eps
+from tdm.pipelines.guidance_norm import GuidanceNorm, arguments_of_norm, norm_of_family, zero_star
 from tdm.tests import tiny
-from tdm.training.losses import guided
+from tdm.training.roles import ROLES, AdapterRoles
 from tdm.training.trajectory import Condition, sample
 from torch import Tensor
 
@@ -32,36 +35,41 @@ def ready(name: str) -> tuple[Any, Family, Size, dict[str, Any]]:
     return pipe, family_of_pipeline(type(pipe).__name__), size, call
 
 
-def predictor(pipe: Any, family: Family, scale: float, options: dict[str, Any]) -> Any:
-    """The trainer's prediction: (x0, epsilon) with guidance."""
-    network, config, schedule = getattr(pipe, family.denoiser), pipe.scheduler.config, pipe.scheduler.schedule
-
-    def once(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        output = family.denoise(network, x, timesteps.float(), cond)
-        assert output.shape == x.shape
-        alpha, sigma = schedule.alpha_sigma(timesteps)
-        return predict_x0_eps(config.prediction_type, output, x, expand(alpha, x), expand(sigma, x))
-
-    def both(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-        if scale == 1:
-            return once(x, timesteps, cond)
-        null = family.null(pipe, cond, **{"negative_prompt": "", **options})
-        two = {key: torch.cat([cond[key], null[key]]) for key in cond}
-        x0, eps = once(torch.cat([x, x]), torch.cat([timesteps, timesteps]), two)
-        return guided(x0[: len(x)], x0[len(x) :], scale), guided(eps[: len(x)], eps[len(x) :], scale)
-
-    return both
+def trainer(pipe: Any, family: Family, norm: str | None) -> AdapterRoles:
+    """The roles of a training run on a pipeline's network, whose teacher's guidance is normalised."""
+    config, schedule = pipe.scheduler.config, pipe.scheduler.schedule
+    guidance_norm = norm_of_family(family, norm, flow=schedule.kind == "flow")
+    return AdapterRoles(
+        getattr(pipe, family.denoiser),
+        family.denoise,
+        targets=dict.fromkeys(ROLES, family.lora_targets),
+        rank=dict.fromkeys(ROLES, 1),
+        alpha=dict.fromkeys(ROLES),
+        generator=torch.Generator().manual_seed(0),
+        device=torch.device("cpu"),
+        schedule=schedule,
+        prediction_type=config.prediction_type,
+        guided_output=guidance_norm and functools.partial(guidance_norm, token_norms=family.token_norms),
+    )
 
 
 @torch.no_grad()
-def trained_way(pipe: Any, family: Family, size: Size, scale: float, options: dict[str, Any]) -> Tensor:
-    """Latents of PROMPTS as the trainer samples them."""
+def trained_way(
+    pipe: Any, family: Family, size: Size, scale: float, options: dict[str, Any], norm: str | None = None
+) -> Tensor:
+    """Latents of PROMPTS as the trainer samples them with its teacher."""
     noise = torch.randn(
         len(PROMPTS), *family.latent_shape(pipe, size), generator=torch.Generator().manual_seed(0), dtype=torch.float32
     )
     cond = family.encode(pipe, PROMPTS, size, **options)
     assert all(len(value) == len(PROMPTS) for value in cond.values())
-    return sample(predictor(pipe, family, scale, options), pipe.scheduler.schedule, GRID, noise, cond)
+    null = {} if scale == 1 else family.null(pipe, cond, **{"negative_prompt": "", **options})
+    roles = trainer(pipe, family, norm)
+
+    def teacher(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+        return roles.guided_teacher(x, timesteps, cond, null, scale)
+
+    return sample(teacher, roles.schedule, GRID, noise, cond)
 
 
 def sampled_way(pipe: Any, call: dict[str, Any], **changes: Any) -> Any:
@@ -120,16 +128,47 @@ def test_it_holds_for_the_other_models_of_a_family(variant: str) -> None:
     assert pixels.shape == torch.as_tensor(sampled_way(pipe, call, **family.guidance(1.0), output_type="pt")).shape
 
 
-# Qwen-Image's pipeline rescales the guided prediction to the norm of the conditional one, which no teacher of a
-# distillation does; Flux guides by a second scale.
+# Flux guides by a second scale.
 @pytest.mark.parametrize("negative", ["", "blurry, a frame"])
-@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name != "qwenimage"])
+@pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_the_trainers_guided_teacher_makes_the_pipelines_latents(name: str, negative: str) -> None:
     pipe, family, size, call = ready(name)
     flux = {"guidance_scale": 1.0, "true_cfg_scale": 3.0, "negative_prompt": [""] * 2} if name == "flux" else {}
     ours = trained_way(pipe, family, size, 3.0, {**call, **flux, "negative_prompt": negative})
-    named = {"negative_prompt": [negative] * 2} if negative else {}
+    named = {"negative_prompt": [negative] * 2} if negative or name == "qwenimage" else {}
     assert_same(family.pack(ours), sampled_way(pipe, call, **{**(flux or family.guidance(3.0)), **named}))
+
+
+NORMS = ["rescale@0.7", "norm_limit@1", "norm_limit@0.8", "zero_star"]
+KNOWN_NORMS = {
+    "sd15": ["rescale@0.7"],
+    "sdxl": ["rescale@0.7"],
+    "zimage": ["norm_limit@1", "norm_limit@0.8", "zero_star"],
+    **{name: ["zero_star"] for name in ("bundled", "sd3", "sana", "wan")},
+}
+
+
+@pytest.mark.parametrize("name", [*tiny.FAMILIES, "bundled"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_normalised_teacher_makes_the_latents_of_the_pipelines_teacher(name: str, norm: str) -> None:
+    """A pipeline whose student was distilled so guides its teacher so; where none can, training is refused."""
+    pipe, family, size, call = ready("pixart" if name == "bundled" else name)
+    if name == "bundled":  # PixArt's network as a flow model
+        flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+        pipe.scheduler = TDMScheduler.from_config(flow.config, trained_timesteps=GRID, solver_order=1)
+    if norm not in KNOWN_NORMS.get(name, []):
+        with pytest.raises(
+            TDMError, match=f"guidance_norm={norm} is nothing that {family.pipeline} can be run with; it"
+        ):
+            norm_of_family(family, norm, flow=pipe.scheduler.schedule.kind == "flow")
+        return
+    ours = trained_way(pipe, family, size, 3.0, call, norm)
+    plain = sampled_way(pipe, call, **family.guidance(3.0))
+    arguments = arguments_of_norm(GuidanceNorm.parse(norm))
+    with contextlib.nullcontext() if arguments else zero_star(pipe, family):
+        theirs = sampled_way(pipe, call, **family.guidance(3.0), **arguments)
+    assert_same(family.pack(ours), theirs)
+    assert float((plain - theirs).norm() / plain.norm()) > 1e-3
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)

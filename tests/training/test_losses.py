@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from tdm.pipelines.guidance_norm import guided
 from tdm.pipelines.schedule import NoiseSchedule, renoise_coefficients
-from tdm.training.losses import critic_loss, critic_weight, generator_loss, guided, rho, subinterval_target
+from tdm.training.losses import critic_loss, critic_weight, generator_loss, rho, subinterval_target
 
 B, SHAPE = 5, (3, 4, 2)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tdm.errors import TDMError
+from tdm.pipelines.guidance_norm import guided
 from tdm.pipelines.schedule import NoiseSchedule, expand
 from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig, ObjectiveConfig
@@ -264,9 +265,9 @@ def test_published_decoupled_guidance_acts_on_the_noised_clean_prediction_below_
     x0_critic, _ = roles.critic(noised.x_tau, batch.student.tau, batch.cond)
     alpha, sigma = (expand(level, step.x0) for level in FLOW.alpha_sigma(tau))
     x_tau = alpha * step.x0.detach() + sigma * xi
-    (c, _), (u, _) = roles.teacher_pair(x_tau, tau, batch.cond, batch.null)
+    (c, _), (u, _) = (roles.teacher(x_tau, tau, text) for text in (batch.cond, batch.null))
     expected = generator_loss(step.x0, x0_teacher, x0_critic.detach(), kind="mse", normalise=False)
-    expected = expected + guidance_loss(step.x0, c, u, 4.0, kind="mse", normalise=False)
+    expected = expected + guidance_loss(step.x0, c, c + 3 * (c - u), kind="mse", normalise=False)
     ours, by_hand = (torch.autograd.grad(value, roles.parameters("student")) for value in (loss, expected))
     assert all(bool(gradient.any()) for gradient in ours[1::2])
     for a, b in zip(ours, by_hand, strict=True):
@@ -322,7 +323,7 @@ def test_each_objective_is_chosen_by_its_settings_and_by_no_others() -> None:
 def test_the_guidance_term_moves_along_guidance_alone() -> None:
     x0 = torch.randn(3, 4, requires_grad=True)
     cond, uncond = torch.randn(3, 4), torch.randn(3, 4)
-    guidance_loss(x0, cond, uncond, 3.0, kind="mse", normalise=False).backward()
+    guidance_loss(x0, cond, guided(cond, uncond, 3.0), kind="mse", normalise=False).backward()
     torch.testing.assert_close(-x0.grad * x0.numel(), 2.0 * (cond - uncond))
     x0.grad = None
     generator_loss(x0, cond, uncond, kind="mse", normalise=False).backward()

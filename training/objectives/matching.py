@@ -172,10 +172,11 @@ def _guidance_term(roles: Roles, config: ObjectiveConfig, batch: Batch, renoise:
         below = config.guidance_band in BANDS_BELOW_THE_STATE
         x_m = step.x0.detach() if below else step.x_m
         noised = batch.trajectory.renoise(x_m, batch.stages, *renoise, clean=True if below else None)
-        (cond, _), (uncond, _) = roles.teacher_pair(noised.x_tau, renoise.tau, batch.cond, batch.null)
-    w = guidance_at(config, batch.trajectory, renoise.tau, batch.scale)
-    scale = w.to(cond).reshape(-1, *[1] * (cond.ndim - 1)) if isinstance(w, Tensor) else w
-    return guidance_loss(step.x0, cond, uncond, scale, **_penalty(config))
+        w = guidance_at(config, batch.trajectory, renoise.tau, batch.scale)
+        (x0_guided, _), (x0_cond, _) = roles.with_and_without_guidance(
+            roles.teacher, noised.x_tau, renoise.tau, batch.cond, batch.null, w
+        )
+    return guidance_loss(step.x0, x0_cond, x0_guided, **_penalty(config))
 
 
 def _penalty(config: ObjectiveConfig) -> dict[str, Any]:

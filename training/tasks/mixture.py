@@ -140,6 +140,7 @@ class MixtureTask:
 
     base: nn.Module
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
+    guided_output = None
     time_embedder = "inner"  # which also sees x: the vector of a step count is added to both
     device: torch.device = torch.device("cpu")
     measure = Metric("energy", higher_is_better=False)

@@ -21,6 +21,7 @@ from ...files import user_cache
 from ...pipelines.bases import BUNDLED
 from ...pipelines.families import Condition, Family, Size
 from ...pipelines.families.base import null_like, on_device
+from ...pipelines.guidance_norm import norm_of_family
 from ...pipelines.prediction_types import PredictionType
 from ...pipelines.schedule import NoiseSchedule
 from ...pipelines.scheduler import TDMScheduler
@@ -75,6 +76,11 @@ class PipelineTaskConfig:
     negative_prompt: str | None = None
     """What the teacher's guidance leads away from. None: the empty prompt. base: what the base's authors publish (Wan).
     """
+
+    guidance_norm: str | None = None
+    """How the teacher's guidance is normalised, as its pipeline can do it. rescale@0.7: of Stable Diffusion, by
+    standard deviation. norm_limit@1: of Z-Image. zero_star: CFG-Zero*, of flow models. None: as the base's own pipeline
+    has it, which is token_norm for Qwen-Image, and none for others."""
 
     height: int | None = None
     """Height in pixels. None: the size that the model was made for."""
@@ -146,6 +152,11 @@ class PipelineTask:
         scheduler: Any = scheduler_of(self.pipe, self.base_model.folder)
         self.schedule: NoiseSchedule = scheduler.schedule
         self.prediction_type: PredictionType = scheduler.config.prediction_type
+        flow = self.schedule.kind == "flow"
+        self.guidance_norm = norm_of_family(self.family, config.guidance_norm, flow=flow)
+        self.guided_output = self.guidance_norm and functools.partial(
+            self.guidance_norm, token_norms=self.family.token_norms
+        )
         self.sizes = sizes_of(config, self.family, self.pipe)
         self.size = self.sizes[0]
         self.latent_shape = self.family.latent_shape(self.pipe, self.size)
@@ -182,7 +193,14 @@ class PipelineTask:
             stochastic_sampling=config.sampler == "stochastic",
             eta=config.eta,
             teacher_negative_prompt=self.negative_prompt or None,
+            teacher_guidance_norm=self._guidance_norm_of_file,
         )
+
+    @property
+    def _guidance_norm_of_file(self) -> str | None:
+        """The normalisation that a file names: None is as the base's own pipeline has it."""
+        name = None if self.guidance_norm is None else str(self.guidance_norm)
+        return None if name == self.family.own_guidance_norm else name
 
     @property
     def _embedded_guidance(self) -> dict[str, float]:
@@ -259,6 +277,7 @@ class PipelineTask:
             "size": self.size,
             "told": self._embedded_guidance,
             **({"negative_prompt": self.negative_prompt} if self.negative_prompt else {}),
+            **({"guidance_norm": str(self.guidance_norm)} if self.guidance_norm else {}),
         }
 
     def _by_teacher(self, teacher: Teacher, prompts: list[str], seed: int) -> Tensor:
