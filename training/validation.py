@@ -52,9 +52,10 @@ def _batch(c: DistillConfig) -> None:
         micro is None or (micro > 0 and c.batch_size % micro == 0),
         f"micro_batch_size must divide batch_size, which is {c.batch_size}; {micro} does not",
     )
-    g = c.samples_per_prompt
+    group = c.samples_per_prompt
     _need(
-        g > 0 and c.batch_size % g == 0, f"samples_per_prompt must divide batch_size, which is {c.batch_size}, not {g}"
+        group > 0 and c.batch_size % group == 0,
+        f"samples_per_prompt must divide batch_size, which is {c.batch_size}; {group} does not",
     )
 
 
