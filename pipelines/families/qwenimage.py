@@ -20,6 +20,7 @@ class QwenImage(PatchedFamily):
     time_embedder = "time_text_embed.timestep_embedder"
     lora_targets = (*JOINT_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     guidance_argument = "true_cfg_scale"
+    published_negative_prompt = " "  # in the model card's example
     own_guidance_norm = "token_norm"
     home = "..fixes.batches"
 
