@@ -312,8 +312,9 @@ def references(question: Question, pictures: Path) -> list[StudyRun]:
     for name in (BASE, TEACHER):
         begun = time.monotonic()
         run = untrained(config)
-        sampler = run.teacher if name == TEACHER else run.student
-        measures = run.task.evaluate(sampler, run.teacher)
+        teacher = run.teacher  # one object, by which a task knows it: its pictures are drawn once
+        sampler = teacher if name == TEACHER else run.student
+        measures = run.task.evaluate(sampler, teacher)
         save_picture(pictures, name, run.task.show(sampler))
         point = Point(0, 0.0, measures)
         measured.append(StudyRun(name, 0, asdict(config), time.monotonic() - begun, machine(), [point]))
