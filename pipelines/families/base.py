@@ -320,9 +320,9 @@ def longest_text(pipe: Any) -> int:
 
 
 def pad_text(text: Tensor, length: int) -> Tensor:
-    """Zeros behind the tokens of a "text" [B, L, D] or "mask" [B, L] up to a length."""
+    """Zeros behind the tokens of a "text" [B, L, ..., D] or "mask" [B, L] up to a length."""
     missing = length - text.shape[1]
-    return F.pad(text, (0, 0, 0, missing) if text.ndim == 3 else (0, missing)) if missing > 0 else text
+    return F.pad(text, (0, 0) * (text.ndim - 2) + (0, missing)) if missing > 0 else text
 
 
 def for_vae(vae: Any, x: Tensor) -> Tensor:
