@@ -24,7 +24,7 @@ Loaded = Callable[[str], TDMPipeline]
 # network takes its guidance as an input; Z-Image-Turbo is distilled and takes none.
 BARE = {
     "sd15": 2 * 51, "sdxl": 2 * 50, "pixart": 2 * 20, "sd3": 2 * 28, "cogvideox": 2 * 50, "flux": 28, "sana": 2 * 20,
-    "wan": 2 * 50, "zimage": 8, "qwenimage": 2 * 50,
+    "wan": 2 * 50, "zimage": 8, "qwenimage": 2 * 50, "krea2": 2 * 28,
 }  # fmt: skip
 EMBEDDED = "flux"
 UNGUIDED = "zimage"
