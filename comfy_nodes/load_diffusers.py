@@ -133,12 +133,13 @@ def load_split(folder: str, family: Family) -> SplitPipeline:
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    from ..pipelines.base_weights import component_classes
     from ..pipelines.students.file import MERGED_FILE
 
     if (Path(folder) / MERGED_FILE).is_file():
         raise TDMError(f"{folder} has a student in its weights; load its base, and the student on it")
     index: Any = DiffusionPipeline.load_config(folder)
-    names = [name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None]
+    names = list(component_classes(index))
     management = comfy.model_management
     dtype = management.unet_dtype(management.get_torch_device(), supported_dtypes=_DTYPES)
     if dtype not in _DTYPES:
