@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
     pipe, family = _base(args.model) if teacher else _student(args)
     recipe = None if teacher else pipe.recipe
-    default_guidance = teacher_call(args.model, family).guidance_scale if recipe is None else recipe.guidance_scale
+    default_guidance = teacher_call(args.model, family, pipe.config).guidance_scale if recipe is None else recipe.guidance_scale
     guidance = args.guidance or default_guidance
     with tqdm(total=0, unit=" calls", mininterval=1.0) as bar, count_calls(getattr(pipe, family.denoiser), bar.update):
         grids = search(

@@ -32,10 +32,14 @@ def base_folder(base: Source) -> str:
     return str(bundled_path() / "teacher") if base == BUNDLED else str(base)
 
 
-def teacher_call(base: Source, family: Family) -> TeacherCall:
-    """How a base is run as a teacher: the bundled one in its own way, any other as its family is."""
+def teacher_call(base: Source, family: Family, config: Mapping[str, Any]) -> TeacherCall:
+    """How a base is run as a teacher: the bundled one in its own way, any other as its family is.
+
+    Args:
+        config: of the base's pipeline.
+    """
     bundled = Path(base_folder(base)).resolve() == BUNDLED_TEACHER.resolve()
-    return BUNDLED_TEACHER_CALL if bundled else family.teacher_call
+    return BUNDLED_TEACHER_CALL if bundled else family.teacher_call_of(config)
 
 
 def family_of_base(folder: str, **hub: Any) -> Family:

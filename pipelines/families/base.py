@@ -106,6 +106,10 @@ class Family(ABC):
             return getattr(importlib.import_module("diffusers"), self.pipeline)
         return getattr(importlib.import_module(self.home, __package__), f"TDM{self.pipeline}")
 
+    def teacher_call_of(self, config: Mapping[str, Any]) -> TeacherCall:  # noqa: ARG002
+        """`teacher_call` of one base, by its pipeline's config."""
+        return self.teacher_call
+
     def guidance(self, scale: float) -> dict[str, float]:
         """The argument of `__call__` for a recipe's guidance scale (1.0 is none)."""
         return {self.guidance_argument: scale - (1.0 - self.no_guidance)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ class Krea2(PatchedFamily):
     # The picture's blocks, not those that fuse the layers of the text encoder.
     lora_targets = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_gate|to_out\.0)|ff\.(gate|up|down))"
     no_guidance = 0.0
+
+    def teacher_call_of(self, config: Mapping[str, Any]) -> TeacherCall:
+        return TeacherCall(8, 1.0) if config.get("is_distilled") else self.teacher_call
 
     def default_size(self, pipe: Any) -> Size:
         return Size(*text_options(pipe, {}, "height", "width").values())

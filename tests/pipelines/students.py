@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 GRIDS = {1: [900.0], 2: [900.0, 450.0], 4: [900.0, 700.0, 500.0, 300.0]}
 NO_GUIDANCE = {  # others: guidance_scale=1.0
-    **dict.fromkeys(("zimage", "krea2"), {"guidance_scale": 0.0}),
+    **{name: {"guidance_scale": 0.0} for name in ("zimage", "krea2")},
     "qwenimage": {"true_cfg_scale": 1.0},
 }
 MAIN = ("sd15", "sdxl", "pixart", "sd3")

@@ -160,3 +160,16 @@ def test_the_command_prints_the_calls_that_were_made(
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert student in " ".join(lines["student"].split())
     assert teacher in " ".join(lines["teacher"].split())
+
+
+def test_a_distilled_krea_2_is_run_in_its_own_eight_steps_without_guidance(tmp_path: Path, make: Make) -> None:
+    """Krea 2 Turbo says in its index that it is distilled."""
+    base = tiny.build("krea2")
+    base.register_to_config(is_distilled=True)
+    base.save_pretrained(tmp_path / "turbo")
+    pipe = TDMPipeline.from_pretrained(make("krea2"), base=str(tmp_path / "turbo"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.teacher_call == (8, 1.0)
+    with pipe.teacher():
+        calls, _ = counted(pipe, "krea2")
+    assert calls == 8
