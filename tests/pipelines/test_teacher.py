@@ -167,7 +167,7 @@ def test_a_distilled_krea_2_is_run_in_its_own_eight_steps_without_guidance(tmp_p
     base = tiny.build("krea2")
     base.register_to_config(is_distilled=True)
     base.save_pretrained(tmp_path / "turbo")
-    pipe = TDMPipeline.from_pretrained(make("krea2"), base=str(tmp_path / "turbo"))
+    pipe = TDMPipeline.from_pretrained(tmp_path / "turbo", student=make("krea2"))
     pipe.set_progress_bar_config(disable=True)
     assert pipe.teacher_call == (8, 1.0)
     with pipe.teacher():
