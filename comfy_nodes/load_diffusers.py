@@ -30,7 +30,8 @@ class TDMLoadDiffusers(io.ComfyNode):
             display_name="Load Diffusers Pipeline",
             category="model/sampling/TDM",
             description="Loads a pipeline in diffusers' layout, run by diffusers itself: Stable Diffusion 1.5, SDXL, "
-            "SD3, PixArt, CogVideoX, Flux, Sana, Wan, Z-Image, Qwen-Image, Krea 2, or the small model that comes with TDM.",
+            "SD3, PixArt, CogVideoX, Flux, Sana, Wan, Z-Image, Qwen-Image, Krea 2, or the small model that comes with "
+            "TDM.",
             search_aliases=["diffusers", "Sana", "bundled", "teacher", "load model", "model_index.json"],
             inputs=[
                 io.Combo.Input(

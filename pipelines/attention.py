@@ -1,8 +1,8 @@
 """Which kernel computes a denoiser's attention: the best one that really works here, or a named one, said by name.
 
-Diffusers has two ways. Flux, Wan, Z-Image, Qwen-Image and Krea 2 go through its dispatcher (`set_attention_backend`). UNets,
-SD3, PixArt, CogVideoX and Sana call torch's scaled dot product attention (SDPA) themselves, and `set_attention_backend`
-does nothing there and says nothing; UNets, SD3 and PixArt have processors for xformers instead.
+Diffusers has two ways. Flux, Wan, Z-Image, Qwen-Image and Krea 2 go through its dispatcher (`set_attention_backend`).
+UNets, SD3, PixArt, CogVideoX and Sana call torch's scaled dot product attention (SDPA) themselves, and
+`set_attention_backend` does nothing there and says nothing; UNets, SD3 and PixArt have processors for xformers instead.
 """
 
 from __future__ import annotations
