@@ -140,7 +140,11 @@ def runs_of(pipe: Any, call: dict[str, Any]) -> tuple[Any, dict[str, Run]]:
         pipe: with a student, whose adapter both pipelines run.
         call: arguments of both calls, without the student's steps, guidance and size; no generator.
     """
-    stock: Any = pipe.family.pipeline_class()(**{**pipe.components, "scheduler": pipe.teacher_scheduler})
+    stock_class = pipe.family.pipeline_class()
+    options = {
+        name: pipe.config[name] for name in inspect.signature(stock_class.__init__).parameters if name in pipe.config
+    }
+    stock: Any = stock_class(**{**options, **pipe.components, "scheduler": pipe.teacher_scheduler})
     stock.set_progress_bar_config(disable=True)
     pipe.set_progress_bar_config(disable=True)
     known = inspect.signature(type(stock).__call__).parameters

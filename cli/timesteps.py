@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> None:
 
     pipe, family = _base(args.model) if teacher else _student(args)
     recipe = None if teacher else pipe.recipe
-    default_guidance = teacher_call(args.model, family).guidance_scale if recipe is None else recipe.guidance_scale
-    guidance = args.guidance or default_guidance
+    own = teacher_call(args.model, family, pipe.config) if recipe is None else recipe
+    guidance = args.guidance or own.guidance_scale
     with tqdm(total=0, unit=" calls", mininterval=1.0) as bar, count_calls(getattr(pipe, family.denoiser), bar.update):
         grids = search(
             pipe, family, recipe, prompts, steps, levels=args.levels, guidance_scale=guidance, expect=bar.reset

@@ -30,7 +30,8 @@ class TDMLoadDiffusers(io.ComfyNode):
             display_name="Load Diffusers Pipeline",
             category="model/sampling/TDM",
             description="Loads a pipeline in diffusers' layout, run by diffusers itself: Stable Diffusion 1.5, SDXL, "
-            "SD3, PixArt, CogVideoX, Flux, Sana, Wan, Z-Image, Qwen-Image, or the small model that comes with TDM.",
+            "SD3, PixArt, CogVideoX, Flux, Sana, Wan, Z-Image, Qwen-Image, Krea 2, or the small model that comes with "
+            "TDM.",
             search_aliases=["diffusers", "Sana", "bundled", "teacher", "load model", "model_index.json"],
             inputs=[
                 io.Combo.Input(
@@ -133,12 +134,13 @@ def load_split(folder: str, family: Family) -> SplitPipeline:
     """
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+    from ..pipelines.base_weights import component_classes
     from ..pipelines.students.file import MERGED_FILE
 
     if (Path(folder) / MERGED_FILE).is_file():
         raise TDMError(f"{folder} has a student in its weights; load its base, and the student on it")
     index: Any = DiffusionPipeline.load_config(folder)
-    names = [name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None]
+    names = list(component_classes(index))
     management = comfy.model_management
     dtype = management.unet_dtype(management.get_torch_device(), supported_dtypes=_DTYPES)
     if dtype not in _DTYPES:

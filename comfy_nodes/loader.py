@@ -32,6 +32,7 @@ _FAMILIES = {  # ComfyUI's `image_model`; its older networks have none
     "wan2.1": "wan",
     "lumina2": "zimage",
     "qwen_image": "qwenimage",
+    "krea2": "krea2",
 }
 _ENCODERS = ("clip_l", "clip_h", "clip_g", "t5xxl")  # as diffusers counts them: text_encoder, text_encoder_2, ...
 

@@ -1,8 +1,8 @@
 """Which kernel computes a denoiser's attention: the best one that really works here, or a named one, said by name.
 
-Diffusers has two ways. Flux, Wan, Z-Image and Qwen-Image go through its dispatcher (`set_attention_backend`). UNets,
-SD3, PixArt, CogVideoX and Sana call torch's scaled dot product attention (SDPA) themselves, and `set_attention_backend`
-does nothing there and says nothing; UNets, SD3 and PixArt have processors for xformers instead.
+Diffusers has two ways. Flux, Wan, Z-Image, Qwen-Image and Krea 2 go through its dispatcher (`set_attention_backend`).
+UNets, SD3, PixArt, CogVideoX and Sana call torch's scaled dot product attention (SDPA) themselves, and
+`set_attention_backend` does nothing there and says nothing; UNets, SD3 and PixArt have processors for xformers instead.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _MASKS = {  # denoisers whose attention is masked, and how; the others never pas
     "PixArtTransformer2DModel": torch.float32,
     "ZImageTransformer2DModel": torch.bool,
     "QwenImageTransformer2DModel": torch.bool,
+    "Krea2Transformer2DModel": torch.bool,
 }
 _logger = logging.getLogger(__name__)
 
@@ -96,12 +97,18 @@ def _why_not(denoiser: Any, backend: str, device: torch.device) -> str | None:
     mask = _MASKS.get(type(denoiser).__name__)
     try:
         with attention_backend(backend):
-            for width in {attention.inner_dim // attention.heads for attention in _attentions(denoiser)}:
+            for width in {_head_width(attention) for attention in _attentions(denoiser)}:
                 if not _is_right(backend, width, mask, denoiser.dtype, device):
                     return "it runs, but its result is wrong" + (" under a mask" if mask else "")
     except Exception as error:  # each kernel refuses in its own way
         return " ".join(str(error).split()) or type(error).__name__
     return None
+
+
+def _head_width(attention: Any) -> int:
+    """The channels of one head of an attention of any denoiser."""
+    known: int | None = getattr(attention, "head_dim", None)
+    return known or attention.inner_dim // attention.heads
 
 
 def _is_right(

@@ -117,12 +117,20 @@ def reading(what: str) -> Iterator[None]:
         raise TDMError(f"cannot read {what}: {first_line(error)}") from None
 
 
+def component_classes(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """(library, class name) of each component that a base's ``model_index.json`` names; the index has other lists, too,
+    such as the layers that Krea 2 takes from its text encoder.
+    """
+    pairs = {name: tuple(entry) for name, entry in index.items() if isinstance(entry, list | tuple)}
+    return {name: pair for name, pair in pairs.items() if len(pair) == 2 and all(isinstance(x, str) for x in pair)}
+
+
 def network_classes(folder: str, index: Mapping[str, Any]) -> dict[str, Any]:
     """The class of each network of diffusers or transformers that a base's ``model_index.json`` names."""
     classes = {}
-    for name, entry in index.items():
-        if isinstance(entry, list | tuple) and entry[0] in _LIBRARIES and (Path(folder) / name).is_dir():
-            component = getattr(importlib.import_module(entry[0]), entry[1], None)
+    for name, (library, class_name) in component_classes(index).items():
+        if library in _LIBRARIES and (Path(folder) / name).is_dir():
+            component = getattr(importlib.import_module(library), class_name, None)
             if inspect.isclass(component) and issubclass(component, nn.Module):
                 classes[name] = component
     return classes
@@ -135,9 +143,8 @@ def left_out(index: Mapping[str, Any]) -> dict[str, None]:
 
 def require_tokenizers(folder: str, index: Mapping[str, Any]) -> None:
     """Raise TDMError if a local base lacks a tokenizer that its index names: transformers makes an empty one then."""
-    for name, entry in index.items():
-        named = name.startswith("tokenizer") and name not in left_out(index) and isinstance(entry, list | tuple)
-        if named and Path(folder).is_dir() and not (Path(folder) / name).is_dir():
+    for name in component_classes(index):
+        if name.startswith("tokenizer") and Path(folder).is_dir() and not (Path(folder) / name).is_dir():
             raise TDMError(f"the base {folder} has no folder {name}; get the whole model again")
 
 

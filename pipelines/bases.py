@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from torch import nn
 
 from ..errors import BaseNotFoundError, TDMError, first_line
+from .base_weights import component_classes, left_out
 from .bundled import BUNDLED, BUNDLED_TEACHER, bundled_path
 from .families import Family, TeacherCall, family_of_pipeline
 from .loras.encoders import adaptable_encoders
@@ -31,10 +32,14 @@ def base_folder(base: Source) -> str:
     return str(bundled_path() / "teacher") if base == BUNDLED else str(base)
 
 
-def teacher_call(base: Source, family: Family) -> TeacherCall:
-    """How a base is run as a teacher: the bundled one in its own way, any other as its family is."""
+def teacher_call(base: Source, family: Family, config: Mapping[str, Any]) -> TeacherCall:
+    """How a base is run as a teacher: the bundled one in its own way, any other as its family is.
+
+    Args:
+        config: of the base's pipeline.
+    """
     bundled = Path(base_folder(base)).resolve() == BUNDLED_TEACHER.resolve()
-    return BUNDLED_TEACHER_CALL if bundled else family.teacher_call
+    return BUNDLED_TEACHER_CALL if bundled else family.teacher_call_of(config)
 
 
 def family_of_base(folder: str, **hub: Any) -> Family:
@@ -110,14 +115,13 @@ def pipeline_without_weights(base: str, **hub: Any) -> tuple[Family, Any]:
     folder, family, index = _read_index(base, hub)
     pipeline = family.pipeline_class()
     components: dict[str, Any] = {}
+    named, absent = component_classes(index), left_out(index)
     for name, parameter in inspect.signature(pipeline.__init__).parameters.items():
-        entry = index.get(name)
-        if isinstance(entry, list | tuple):
+        if name in named:
             with _reading_config(name, base):
-                library, class_name = entry
-                components[name] = _component_without_weights(family, name, library, class_name, folder, hub)
+                components[name] = _component_without_weights(family, name, *named[name], folder, hub)
         elif name in index:
-            components[name] = entry
+            components[name] = None if name in absent else index[name]
         elif name != "self" and parameter.default is inspect.Parameter.empty:
             components[name] = None
     if components.get(family.denoiser) is None:
@@ -155,10 +159,8 @@ def _reading_config(component: str, base: str) -> Iterator[None]:
 
 
 def _component_without_weights(
-    family: Family, name: str, library: str | None, class_name: str | None, folder: str, hub: dict[str, Any]
+    family: Family, name: str, library: str, class_name: str, folder: str, hub: dict[str, Any]
 ) -> Any:
-    if library is None or class_name is None:
-        return None
     if name in (family.denoiser, "vae"):
         return network_without_weights(library, class_name, folder, name, hub)
     if name == "scheduler" or name.startswith("tokenizer"):

@@ -3,8 +3,8 @@
 Every model here sees ``x_t = alpha_t * x0 + sigma_t * epsilon``; all is written on the pair ``(alpha, sigma)``:
 
 - **vp** (SD, SDXL, PixArt, CogVideoX): ``alpha^2 + sigma^2 = 1``, a DDPM table; timesteps run from 0 to N - 1;
-- **flow** (SD3, Flux, Sana, Wan, Z-Image, Qwen-Image): ``alpha = 1 - sigma`` and ``sigma = t / N``; timesteps run from
-  0 to N and are already shifted.
+- **flow** (SD3, Flux, Sana, Wan, Z-Image, Qwen-Image, Krea 2): ``alpha = 1 - sigma`` and ``sigma = t / N``; timesteps
+  run from 0 to N and are already shifted.
 
 The clean end of a grid is the pair (1, 0). On a vp model it is not a table entry: timestep 0 is still slightly noisy.
 

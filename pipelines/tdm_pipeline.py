@@ -280,7 +280,7 @@ class TDMPipeline(StudentSaving):
         >>> TDMPipeline.from_pretrained().teacher_call
         TeacherCall(steps=50, guidance_scale=3.0)
         """
-        return teacher_call(self.base_model, self.family)
+        return teacher_call(self.base_model, self.family, self.config)
 
     @contextlib.contextmanager
     def teacher(self) -> Iterator[Self]:

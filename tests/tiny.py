@@ -35,6 +35,7 @@ _CALLS: dict[str, dict[str, Any]] = {
     "wan": {"max_sequence_length": 16, "num_frames": 9},
     "zimage": {"max_sequence_length": 64},
     "qwenimage": {"true_cfg_scale": 1.0},
+    "krea2": {"max_sequence_length": 256, "guidance_scale": 0.0},
 }
 FAMILIES = tuple(_CALLS)
 
@@ -140,6 +141,16 @@ def _qwen25_vl() -> tuple[Any, Any]:
     return tokenizer, transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen3_vl() -> tuple[Any, Any]:
+    tokenizer = _qwen_tokenizer()
+    rope = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_type": "default", "rope_theta": 5000000.0}
+    text = {**_DECODER, "vocab_size": len(tokenizer), "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_DIM,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    return tokenizer, transformers.Qwen3VLModel(config)
+
+
 # ---------------------------------------------------------------------- autoencoders
 
 
@@ -153,6 +164,19 @@ def _vae(latent_channels: int = 4, **options: Any) -> diffusers.AutoencoderKL:
         norm_num_groups=2,
         layers_per_block=1,
         **options,
+    )
+
+
+def _video_vae() -> diffusers.AutoencoderKLQwenImage:
+    """Spatial factor 4, the type of Wan, of single pictures."""
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
     )
 
 
@@ -426,20 +450,43 @@ def _qwenimage() -> DiffusionPipeline:
         joint_attention_dim=TEXT_DIM,
         axes_dims_rope=(8, 4, 4),
     )
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
     return diffusers.QwenImagePipeline(
-        scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+        scheduler=scheduler, vae=_video_vae(), text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+    )
+
+
+def _krea2() -> DiffusionPipeline:
+    tokenizer, text_encoder = _qwen3_vl()
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,  # 4 latent channels in 2 x 2 patches
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=TEXT_DIM,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 4, 4),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=6400
+    )
+    return diffusers.Krea2Pipeline(
+        scheduler=scheduler,
+        vae=_video_vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        text_encoder_select_layers=(1, 2),
     )
 
 
@@ -454,4 +501,5 @@ _BUILDERS: dict[str, Callable[[], DiffusionPipeline]] = {
     "wan": _wan,
     "zimage": _zimage,
     "qwenimage": _qwenimage,
+    "krea2": _krea2,
 }

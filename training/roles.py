@@ -107,7 +107,9 @@ class Roles(ABC):
                 self._weights[role][STEPS] = nn.Parameter(torch.zeros(count, width, device=device))
 
     def _add_steps(self, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        return output if self._step_vectors is None else output + self._step_vectors.to(output.dtype)
+        if self._step_vectors is None:
+            return output
+        return output + self._step_vectors.to(output.dtype).unflatten(0, (-1, *[1] * (output.ndim - 2)))
 
     @contextmanager
     def _adding_steps(self, role: Role | None, steps: Tensor | None) -> Iterator[None]:

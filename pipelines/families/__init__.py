@@ -30,6 +30,7 @@ _CLASSES = {
     "WanPipeline": "Wan",
     "ZImagePipeline": "ZImage",
     "QwenImagePipeline": "QwenImage",
+    "Krea2Pipeline": "Krea2",
 }
 _PIPELINES = {name.lower(): pipeline for pipeline, name in reversed(_CLASSES.items())}
 

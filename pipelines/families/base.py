@@ -111,6 +111,10 @@ class Family(ABC):
             return getattr(importlib.import_module("diffusers"), self.pipeline)
         return getattr(importlib.import_module(self.home, __package__), f"TDM{self.pipeline}")
 
+    def teacher_call_of(self, config: Mapping[str, Any]) -> TeacherCall:  # noqa: ARG002
+        """`teacher_call` of one base, by its pipeline's config."""
+        return self.teacher_call
+
     def guidance(self, scale: float) -> dict[str, float]:
         """The argument of `__call__` for a recipe's guidance scale (1.0 is none)."""
         return {self.guidance_argument: scale - (1.0 - self.no_guidance)}
@@ -331,9 +335,9 @@ def longest_text(pipe: Any) -> int:
 
 
 def pad_text(text: Tensor, length: int) -> Tensor:
-    """Zeros behind the tokens of a "text" [B, L, D] or "mask" [B, L] up to a length."""
+    """Zeros behind the tokens of a "text" [B, L, ..., D] or "mask" [B, L] up to a length."""
     missing = length - text.shape[1]
-    return F.pad(text, (0, 0, 0, missing) if text.ndim == 3 else (0, missing)) if missing > 0 else text
+    return F.pad(text, (0, 0) * (text.ndim - 2) + (0, missing)) if missing > 0 else text
 
 
 def for_vae(vae: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What Flux and Qwen-Image share: the pipeline keeps latents as a row of 2 x 2 patches."""
+"""What Flux, Qwen-Image and Krea 2 share: the pipeline keeps latents as a row of 2 x 2 patches."""
 
 from __future__ import annotations
 

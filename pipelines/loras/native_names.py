@@ -146,6 +146,31 @@ for _part in ("noise_refiner", "context_refiner", "layers"):
     _ZIMAGE[f"{_part}.*.attention.qkv"] = _stack(f"{_part}.*.attention", *_QKV)
     _ZIMAGE[f"{_part}.*.attention.out"] = f"{_part}.*.attention.to_out.0"
 
+_KREA2_BLOCKS = {
+    f"{native}.*.{part}": f"{ours}.*.{ours_part}"
+    for native, ours in (
+        ("blocks", "transformer_blocks"),
+        ("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks"),
+        ("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
+    )
+    for part, ours_part in (
+        *((f"attn.w{part}", f"attn.to_{part}") for part in "qkv"),
+        ("attn.gate", "attn.to_gate"),
+        ("attn.wo", "attn.to_out.0"),
+        *((f"mlp.{part}", f"ff.{part}") for part in ("gate", "up", "down")),
+    )
+}
+_KREA2 = _KREA2_BLOCKS | {
+    "first": "img_in",
+    "tmlp.0": "time_embed.linear_1",
+    "tmlp.2": "time_embed.linear_2",
+    "tproj.1": "time_mod_proj",
+    "txtmlp.1": "txt_in.linear_1",
+    "txtmlp.3": "txt_in.linear_2",
+    "txtfusion.projector": "text_fusion.projector",
+    "last.linear": "final_layer.linear",
+}
+
 NATIVE: dict[str, dict[str, str]] = {  # Qwen-Image: its own names are the native ones
     "sd3": _SD3,
     "flux": _FLUX,
@@ -154,4 +179,5 @@ NATIVE: dict[str, dict[str, str]] = {  # Qwen-Image: its own names are the nativ
     "wan": _WAN,
     "cogvideox": _COGVIDEOX,
     "zimage": _ZIMAGE,
+    "krea2": _KREA2,
 }

@@ -78,4 +78,5 @@ _RELEASED: dict[str, tuple[str, dict[str, Any]]] = {  # what differs from the de
     "wan": ("WanTransformer3DModel", {}),
     "zimage": ("ZImageTransformer2DModel", {}),
     "qwenimage": ("QwenImageTransformer2DModel", {}),
+    "krea2": ("Krea2Transformer2DModel", {}),
 }

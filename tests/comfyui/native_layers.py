@@ -130,6 +130,19 @@ CONFIGS = {
             "freq_dim": 256,
         },
     ),
+    "krea2": (
+        supported.Krea2,
+        {
+            "features": 6144,
+            "channels": 16,
+            "patch": 2,
+            "layers": 28,
+            "heads": 48,
+            "kvheads": 12,
+            "txtlayers": 12,
+            "txtdim": 2560,
+        },
+    ),
     "zimage": (
         supported.ZImage,
         {

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from . import install
 
-FAMILIES = ("sd15", "sdxl", "pixart", "sd3", "cogvideox", "flux", "wan", "zimage", "qwenimage")
-MAPPED = ("sd15", "sdxl", "pixart", "sd3", "flux", "zimage", "qwenimage")  # ComfyUI knows diffusers' names itself
+FAMILIES = ("sd15", "sdxl", "pixart", "sd3", "cogvideox", "flux", "wan", "zimage", "qwenimage", "krea2")
+# ComfyUI knows diffusers' names of these itself.
+MAPPED = ("sd15", "sdxl", "pixart", "sd3", "flux", "zimage", "qwenimage", "krea2")
 PINS = {
     "cogvideox": {
         "transformer_blocks.29.attn1.to_k": "blocks.29.k",

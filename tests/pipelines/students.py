@@ -18,7 +18,10 @@ from tdm.training.trajectory import Predict
 from torch import Tensor, nn
 
 GRIDS = {1: [900.0], 2: [900.0, 450.0], 4: [900.0, 700.0, 500.0, 300.0]}
-NO_GUIDANCE = {"zimage": {"guidance_scale": 0.0}, "qwenimage": {"true_cfg_scale": 1.0}}  # others: guidance_scale=1.0
+NO_GUIDANCE = {  # others: guidance_scale=1.0
+    **{name: {"guidance_scale": 0.0} for name in ("zimage", "krea2")},
+    "qwenimage": {"true_cfg_scale": 1.0},
+}
 MAIN = ("sd15", "sdxl", "pixart", "sd3")
 
 Make = Callable[..., Path]
@@ -59,6 +62,9 @@ def load(*args: Any, **kwargs: Any) -> TDMPipeline:
 
 def plain(folder: Path) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(folder)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):  # torch picks another kernel for a weight that asks for a gradient
+            component.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -16,7 +16,7 @@ from tdm.tests.pipelines.students import Make, latents, load
 STUDENTS = {"num_inference_steps", "guidance_scale", "true_cfg_scale", "height", "width", "num_frames", "generator"}
 PER_STEP = {"epsilon": 6, "v_prediction": 9, "flow_prediction": 7}  # x0, the noise, and the next sample
 # The stock flow Euler forms no x0 (3 operators and a look-up at every step), which `callback`s and previews need.
-FLOW_EULER = ("flux", "zimage", "qwenimage")
+FLOW_EULER = ("flux", "zimage", "qwenimage", "krea2")
 
 
 def counted(family: str, make: Make, **recipe: Any) -> tuple[Counts, Counts]:

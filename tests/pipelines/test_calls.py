@@ -1,4 +1,4 @@
-"""What users pass to a call, on all ten families with a student: batches, guidance, callbacks, formats, dtypes."""
+"""What users pass to a call, on all families with a student: batches, guidance, callbacks, formats, dtypes."""
 
 from __future__ import annotations
 

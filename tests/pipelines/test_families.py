@@ -229,6 +229,7 @@ WRITTEN_DOWN = {
     "sana": lambda pipe: Size(8 * pipe.vae_scale_factor, 8 * pipe.vae_scale_factor),
     "wan": lambda _: Size(480, 832, 81),
     "zimage": lambda _: Size(1024, 1024),
+    "krea2": lambda _: Size(1024, 1024),
 }
 
 

@@ -129,7 +129,7 @@ def test_the_pipeline_that_is_named_instead_makes_the_students_calls(name: str, 
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(TDMError, match=f"has a {type(pipe.scheduler).__name__}; ") as refused:
         redrawn(pipe, name)
-    if name in ("pixart", "sana"):
+    if name in ("pixart", "sana", "krea2"):
         assert str(refused.value).endswith(f"no image-to-image pipeline for {pipe.family.pipeline} either")
         with pytest.raises(ValueError, match="can't find a pipeline"):
             AutoPipelineForImage2Image.from_pipe(pipe)

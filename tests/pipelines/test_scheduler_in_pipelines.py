@@ -15,7 +15,7 @@ FLOW_GRID = [999.8, 947.2, 856.9, 666.4]
 VP_FAMILIES = ("sd15", "sdxl", "pixart", "cogvideox")
 FLOW_FAMILIES = tuple(f for f in tiny.FAMILIES if f not in VP_FAMILIES)
 # The networks that take another clock than 0..1000: how to read the timestep back.
-CLOCKS = {"flux": lambda t: 1000 * t, "qwenimage": lambda t: 1000 * t, "zimage": lambda t: 1000 - 1000 * t}
+CLOCKS = {**dict.fromkeys(("flux", "qwenimage", "krea2"), lambda t: 1000 * t), "zimage": lambda t: 1000 - 1000 * t}
 
 
 def trained_grid(family):

@@ -24,7 +24,7 @@ Loaded = Callable[[str], TDMPipeline]
 # network takes its guidance as an input; Z-Image-Turbo is distilled and takes none.
 BARE = {
     "sd15": 2 * 51, "sdxl": 2 * 50, "pixart": 2 * 20, "sd3": 2 * 28, "cogvideox": 2 * 50, "flux": 28, "sana": 2 * 20,
-    "wan": 2 * 50, "zimage": 8, "qwenimage": 2 * 50,
+    "wan": 2 * 50, "zimage": 8, "qwenimage": 2 * 50, "krea2": 2 * 28,
 }  # fmt: skip
 EMBEDDED = "flux"
 UNGUIDED = "zimage"
@@ -160,3 +160,16 @@ def test_the_command_prints_the_calls_that_were_made(
     lines = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert student in " ".join(lines["student"].split())
     assert teacher in " ".join(lines["teacher"].split())
+
+
+def test_a_distilled_krea_2_is_run_in_its_own_eight_steps_without_guidance(tmp_path: Path, make: Make) -> None:
+    """Krea 2 Turbo says in its index that it is distilled."""
+    base = tiny.build("krea2")
+    base.register_to_config(is_distilled=True)
+    base.save_pretrained(tmp_path / "turbo")
+    pipe = TDMPipeline.from_pretrained(tmp_path / "turbo", student=make("krea2"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.teacher_call == (8, 1.0)
+    with pipe.teacher():
+        calls, _ = counted(pipe, "krea2")
+    assert calls == 8

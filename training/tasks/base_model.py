@@ -20,7 +20,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 
 from ...errors import PartialLoraError, TDMError
-from ...pipelines.base_weights import components, left_out, load_network, reading, require_tokenizers
+from ...pipelines.base_weights import component_classes, components, left_out, load_network, reading, require_tokenizers
 from ...pipelines.bases import base_folder, family_of_base, network_without_weights, networks_without_weights
 from ...pipelines.families import Family
 from ...pipelines.loras.file import read_lora_file
@@ -98,7 +98,7 @@ class BaseModel:
     @functools.cached_property
     def _classes(self) -> dict[str, tuple[str, str]]:
         """(library, class) of each part that the base has."""
-        return {name: tuple(c) for name, c in self._index.items() if isinstance(c, list | tuple) and c[0] is not None}
+        return component_classes(self._index)
 
     # ------------------------------------------------------------------ what it is
 
