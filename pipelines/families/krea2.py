@@ -22,6 +22,7 @@ class Krea2(PatchedFamily):
     # The picture's blocks, not those that fuse the layers of the text encoder.
     lora_targets = r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_gate|to_out\.0)|ff\.(gate|up|down))"
     no_guidance = 0.0
+    guidance_halves = "two calls"
 
     def teacher_call_of(self, config: Mapping[str, Any]) -> TeacherCall:
         return TeacherCall(8, 1.0) if config.get("is_distilled") else self.teacher_call

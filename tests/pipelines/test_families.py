@@ -144,7 +144,7 @@ KNOWN_NORMS = {
     "sd15": ["rescale@0.7"],
     "sdxl": ["rescale@0.7"],
     "zimage": ["norm_limit@1", "norm_limit@0.8", "zero_star"],
-    **{name: ["zero_star"] for name in ("bundled", "sd3", "sana", "wan")},
+    **{name: ["zero_star"] for name in ("bundled", "sd3", "sana", "wan", "krea2")},
 }
 
 
