@@ -168,7 +168,7 @@ def test_a_normalised_teacher_makes_the_latents_of_the_pipelines_teacher(name: s
     with contextlib.nullcontext() if arguments else zero_star(pipe, family):
         theirs = sampled_way(pipe, call, **family.guidance(3.0), **arguments)
     assert_same(family.pack(ours), theirs)
-    assert float((plain - theirs).norm() / plain.norm()) > 1e-3
+    assert float((plain - theirs).norm() / plain.norm()) > 1e-4
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
