@@ -16,6 +16,9 @@ LEAST_DIVERSITY = 0.5
 MOST_SATURATION = 1.4
 LEAST_BRIGHTNESS = 0.7
 LEAST_CONTRAST = 0.5  # pictures that fade: an unlearned student blurs, so less is allowed than for brightness
+LEAST_SHARPNESS = 0.6
+MOST_SHARPNESS = 2.0
+RISE = 1.05  # from one preview to the next
 
 # On the critic. One line may be anything, since it may hold other stages than the next.
 PATIENCE = 3  # lines in a row
@@ -43,6 +46,7 @@ class Limit:
     ratio: str
     bad: Callable[[float], bool]
     remedy: str
+    rises: bool = False  # a ratio that an unlearned student begins below: no alarm at first, nor while it rises
 
 
 LIMITS = (
@@ -60,6 +64,20 @@ LIMITS = (
     ),
     Limit("darkening", "brightness", lambda ratio: ratio < LEAST_BRIGHTNESS, "lower student.lr"),
     Limit("darkening", "contrast", lambda ratio: ratio < LEAST_CONTRAST, "lower student.lr"),
+    Limit(
+        "blur",
+        "sharpness",
+        lambda ratio: ratio < LEAST_SHARPNESS,
+        "regression and lcm blur by themselves: go on with objective.name=tdm; if it is tdm, raise updates, student.lr "
+        "or objective.guidance_scale",
+        rises=True,
+    ),
+    Limit(
+        "oversharpening",
+        "sharpness",
+        lambda ratio: ratio > MOST_SHARPNESS,
+        "lower objective.guidance_scale, or student.lr",
+    ),
 )
 
 
@@ -73,15 +91,16 @@ class Monitor:
     def __init__(self) -> None:
         self._losses: list[tuple[int, float]] = []  # of the critic, by update
         self._gaps: dict[str, list[tuple[int, float]]] = {}  # per stage, the last PATIENCE
-        self._fine: dict[str, str] = {}  # per ratio of the previews, its last good value in words
+        self._fine: dict[str, str] = {}  # per limit on the previews, the last good value in words
+        self._last: dict[str, float] = {}  # per limit that a ratio rises to, the value of the previews before
         self._standing: set[str] = set()
 
     def watch(self, line: dict[str, float]) -> list[Alarm]:
         """The alarms that this line raises. A line of a new stage forgets the critic: with another objective or grid it
-        has other losses.
+        has other losses. The student may begin blurred again, with fewer steps.
         """
         if "stage" in line:
-            self._losses, self._gaps = [], {}
+            self._losses, self._gaps, self._last = [], {}, {}
             self._standing -= {"critic_loss", "gap"}
         raised = []
         for key, alarm in [*self._previews(line), *self._loss(line), *self._gap(line)]:
@@ -98,17 +117,21 @@ class Monitor:
             ratio = line.get(f"health/{limit.ratio}")
             if ratio is None:
                 continue
+            key = f"{limit.alarm}/{limit.ratio}"
+            before, self._last[key] = self._last.get(key), ratio
             if not limit.bad(ratio):
-                self._fine[limit.ratio] = f"{ratio:.2f} at update {step}"
-                yield limit.ratio, None
+                self._fine[key] = f"{ratio:.2f} at update {step}"
+                yield key, None
+                continue
+            if limit.rises and (before is None or ratio > RISE * before):
                 continue
             yield (
-                limit.ratio,
+                key,
                 Alarm(
                     limit.alarm,
                     ratio,
                     f"{limit.alarm}: at update {step} the student's previews have {ratio:.2f} of the teacher's "
-                    f"{limit.ratio} ({self._fine.get(limit.ratio, 'no good preview before')}); {limit.remedy}",
+                    f"{limit.ratio} ({self._fine.get(key, 'no good preview before')}); {limit.remedy}",
                 ),
             )
 

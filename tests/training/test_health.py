@@ -20,6 +20,7 @@ from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from tdm.training.trajectory import Condition
 from tdm.training.worlds.teacher.data import pictures
+from torch.nn import functional as F
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
 MIXTURE = ["updates=100", "batch_size=32", "output.log_every=4", "output.preview_every=20", "output.evaluate_every=0"]
@@ -192,14 +193,73 @@ def test_ratios_of_pictures_of_any_size_are_one_against_themselves_and_see_one_p
     drawn = pictures(8, 1)[0].unflatten(0, (4, 2))
     large = drawn.repeat_interleave(3, -1).repeat_interleave(2, -2)
     for shown in (drawn, drawn[..., :32], large, drawn[..., ::8, ::8]):
-        assert picture_ratios(shown, shown) == pytest.approx(
-            {"brightness": 1, "contrast": 1, "saturation": 1, "diversity": 1}
-        )
+        ratios = picture_ratios(shown, shown)
+        assert ratios == pytest.approx(dict.fromkeys(ratios, 1))
+        assert {"brightness", "contrast", "saturation", "diversity", "sharpness", "power_2-4px"} <= set(ratios)
     same = drawn[:, :1].expand(4, 2, 3, 64, 64)
     assert picture_ratios(same, drawn)["diversity"] == 0
     black = torch.zeros_like(drawn)
     assert picture_ratios(black, drawn)["brightness"] == 0
     assert picture_ratios(drawn, black) == {}  # a ratio to nothing says nothing
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_sharpness_is_of_the_full_size_where_64_pixels_show_nothing(side: int) -> None:
+    tiles = side // 64
+    stickers = pictures(2 * tiles**2, 1)[0].view(2, tiles, tiles, 3, 64, 64)
+    drawn = stickers.permute(0, 3, 1, 4, 2, 5).reshape(2, 3, side, side).float()
+    blurred = gaussian_blur(drawn, 1.0)
+    sharpened = (drawn + 1.5 * (drawn - blurred)).clamp(0, 255)  # unsharp mask
+    for changed, alarms_of_it in ((blurred, ["blur"]), (sharpened, ["oversharpening"]), (drawn, [])):
+        assert raised(changed, drawn) == alarms_of_it
+        assert raised(*(F.interpolate(p, (64, 64), mode="area") for p in (changed, drawn))) == []
+
+
+def test_pictures_that_are_tiny_or_of_one_colour_have_no_sharpness_and_no_error() -> None:
+    drawn = pictures(4, 1)[0].unflatten(0, (2, 2))
+    for height, width in ((1, 1), (2, 9), (3, 3)):
+        ratios = picture_ratios(drawn[..., :height, :width], drawn[..., :height, :width])
+        assert not [name for name in ratios if name.startswith(("sharpness", "power"))]
+    for height, width in ((4, 4), (5, 64), (7, 8)):
+        ratios = picture_ratios(drawn[..., :height, 20 : 20 + width], drawn[..., :height, 20 : 20 + width])
+        assert list(ratios)[-2:] == ["sharpness", "power_2-4px"]
+    grey = torch.full_like(drawn, 90)
+    assert picture_ratios(grey, drawn)["sharpness"] == 0
+    assert "sharpness" not in picture_ratios(drawn, grey)
+
+
+def raised(student: torch.Tensor, teacher: torch.Tensor) -> list[str]:
+    """The alarms of two previews in a row that show these pictures."""
+    ratios = picture_ratios(*(p.round().byte()[None] for p in (student, teacher)))
+    line = {f"health/{name}": value for name, value in ratios.items()}
+    return [name for name, _ in replay([{"step": step, **line} for step in (100, 200)])]
+
+
+def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    at = torch.arange(-4, 5.0)
+    row = (-(at / sigma).square() / 2).exp()
+    row = (row / row.sum()).expand(3, 1, 9)
+    x = F.pad(x, (4, 4, 4, 4), mode="reflect")
+    return F.conv2d(F.conv2d(x, row[:, :, None], groups=3), row[..., None], groups=3)
+
+
+def test_a_blur_is_an_alarm_where_it_stays_and_none_while_the_student_sharpens() -> None:
+    def run(*values: float) -> list[tuple[str, int]]:
+        return replay([{"step": i, "health/sharpness": value} for i, value in enumerate(values)])
+
+    assert run(0.2, 0.3, 0.5, 0.8, 1.0) == []  # a student of one step begins as blurred as its base is in one step
+    assert run(0.2, 0.3, 0.305, 0.305, 0.5, 0.9) == [("blur", 2)]  # once
+    assert run(1.0, 0.5) == [("blur", 1)]
+    assert run(1.0, 2.5, 0.5, 0.9, 0.5) == [("oversharpening", 1), ("blur", 2), ("blur", 4)]
+    monitor = Monitor()
+    monitor.watch({"step": 50, "health/sharpness": 0.9})
+    assert monitor.watch({"step": 60, "stage": 1.0}) == monitor.watch({"step": 100, "health/sharpness": 0.4}) == []
+    (alarm,) = monitor.watch({"step": 150, "health/sharpness": 0.4})
+    assert "at update 150 the student's previews have 0.40 of the teacher's sharpness (0.90 at update 50)" in (
+        alarm.message
+    )
+    (alarm,) = monitor.watch({"step": 200, "health/sharpness": 2.1})
+    assert alarm.message.endswith("lower objective.guidance_scale, or student.lr")
 
 
 def test_the_critics_idea_is_the_students_sample_at_first_and_changes_with_the_critic(tmp_path: Path) -> None:
