@@ -6,7 +6,8 @@ next to each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import quantiles
 
@@ -16,9 +17,9 @@ LEAST_DIVERSITY = 0.5
 MOST_SATURATION = 1.4
 LEAST_BRIGHTNESS = 0.7
 LEAST_CONTRAST = 0.5  # pictures that fade: an unlearned student blurs, so less is allowed than for brightness
-LEAST_SHARPNESS = 0.6
-MOST_SHARPNESS = 2.0
-RISE = 1.05  # from one preview to the next
+LEAST_POWER = 0.5
+MOST_POWER = 2.0
+RISE = 1.05
 
 # On the critic. One line may be anything, since it may hold other stages than the next.
 PATIENCE = 3  # lines in a row
@@ -40,44 +41,52 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on one ratio of the previews, and the alarm that it raises."""
+    """A limit on ratios of the previews, and the alarm that it raises. The worst of them counts."""
 
     alarm: str
-    ratio: str
-    bad: Callable[[float], bool]
+    ratios: Mapping[str, str]  # by name in metrics.jsonl, what each is of in words
     remedy: str
-    rises: bool = False  # a ratio that an unlearned student begins below: no alarm at first, nor while it rises
+    least: float = 0.0
+    most: float = math.inf
+    learned: bool = False  # an unlearned student may begin beyond the limit: see `Monitor._learning`
+
+    def worst(self, line: dict[str, float]) -> tuple[float, str] | None:
+        """The ratio that is nearest to the limit or furthest beyond it, and what it is of; None if the line has none."""
+        ratios = [(line[f"health/{name}"], of) for name, of in self.ratios.items() if f"health/{name}" in line]
+        if not ratios:
+            return None
+        return max(ratios) if self.most < math.inf else min(ratios)
+
+    def bad(self, ratio: float) -> bool:
+        """Whether a ratio is beyond the limit."""
+        return not self.least <= ratio <= self.most
 
 
+DETAIL = {f"power_{band}": f"detail ({band[:-2]} px)" for band in ("2-4px", "4-8px", "8-16px")}
 LIMITS = (
     Limit(
         "collapse",
-        "diversity",
-        lambda ratio: ratio < LEAST_DIVERSITY,
+        {"diversity": "diversity"},
         "lower student.lr, or let the critic follow: raise critic.per_student",
+        least=LEAST_DIVERSITY,
     ),
     Limit(
         "oversaturation",
-        "saturation",
-        lambda ratio: ratio > MOST_SATURATION,
+        {"saturation": "saturation"},
         "lower objective.guidance_scale, or student.lr",
+        most=MOST_SATURATION,
     ),
-    Limit("darkening", "brightness", lambda ratio: ratio < LEAST_BRIGHTNESS, "lower student.lr"),
-    Limit("darkening", "contrast", lambda ratio: ratio < LEAST_CONTRAST, "lower student.lr"),
+    Limit("darkening", {"brightness": "brightness"}, "lower student.lr", least=LEAST_BRIGHTNESS),
+    Limit("darkening", {"contrast": "contrast"}, "lower student.lr", least=LEAST_CONTRAST),
     Limit(
         "blur",
-        "sharpness",
-        lambda ratio: ratio < LEAST_SHARPNESS,
-        "regression and lcm blur by themselves: go on with objective.name=tdm; if it is tdm, raise updates, student.lr "
-        "or objective.guidance_scale",
-        rises=True,
+        DETAIL,
+        "if it never was better, raise updates or student.lr, and after regression or lcm go on with "
+        "objective.name=tdm; if it was, lower student.lr or objective.guidance_scale",
+        least=LEAST_POWER,
+        learned=True,
     ),
-    Limit(
-        "oversharpening",
-        "sharpness",
-        lambda ratio: ratio > MOST_SHARPNESS,
-        "lower objective.guidance_scale, or student.lr",
-    ),
+    Limit("oversharpening", DETAIL, "lower objective.guidance_scale, or student.lr", most=MOST_POWER),
 )
 
 
@@ -92,7 +101,8 @@ class Monitor:
         self._losses: list[tuple[int, float]] = []  # of the critic, by update
         self._gaps: dict[str, list[tuple[int, float]]] = {}  # per stage, the last PATIENCE
         self._fine: dict[str, str] = {}  # per limit on the previews, the last good value in words
-        self._last: dict[str, float] = {}  # per limit that a ratio rises to, the value of the previews before
+        self._early: dict[str, list[float]] = {}  # per limit, the values of a stage before the first good one
+        self._learnt: set[str] = set()  # limits that the student has kept in this stage
         self._standing: set[str] = set()
 
     def watch(self, line: dict[str, float]) -> list[Alarm]:
@@ -100,7 +110,7 @@ class Monitor:
         has other losses. The student may begin blurred again, with fewer steps.
         """
         if "stage" in line:
-            self._losses, self._gaps, self._last = [], {}, {}
+            self._losses, self._gaps, self._early, self._learnt = [], {}, {}, set()
             self._standing -= {"critic_loss", "gap"}
         raised = []
         for key, alarm in [*self._previews(line), *self._loss(line), *self._gap(line)]:
@@ -114,16 +124,17 @@ class Monitor:
     def _previews(self, line: dict[str, float]) -> Iterator[tuple[str, Alarm | None]]:
         step = int(line["step"])
         for limit in LIMITS:
-            ratio = line.get(f"health/{limit.ratio}")
-            if ratio is None:
+            worst = limit.worst(line)
+            if worst is None:
                 continue
-            key = f"{limit.alarm}/{limit.ratio}"
-            before, self._last[key] = self._last.get(key), ratio
+            ratio, of = worst
+            key = f"{limit.alarm}/{'/'.join(limit.ratios)}"
             if not limit.bad(ratio):
                 self._fine[key] = f"{ratio:.2f} at update {step}"
+                self._learnt.add(key)
                 yield key, None
                 continue
-            if limit.rises and (before is None or ratio > RISE * before):
+            if limit.learned and self._learning(key, ratio):
                 continue
             yield (
                 key,
@@ -131,9 +142,15 @@ class Monitor:
                     limit.alarm,
                     ratio,
                     f"{limit.alarm}: at update {step} the student's previews have {ratio:.2f} of the teacher's "
-                    f"{limit.ratio} ({self._fine.get(key, 'no good preview before')}); {limit.remedy}",
+                    f"{of} ({self._fine.get(key, 'no good preview before')}); {limit.remedy}",
                 ),
             )
+
+    def _learning(self, key: str, ratio: float) -> bool:
+        """Whether a student that was never good in this stage still has time, or comes nearer."""
+        values = self._early.setdefault(key, [])
+        values.append(ratio)
+        return key not in self._learnt and (len(values) < PATIENCE or ratio > RISE * values[-PATIENCE])
 
     def _loss(self, line: dict[str, float]) -> Iterator[tuple[str, Alarm | None]]:
         if "critic_loss" not in line:

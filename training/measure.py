@@ -20,7 +20,7 @@ from .worlds.stickers.scene import Scene
 
 # Of the values whose names do not say it.
 EXPLAINED = {
-    "sharpness": "power at wavelengths of 2 to 8 pixels, over the teacher's",
+    "sharpness": "power at wavelengths of 2 to 16 pixels, over the teacher's",
     "ode": "distance to the teacher's picture from the same noise, over the distance of two of the teacher's pictures",
     "sliced_wasserstein": "to the teacher's, on random features",
     "frechet": "to the teacher's, on random features with a fixed seed; it is not FID",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from PIL import Image
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
-from tdm.training.health import Monitor
+from tdm.training.health import DETAIL, Monitor
 from tdm.training.loop import distill
+from tdm.training.losses import regression_loss
+from tdm.training.objectives import towards
 from tdm.training.preview import picture_ratios
 from tdm.training.run import Callback
 from tdm.training.settings import load_config
@@ -195,7 +199,9 @@ def test_ratios_of_pictures_of_any_size_are_one_against_themselves_and_see_one_p
     for shown in (drawn, drawn[..., :32], large, drawn[..., ::8, ::8]):
         ratios = picture_ratios(shown, shown)
         assert ratios == pytest.approx(dict.fromkeys(ratios, 1))
-        assert {"brightness", "contrast", "saturation", "diversity", "sharpness", "power_2-4px"} <= set(ratios)
+        assert {"brightness", "contrast", "saturation", "diversity", "sharpness", *DETAIL} - set(ratios) <= {
+            "power_8-16px"
+        }
     same = drawn[:, :1].expand(4, 2, 3, 64, 64)
     assert picture_ratios(same, drawn)["diversity"] == 0
     black = torch.zeros_like(drawn)
@@ -229,10 +235,11 @@ def test_pictures_that_are_tiny_or_of_one_colour_have_no_sharpness_and_no_error(
 
 
 def raised(student: torch.Tensor, teacher: torch.Tensor) -> list[str]:
-    """The alarms of two previews in a row that show these pictures."""
-    ratios = picture_ratios(*(p.round().byte()[None] for p in (student, teacher)))
-    line = {f"health/{name}": value for name, value in ratios.items()}
-    return [name for name, _ in replay([{"step": step, **line} for step in (100, 200)])]
+    """The alarms of a student that draws as its teacher, and then these pictures."""
+    shown, reference = (p.round().byte()[None] for p in (student, teacher))
+    ratios = picture_ratios(reference, reference), picture_ratios(shown, reference)
+    previews = [{f"health/{name}": value for name, value in preview.items()} for preview in ratios]
+    return [name for name, _ in replay([{"step": i, **preview} for i, preview in enumerate(previews)])]
 
 
 def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -245,21 +252,50 @@ def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
 
 def test_a_blur_is_an_alarm_where_it_stays_and_none_while_the_student_sharpens() -> None:
     def run(*values: float) -> list[tuple[str, int]]:
-        return replay([{"step": i, "health/sharpness": value} for i, value in enumerate(values)])
+        return replay([{"step": i, "health/power_4-8px": value} for i, value in enumerate(values)])
 
-    assert run(0.2, 0.3, 0.5, 0.8, 1.0) == []  # a student of one step begins as blurred as its base is in one step
-    assert run(0.2, 0.3, 0.305, 0.305, 0.5, 0.9) == [("blur", 2)]  # once
-    assert run(1.0, 0.5) == [("blur", 1)]
-    assert run(1.0, 2.5, 0.5, 0.9, 0.5) == [("oversharpening", 1), ("blur", 2), ("blur", 4)]
+    assert run(0.2, 0.3, 0.4, 0.8, 1.0) == []  # a student of one step begins as blurred as its base is in one step
+    assert run(0.2, 0.2) == []
+    assert run(0.2, 0.205, 0.205, 0.4, 0.9) == [("blur", 2)]
+    assert run(0.2, 0.205, 0.205, 0.205, 0.205) == [("blur", 2)]  # once
+    assert run(1.0, 0.4) == [("blur", 1)]
+    assert run(1.0, 2.1, 0.4, 0.9, 0.4) == [("oversharpening", 1), ("blur", 2), ("blur", 4)]
+
+
+def test_an_alarm_names_the_worst_octave_and_a_new_stage_may_begin_blurred() -> None:
     monitor = Monitor()
-    monitor.watch({"step": 50, "health/sharpness": 0.9})
-    assert monitor.watch({"step": 60, "stage": 1.0}) == monitor.watch({"step": 100, "health/sharpness": 0.4}) == []
-    (alarm,) = monitor.watch({"step": 150, "health/sharpness": 0.4})
-    assert "at update 150 the student's previews have 0.40 of the teacher's sharpness (0.90 at update 50)" in (
-        alarm.message
+    monitor.watch({"step": 50, "health/power_2-4px": 0.9, "health/power_8-16px": 0.8})
+    assert monitor.watch({"step": 60, "stage": 1.0}) == monitor.watch({"step": 100, "health/power_2-4px": 0.4}) == []
+    line = {"health/power_2-4px": 0.4, "health/power_4-8px": 0.6, "health/power_8-16px": 1.0}
+    monitor.watch({"step": 150, **line})
+    (alarm,) = monitor.watch({"step": 200, **line})
+    assert alarm.message.startswith(
+        "blur: at update 200 the student's previews have 0.40 of the teacher's detail (2-4 px) (0.80 at update 50); if"
     )
-    (alarm,) = monitor.watch({"step": 200, "health/sharpness": 2.1})
+    (alarm,) = monitor.watch({"step": 250, "health/power_2-4px": 1.8, "health/power_8-16px": 2.1})
+    assert alarm.value == 2.1
+    assert "2.10 of the teacher's detail (8-16 px)" in alarm.message
     assert alarm.message.endswith("lower objective.guidance_scale, or student.lr")
+
+
+REGRESSION = ["objective.name=regression", "objective.rho=mse", "batch_size=4", "trajectory.steps=1"]
+
+
+def test_a_student_that_learns_the_mean_of_the_teachers_pictures_is_blurred(tmp_path: Path) -> None:
+    """One step of the teacher from pure noise is the mean of all pictures of a prompt."""
+    settings = [
+        "trajectory.steps=4",
+        "objective.ode_steps=4",
+        "updates=10",
+        "output.preview_every=5",
+        "student.lr=2e-3",
+    ]
+    messages = go(tmp_path, *REGRESSION, *settings, bundled=True)
+    assert {name for name, _ in alarms(tmp_path)} == {"oversharpening"}  # no colour alarm sees it
+    (message,) = messages
+    assert re.search(
+        r"at update 10 .* have [2-4]\.\d+ of the teacher's detail \(8-16 px\) \(1\.\d+ at update 5\)", message
+    )
 
 
 def test_the_critics_idea_is_the_students_sample_at_first_and_changes_with_the_critic(tmp_path: Path) -> None:

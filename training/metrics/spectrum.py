@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .bootstrap import ratio
 
-SHARP = 2  # octaves of `sharpness`: wavelengths of 2 to 8 pixels
-FINE = 3  # octaves of `power_ratios`
+# Octaves of `sharpness`: 2 to 16 pixels. A VAE that stores 8 x 8 pixels in one place shows in the coarsest of them what
+# is too sharp in its latents, and in the finest what its decoder cannot draw.
+FINE = 3
 CHUNK = 2**21  # pixels at a time
 
 
@@ -38,9 +39,9 @@ def power_spectrum(pictures: Tensor) -> Tensor:
 
 
 def sharpness(power: Tensor) -> Tensor:
-    """Power at wavelengths of 2 to 8 pixels over the reference's: 1 is equal, a blurred picture is below.
+    """Power at wavelengths of 2 to 16 pixels over the reference's: 1 is equal, a blurred picture is below.
 
-    It is the geometric mean of the two octaves' ratios, since the coarser one has most of the power.
+    It is the geometric mean of the ratios of three octaves, since the coarsest has most of the power.
 
     Args:
         power: (N, 2, bands), the `power_spectrum` of N pictures and of N pictures of a reference.
@@ -48,7 +49,7 @@ def sharpness(power: Tensor) -> Tensor:
     Returns:
         A 0-dim tensor; NaN without a band, or where the pictures and the reference have no power in one.
     """
-    return ratio(power[..., :SHARP]).log().mean().exp()
+    return ratio(power[..., :FINE]).log().mean().exp()
 
 
 def power_ratios(pictures: Tensor, reference: Tensor) -> dict[str, float]:
