@@ -51,7 +51,7 @@ class Limit:
     learned: bool = False  # an unlearned student may begin beyond the limit: see `Monitor._learning`
 
     def worst(self, line: dict[str, float]) -> tuple[float, str] | None:
-        """The ratio that is nearest to the limit or furthest beyond it, and what it is of; None if the line has none."""
+        """The ratio nearest to the limit or furthest beyond it, and what it is of; None if the line has none."""
         ratios = [(line[f"health/{name}"], of) for name, of in self.ratios.items() if f"health/{name}" in line]
         if not ratios:
             return None

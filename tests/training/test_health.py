@@ -278,24 +278,28 @@ def test_an_alarm_names_the_worst_octave_and_a_new_stage_may_begin_blurred() -> 
     assert alarm.message.endswith("lower objective.guidance_scale, or student.lr")
 
 
-REGRESSION = ["objective.name=regression", "objective.rho=mse", "batch_size=4", "trajectory.steps=1"]
+REGRESSION = ["objective.name=regression", "objective.rho=mse", "batch_size=4"]
 
 
 def test_a_student_that_learns_the_mean_of_the_teachers_pictures_is_blurred(tmp_path: Path) -> None:
-    """One step of the teacher from pure noise is the mean of all pictures of a prompt."""
-    settings = [
-        "trajectory.steps=4",
-        "objective.ode_steps=4",
-        "updates=10",
-        "output.preview_every=5",
-        "student.lr=2e-3",
-    ]
-    messages = go(tmp_path, *REGRESSION, *settings, bundled=True)
-    assert {name for name, _ in alarms(tmp_path)} == {"oversharpening"}  # no colour alarm sees it
-    (message,) = messages
-    assert re.search(
-        r"at update 10 .* have [2-4]\.\d+ of the teacher's detail \(8-16 px\) \(1\.\d+ at update 5\)", message
-    )
+    """One step of the teacher from pure noise is the mean of all its pictures of a prompt."""
+    settings = ["trajectory.steps=1", "objective.ode_steps=1", "objective.guidance_scale=3"]
+    messages = go(tmp_path, *REGRESSION, *settings, "updates=6", "output.preview_every=2", bundled=True)
+    (message,) = [line for line in messages if "blur" in line]
+    assert message.startswith("ALARM  blur: at update 6 the student's previews have 0.")
+    assert "of the teacher's detail (2-4 px) (no good preview before)" in message
+
+
+def test_a_student_that_learns_too_sharp_a_target_is_oversharp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def towards_sharper(x0: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        coarse = F.avg_pool2d(F.pad(target, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        return regression_loss(x0, target + 4 * (target - coarse), **options)
+
+    monkeypatch.setattr(towards, "regression_loss", towards_sharper)
+    settings = ["trajectory.steps=4", "objective.ode_steps=4", "student.lr=2e-3"]
+    (message,) = go(tmp_path, *REGRESSION, *settings, "updates=10", "output.preview_every=5", bundled=True)
+    assert {name for name, _ in alarms(tmp_path)} == {"oversharpening"}  # no alarm about colours sees it
+    assert re.search(r"at update 10 .* [2-4]\.\d+ of the teacher's detail \(8-16 px\) \(1\.\d+ at update 5\)", message)
 
 
 def test_the_critics_idea_is_the_students_sample_at_first_and_changes_with_the_critic(tmp_path: Path) -> None:
