@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tdm import TDMPipeline
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
+from tdm.training.evaluate import Plan, draw, held_out_prompts
 from tdm.training.health import DETAIL, Monitor
 from tdm.training.loop import distill
 from tdm.training.losses import regression_loss
@@ -236,7 +238,7 @@ def test_pictures_that_are_tiny_or_of_one_colour_have_no_sharpness_and_no_error(
 
 def raised(student: torch.Tensor, teacher: torch.Tensor) -> list[str]:
     """The alarms of a student that draws as its teacher, and then these pictures."""
-    shown, reference = (p.round().byte()[None] for p in (student, teacher))
+    shown, reference = (p.float().round().byte()[None] for p in (student, teacher))
     ratios = picture_ratios(reference, reference), picture_ratios(shown, reference)
     previews = [{f"health/{name}": value for name, value in preview.items()} for preview in ratios]
     return [name for name, _ in replay([{"step": i, **preview} for i, preview in enumerate(previews)])]
@@ -300,6 +302,43 @@ def test_a_student_that_learns_too_sharp_a_target_is_oversharp(tmp_path: Path, m
     (message,) = go(tmp_path, *REGRESSION, *settings, "updates=10", "output.preview_every=5", bundled=True)
     assert {name for name, _ in alarms(tmp_path)} == {"oversharpening"}  # no alarm about colours sees it
     assert re.search(r"at update 10 .* [2-4]\.\d+ of the teacher's detail \(8-16 px\) \(1\.\d+ at update 5\)", message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["output.preview_every=50"],
+        # It begins with 0.4 of its teacher's detail, as the base has in one step.
+        [
+            "output.preview_every=10",
+            "updates=60",
+            "batch_size=8",
+            "trajectory.steps=1",
+            "objective.stage_guidance=null",
+        ],
+    ],
+    ids=["4 steps, first 200 updates", "1 step"],
+)
+def test_a_student_that_learns_to_be_sharp_is_neither_blurred_nor_oversharp(
+    settings: list[str], tmp_path: Path
+) -> None:
+    config = load_config(CONFIGS / "bundled.yaml", ["output.evaluate_every=0", "precision=bf16", *settings])
+    distill(PipelineTask(PipelineTaskConfig()), config, tmp_path, report=lambda _: None)
+    assert not {name for name, _ in alarms(tmp_path)} & {"blur", "oversharpening"}
+    assert all(0.7 < lines(tmp_path)[-1][f"health/{name}"] < 1.3 for name in DETAIL)
+
+
+@pytest.mark.slow
+def test_the_student_that_ships_and_the_teacher_from_other_seeds_are_sharp() -> None:
+    pipe = TDMPipeline.from_pretrained("bundled")
+    texts = [text for text in held_out_prompts(4)[0] for _ in range(2)]
+    variants = Plan(teacher_steps=20).variants(pipe.teacher_call, ["student"])
+    teacher = draw(pipe, variants[0], texts, range(8))
+    assert raised(draw(pipe, variants[0], texts, range(100, 108)), teacher) == []
+    for variant in variants:
+        if variant.student:
+            assert raised(draw(pipe, variant, texts, range(8)), teacher) == []
 
 
 def test_the_critics_idea_is_the_students_sample_at_first_and_changes_with_the_critic(tmp_path: Path) -> None:
