@@ -272,8 +272,12 @@ def test_an_alarm_names_the_worst_octave_and_a_new_stage_may_begin_blurred() -> 
     monitor.watch({"step": 150, **line})
     (alarm,) = monitor.watch({"step": 200, **line})
     assert alarm.message.startswith(
-        "blur: at update 200 the student's previews have 0.40 of the teacher's detail (2-4 px) (0.80 at update 50); if"
+        "blur: at update 200 the student's previews have 0.40 of the teacher's detail (2-4 px) (0.80 at update 50); "
+        "raise updates or student.lr; regression"
     )
+    monitor.watch({"step": 210, "health/power_2-4px": 0.9})
+    (alarm,) = monitor.watch({"step": 220, **line})
+    assert "(0.90 at update 210); lower student.lr or objective.guidance_scale; regression" in alarm.message
     (alarm,) = monitor.watch({"step": 250, "health/power_2-4px": 1.8, "health/power_8-16px": 2.1})
     assert alarm.value == 2.1
     assert "2.10 of the teacher's detail (8-16 px)" in alarm.message
