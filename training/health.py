@@ -17,8 +17,8 @@ LEAST_DIVERSITY = 0.5
 MOST_SATURATION = 1.4
 LEAST_BRIGHTNESS = 0.7
 LEAST_CONTRAST = 0.5  # pictures that fade: an unlearned student blurs, so less is allowed than for brightness
-# Power in an octave over the teacher's, at full size, of 8 previews of the bundled world. The teacher with other seeds has
-# 0.88 to 1.04, the student that ships 0.92 to 1.17 at 1 to 8 steps, `tdm distill bundled` 0.92 to 1.04 after 50 to 200
+# Power in an octave over the teacher's, at full size, of 8 previews of the bundled world. The teacher with other seeds
+# has 0.88 to 1.04, the student that ships 0.92 to 1.17 at 1 to 8 steps, `tdm distill bundled` 0.92 to 1.04 after 50 to 200
 # updates, and with 25 times its rate 0.74 to 1.28. A run begins at 0.72 with 4 steps and at 0.58 with 2. The base in 4
 # steps with a guidance of 10 has 0.46, a student that learned the mean of the pictures 0.30, latents after an unsharp
 # mask of amount 1 2.2. A port of TDM to Wan had, by its own measure, 0.24 to 0.71 when blurred and 2.1 to 4.3 when too
@@ -72,7 +72,7 @@ class Limit:
 
 # What `power_ratios` calls them.
 DETAIL = {f"power_{band}": f"detail ({band[:-2]} px)" for band in ("2-4px", "4-8px", "8-16px")}
-BLURRING = "regression and lcm can blur: go on with objective.name=tdm"
+BLURRING = "regression and consistency can blur: go on with objective.name=tdm"
 LIMITS = (
     Limit(
         "collapse",
