@@ -21,7 +21,7 @@ LEAST_CONTRAST = 0.5  # pictures that fade: an unlearned student blurs, so less 
 # has 0.88 to 1.04, the student that ships 0.92 to 1.17 at 1 to 8 steps, `tdm distill bundled` 0.92 to 1.04 after 50 to
 # 200 updates, and with 25 times its rate 0.74 to 1.28. A run begins at 0.72 with 4 steps and at 0.58 with 2. The base
 # in 4 steps with a guidance of 10 has 0.46, a student that learned the mean of the pictures 0.30. One that learned
-# over-sharpened latents has 2.1 to 4.3 (both in tests/training/test_health.py).
+# over-sharpened latents has 2.1 to 4.3 (tests/training/test_health.py).
 LEAST_POWER = 0.5
 MOST_POWER = 2.0
 # With 1 step a run begins at 0.39. TDM then has 0.43, 0.53 and 0.69 in previews 10 updates apart, and regression onto
