@@ -21,6 +21,7 @@ over prompts), eval.png (plots) and grid.png (pictures).
               is the floor
   diversity   of pictures of one prompt over seeds, over the teacher's
   bright, contrast, saturation    over the teacher's: 1 is equal
+  sharpness   power at wavelengths of 2 to 16 pixels over the teacher's: below 1 is blurred, above 1 is over-sharpened
 
 Only in the files: power by wavelength over the teacher's, distance to the teacher's picture from the same noise (ode),
 sliced Wasserstein and Frechet distance on random features with a fixed seed (not FID), and extra scores.

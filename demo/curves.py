@@ -22,6 +22,7 @@ MEANING = {
     "eval/distance": LOWER,
     "eval/ode": LOWER,
     "eval/fid": LOWER,
+    "eval/sharpness": NEAR_ONE,
     "eval/": "",
     "health/": NEAR_ONE,
 }

@@ -63,7 +63,7 @@ def _together(tables: list[dict[str, Value]]) -> dict[str, Value]:
 def table(rows: Sequence[Row]) -> str:
     """The most important of the rows as a Markdown table."""
     short = {"brightness": "bright", "contrast": "contrast", "saturation": "saturation"}
-    head = ["sampler", "calls", "s / picture", "accuracy", "distance", "diversity", *short.values()]
+    head = ["sampler", "calls", "s / picture", "accuracy", "distance", "diversity", *short.values(), "sharpness"]
     lines = []
     for row in rows:
         values = row.measures.values
@@ -75,7 +75,7 @@ def table(rows: Sequence[Row]) -> str:
                 cell(values.get("accuracy")),
                 cell(values["distance"]),
                 f"{values['diversity'].value:.2f}" if "diversity" in values else "",
-                *(f"{values[name].value:.3f}" if name in values else "" for name in COLOURS),
+                *(f"{values[name].value:.3f}" if name in values else "" for name in (*COLOURS, "sharpness")),
             ]
         )
     return _markdown(head, lines)

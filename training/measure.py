@@ -15,11 +15,12 @@ from .metrics.bootstrap import Value, ratio
 from .metrics.colours import COLOURS, colour_statistics, moments
 from .metrics.distances import DIMENSIONS, picture_frechet, picture_sliced_wasserstein
 from .metrics.diversity import diversity_by_prompt
-from .metrics.spectrum import octaves
+from .metrics.spectrum import octaves, sharpness
 from .worlds.stickers.scene import Scene
 
 # Of the values whose names do not say it.
 EXPLAINED = {
+    "sharpness": "power at wavelengths of 2 to 16 pixels, over the teacher's",
     "ode": "distance to the teacher's picture from the same noise, over the distance of two of the teacher's pictures",
     "sliced_wasserstein": "to the teacher's, on random features",
     "frechet": "to the teacher's, on random features with a fixed seed; it is not FID",
@@ -91,9 +92,10 @@ class Reference:
         pairs = agreement(pictures[:prompts], self.pictures[:prompts], self.reference)
         measures.values["ode"] = measured(pairs, ratio)
         measures.values |= self._of_laws(repeats)
-        spectra = torch.stack([power_spectrum(pictures), self._spectrum], 2)
+        spectra = torch.stack([power_spectrum(pictures), self._spectrum], 1)
+        measures.values["sharpness"] = measured(spectra, sharpness)
         bands = octaves(*pictures.shape[2:])
-        measures.spectrum = _finite({name: measured(spectra[:, i], ratio) for i, name in enumerate(bands)})
+        measures.spectrum = _finite({name: measured(spectra[..., i], ratio) for i, name in enumerate(bands)})
         measures.values = _finite(measures.values)
         return measures
 

@@ -24,8 +24,10 @@ from tdm.training import evaluate as module
 from tdm.training.eval_report import over_students, table, write
 from tdm.training.evaluate import Plan, Prompts, Row, Variant, draw, evaluate, held_out_prompts, names_of
 from tdm.training.measure import Measures, Reference
+from tdm.training.metrics import power_spectrum
 from tdm.training.metrics.bootstrap import Value
 from torch import Tensor
+from torch.nn import functional as F
 
 PROMPTS = ["a red cube", "two stars above a tree", "a cat", "three green rings", "a dog"]
 SHORT = ["--steps", "2", "--teacher-steps", "3"]
@@ -96,6 +98,9 @@ def test_a_base_of_ones_own_is_measured_but_for_accuracy_and_its_teacher_drawn_o
         assert list(row["measures"]["spectrum"]) == ["2-4 px", "4-8 px", "8-16 px"]
     teacher = rows[0]["measures"]["values"]
     assert teacher["brightness"] == {"value": 1, "low": 1, "high": 1}
+    assert teacher["sharpness"] == pytest.approx({"value": 1, "low": 1, "high": 1})
+    (of_student,) = re.findall(r"^\| student, 2 steps .* \| ([\d.]+) \|$", stdout, re.MULTILINE)
+    assert float(of_student) == pytest.approx(rows[3]["measures"]["values"]["sharpness"]["value"], abs=5e-4)
     assert (teacher["diversity"]["value"], teacher["ode"]["value"]) == (1, 0)
     assert rows[3]["measures"]["values"]["ode"]["value"] > 0
     assert "| teacher, 3 steps, guided | 6 |" in stdout
@@ -245,13 +250,18 @@ def test_the_reference_against_itself_has_no_ratio_but_one() -> None:
         for shape in ((12, 3, 64, 64), (9, 4, 3, 64, 64), (9, 4, 3, 64, 64))
     )
     measures = Reference(pictures, several, others, None).measures(pictures, several)
-    for name in ("diversity", "brightness", "contrast", "saturation"):
+    for name in ("diversity", "brightness", "contrast", "saturation", "sharpness"):
         assert measures.values[name] == pytest.approx((1, 1, 1))
     assert {name: v.value for name, v in measures.spectrum.items()} == pytest.approx(
         dict.fromkeys(measures.spectrum, 1.0)
     )
     assert measures.values["frechet"].low is None
     assert not measures.attributes
+    blurred = F.avg_pool2d(pictures.float(), 3, 1, 1).byte()
+    sharpness = Reference(pictures, several, others, None).measures(blurred, several).values["sharpness"]
+    octaves = power_spectrum(blurred).mean(0)[:3] / power_spectrum(pictures).mean(0)[:3]
+    assert sharpness.value == pytest.approx(float(octaves.prod()) ** (1 / 3))
+    assert 0 < sharpness.low < sharpness.value < sharpness.high < 0.5
     darker = Reference(pictures, several, others, None).measures((pictures // 2), several)
     assert darker.values["brightness"].value == pytest.approx(0.5, abs=0.01)
 
@@ -262,7 +272,7 @@ def test_a_ratio_to_nothing_is_left_out_of_all_that_is_written(tmp_path: Path) -
     noise = torch.randint(256, grey.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     measures = Reference(grey, several, several, None).measures(noise, several)
     assert measures.values["brightness"].value == pytest.approx(127.5 / 90, rel=0.01)
-    assert not {"saturation", "contrast", "diversity", "ode"} & set(measures.values)
+    assert not {"saturation", "contrast", "diversity", "ode", "sharpness"} & set(measures.values)
     assert not measures.spectrum
     rows = [Row(name, 4, 4.0, 1.0, False, name, measures=measures) for name in ("a", "b")]
     write([*rows, *over_students(rows)], Image.new("RGB", (8, 8)), tmp_path, {})

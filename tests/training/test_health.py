@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tdm import TDMPipeline
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.training.checkpoint import read_checkpoint
-from tdm.training.health import Monitor
+from tdm.training.evaluate import Plan, draw, held_out_prompts
+from tdm.training.health import DETAIL, Monitor
 from tdm.training.loop import distill
+from tdm.training.losses import regression_loss
+from tdm.training.objectives import towards
 from tdm.training.preview import picture_ratios
 from tdm.training.run import Callback
 from tdm.training.settings import load_config
@@ -20,6 +26,7 @@ from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
 from tdm.training.trajectory import Condition
 from tdm.training.worlds.teacher.data import pictures
+from torch.nn import functional as F
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
 MIXTURE = ["updates=100", "batch_size=32", "output.log_every=4", "output.preview_every=20", "output.evaluate_every=0"]
@@ -192,14 +199,150 @@ def test_ratios_of_pictures_of_any_size_are_one_against_themselves_and_see_one_p
     drawn = pictures(8, 1)[0].unflatten(0, (4, 2))
     large = drawn.repeat_interleave(3, -1).repeat_interleave(2, -2)
     for shown in (drawn, drawn[..., :32], large, drawn[..., ::8, ::8]):
-        assert picture_ratios(shown, shown) == pytest.approx(
-            {"brightness": 1, "contrast": 1, "saturation": 1, "diversity": 1}
-        )
+        ratios = picture_ratios(shown, shown)
+        assert ratios == pytest.approx(dict.fromkeys(ratios, 1))
+        assert {"brightness", "contrast", "saturation", "diversity", "sharpness", *DETAIL} - set(ratios) <= {
+            "power_8-16px"
+        }
     same = drawn[:, :1].expand(4, 2, 3, 64, 64)
     assert picture_ratios(same, drawn)["diversity"] == 0
     black = torch.zeros_like(drawn)
     assert picture_ratios(black, drawn)["brightness"] == 0
     assert picture_ratios(drawn, black) == {}  # a ratio to nothing says nothing
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_sharpness_is_of_the_full_size_where_64_pixels_show_nothing(side: int) -> None:
+    tiles = side // 64
+    stickers = pictures(2 * tiles**2, 1)[0].view(2, tiles, tiles, 3, 64, 64)
+    drawn = stickers.permute(0, 3, 1, 4, 2, 5).reshape(2, 3, side, side).float()
+    blurred = gaussian_blur(drawn, 1.0)
+    sharpened = (drawn + 1.5 * (drawn - blurred)).clamp(0, 255)  # unsharp mask
+    for changed, alarms_of_it in ((blurred, ["blur"]), (sharpened, ["oversharpening"]), (drawn, [])):
+        assert raised(changed, drawn) == alarms_of_it
+        assert raised(*(F.interpolate(p, (64, 64), mode="area") for p in (changed, drawn))) == []
+
+
+def test_pictures_that_are_tiny_or_of_one_colour_have_no_sharpness_and_no_error() -> None:
+    drawn = pictures(4, 1)[0].unflatten(0, (2, 2))
+    for height, width in ((1, 1), (2, 9), (3, 3)):
+        ratios = picture_ratios(drawn[..., :height, :width], drawn[..., :height, :width])
+        assert not [name for name in ratios if name.startswith(("sharpness", "power"))]
+    for height, width in ((4, 4), (5, 64), (7, 8)):
+        ratios = picture_ratios(drawn[..., :height, 20 : 20 + width], drawn[..., :height, 20 : 20 + width])
+        assert list(ratios)[-2:] == ["sharpness", "power_2-4px"]
+    grey = torch.full_like(drawn, 90)
+    assert picture_ratios(grey, drawn)["sharpness"] == 0
+    assert "sharpness" not in picture_ratios(drawn, grey)
+
+
+def raised(student: torch.Tensor, teacher: torch.Tensor) -> list[str]:
+    """The alarms of a student that draws as its teacher, and then these pictures."""
+    shown, reference = (p.float().round().byte()[None] for p in (student, teacher))
+    ratios = picture_ratios(reference, reference), picture_ratios(shown, reference)
+    previews = [{f"health/{name}": value for name, value in preview.items()} for preview in ratios]
+    return [name for name, _ in replay([{"step": i, **preview} for i, preview in enumerate(previews)])]
+
+
+def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    at = torch.arange(-4, 5.0)
+    row = (-(at / sigma).square() / 2).exp()
+    row = (row / row.sum()).expand(3, 1, 9)
+    x = F.pad(x, (4, 4, 4, 4), mode="reflect")
+    return F.conv2d(F.conv2d(x, row[:, :, None], groups=3), row[..., None], groups=3)
+
+
+def test_a_blur_is_an_alarm_where_it_stays_and_none_while_the_student_sharpens() -> None:
+    def run(*values: float) -> list[tuple[str, int]]:
+        return replay([{"step": i, "health/power_4-8px": value} for i, value in enumerate(values)])
+
+    assert run(0.2, 0.3, 0.4, 0.8, 1.0) == []  # a student of one step begins as blurred as its base is in one step
+    assert run(0.2, 0.2) == []
+    assert run(0.2, 0.205, 0.205, 0.4, 0.9) == [("blur", 2)]
+    assert run(0.2, 0.205, 0.205, 0.205, 0.205) == [("blur", 2)]  # once
+    assert run(1.0, 0.4) == [("blur", 1)]
+    assert run(1.0, 2.1, 0.4, 0.9, 0.4) == [("oversharpening", 1), ("blur", 2), ("blur", 4)]
+
+
+def test_an_alarm_names_the_worst_octave_and_a_new_stage_may_begin_blurred() -> None:
+    monitor = Monitor()
+    monitor.watch({"step": 50, "health/power_2-4px": 0.9, "health/power_8-16px": 0.8})
+    assert monitor.watch({"step": 60, "stage": 1.0}) == monitor.watch({"step": 100, "health/power_2-4px": 0.4}) == []
+    line = {"health/power_2-4px": 0.4, "health/power_4-8px": 0.6, "health/power_8-16px": 1.0}
+    monitor.watch({"step": 150, **line})
+    (alarm,) = monitor.watch({"step": 200, **line})
+    assert alarm.message.startswith(
+        "blur: at update 200 the student's previews have 0.40 of the teacher's detail (2-4 px) (0.80 at update 50); "
+        "raise updates or student.lr; regression"
+    )
+    monitor.watch({"step": 210, "health/power_2-4px": 0.9})
+    (alarm,) = monitor.watch({"step": 220, **line})
+    assert "(0.90 at update 210); lower student.lr or objective.guidance_scale; regression" in alarm.message
+    (alarm,) = monitor.watch({"step": 250, "health/power_2-4px": 1.8, "health/power_8-16px": 2.1})
+    assert alarm.value == 2.1
+    assert "2.10 of the teacher's detail (8-16 px)" in alarm.message
+    assert alarm.message.endswith("lower objective.guidance_scale, or student.lr")
+
+
+REGRESSION = ["objective.name=regression", "objective.rho=mse", "batch_size=4"]
+
+
+def test_a_student_that_learns_the_mean_of_the_teachers_pictures_is_blurred(tmp_path: Path) -> None:
+    """One step of the teacher from pure noise is the mean of all its pictures of a prompt."""
+    settings = ["trajectory.steps=1", "objective.ode_steps=1", "objective.guidance_scale=3"]
+    messages = go(tmp_path, *REGRESSION, *settings, "updates=6", "output.preview_every=2", bundled=True)
+    (message,) = [line for line in messages if "blur" in line]
+    assert message.startswith("ALARM  blur: at update 6 the student's previews have 0.")
+    assert "of the teacher's detail (2-4 px) (no good preview before)" in message
+
+
+def test_a_student_that_learns_too_sharp_a_target_is_oversharp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def towards_sharper(x0: torch.Tensor, target: torch.Tensor, **options: Any) -> torch.Tensor:
+        coarse = F.avg_pool2d(F.pad(target, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        return regression_loss(x0, target + 4 * (target - coarse), **options)
+
+    monkeypatch.setattr(towards, "regression_loss", towards_sharper)
+    settings = ["trajectory.steps=4", "objective.ode_steps=4", "student.lr=2e-3"]
+    (message,) = go(tmp_path, *REGRESSION, *settings, "updates=10", "output.preview_every=5", bundled=True)
+    assert {name for name, _ in alarms(tmp_path)} == {"oversharpening"}  # no alarm about colours sees it
+    assert re.search(r"at update 10 .* [2-4]\.\d+ of the teacher's detail \(8-16 px\) \(1\.\d+ at update 5\)", message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["output.preview_every=50"],
+        # It begins with 0.4 of its teacher's detail, as the base has in one step.
+        [
+            "output.preview_every=10",
+            "updates=60",
+            "batch_size=8",
+            "trajectory.steps=1",
+            "objective.stage_guidance=null",
+        ],
+    ],
+    ids=["4 steps, first 200 updates", "1 step"],
+)
+def test_a_student_that_learns_to_be_sharp_is_neither_blurred_nor_oversharp(
+    settings: list[str], tmp_path: Path
+) -> None:
+    config = load_config(CONFIGS / "bundled.yaml", ["output.evaluate_every=0", "precision=bf16", *settings])
+    distill(PipelineTask(PipelineTaskConfig()), config, tmp_path, report=lambda _: None)
+    assert not {name for name, _ in alarms(tmp_path)} & {"blur", "oversharpening"}
+    assert all(0.7 < lines(tmp_path)[-1][f"health/{name}"] < 1.3 for name in DETAIL)
+
+
+@pytest.mark.slow
+def test_the_student_that_ships_and_the_teacher_from_other_seeds_are_sharp() -> None:
+    pipe = TDMPipeline.from_pretrained("bundled")
+    texts = [text for text in held_out_prompts(4)[0] for _ in range(2)]
+    variants = Plan(teacher_steps=20).variants(pipe.teacher_call, ["student"])
+    teacher = draw(pipe, variants[0], texts, range(8))
+    assert raised(draw(pipe, variants[0], texts, range(100, 108)), teacher) == []
+    for variant in variants:
+        if variant.student:
+            assert raised(draw(pipe, variant, texts, range(8)), teacher) == []
 
 
 def test_the_critics_idea_is_the_students_sample_at_first_and_changes_with_the_critic(tmp_path: Path) -> None:

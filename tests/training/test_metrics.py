@@ -21,8 +21,10 @@ from tdm.training.metrics import (
     features,
     frechet_distance,
     measured,
+    power_ratios,
     power_spectrum,
     sliced_wasserstein,
+    spectrum,
     spread,
 )
 from tdm.training.metrics.bootstrap import ratio
@@ -214,6 +216,26 @@ def test_a_blur_takes_from_the_fine_bands_alone() -> None:
     ratios = power_spectrum(blurred).mean(0) / power_spectrum(drawn).mean(0)
     assert ratios[0] < 0.3 < ratios[1] < ratios[2] < ratios[3]
     assert ratios[-1] > 0.9
+
+
+def test_ratios_of_power_are_named_by_their_octave_and_come_together_in_the_sharpness() -> None:
+    drawn = pictures(16, 1)[0]
+    blurred = F.avg_pool2d(drawn.float(), 3, 1, 1).byte()
+    ratios = power_ratios(blurred, drawn)
+    assert list(ratios) == ["sharpness", "power_2-4px", "power_4-8px", "power_8-16px"]
+    sharpness, *octaves_of_it = ratios.values()
+    assert math.prod(octaves_of_it) == pytest.approx(sharpness**3)
+    assert octaves_of_it == pytest.approx(
+        (power_spectrum(blurred).mean(0) / power_spectrum(drawn).mean(0))[:3].tolist()
+    )
+
+
+def test_a_spectrum_is_of_each_picture_however_many_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = pictures(5, 1)[0]
+    together = power_spectrum(drawn)
+    monkeypatch.setattr(spectrum, "CHUNK", 2 * 64 * 64)
+    torch.testing.assert_close(power_spectrum(drawn), together, rtol=1e-12, atol=0)
+    assert power_spectrum(drawn[..., :3, :]).shape == (5, 0)
 
 
 # ---------------------------------------------------------------------- agreement, accuracy

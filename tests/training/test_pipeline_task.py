@@ -247,4 +247,6 @@ def test_the_bundled_world_knows_how_far_a_students_pictures_are_from_the_teache
     exact, near, far = (measured(33, blur)["frechet"] for blur in (0.0, 0.1, 0.4))
     assert abs(exact) < 1e-6
     assert 0.01 < near < far / 4
-    assert "frechet" not in measured(32, 0.0)  # too few for a covariance
+    few = measured(32, 0.0)
+    assert "frechet" not in few  # too few for a covariance
+    assert few["sharpness"] == pytest.approx(1)

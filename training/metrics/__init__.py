@@ -11,7 +11,7 @@ from .colours import colour_ratios, colour_statistics
 from .distances import distance, distances_by_prompt, energy_distance, frechet_distance, sliced_wasserstein
 from .diversity import diversity, spread
 from .features import features
-from .spectrum import power_spectrum
+from .spectrum import power_ratios, power_spectrum
 
 __all__ = [
     "Value",
@@ -27,6 +27,7 @@ __all__ = [
     "features",
     "frechet_distance",
     "measured",
+    "power_ratios",
     "power_spectrum",
     "sliced_wasserstein",
     "spread",

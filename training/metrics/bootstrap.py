@@ -25,7 +25,7 @@ class Value(NamedTuple):
 
 
 def ratio(values: Tensor) -> Tensor:
-    """A `Statistic` of pairs ``[n, 2]``: the mean of the first over that of the second."""
+    """A `Statistic` of pairs ``[n, 2]`` or ``[n, 2, ...]``: the mean of the first over that of the second."""
     first, second = values.mean(0)
     return first / second
 

@@ -29,7 +29,7 @@ from ...pipelines.students.recipe import StudentRecipe
 from ...sheet import contact_sheet
 from ..best import Metric
 from ..config import MemoryConfig
-from ..metrics import colour_ratios, diversity
+from ..metrics import colour_ratios, diversity, power_ratios
 from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
 from ..preview import Preview, picture_ratios
@@ -314,8 +314,8 @@ class PipelineTask:
         return Metric("accuracy", higher_is_better=True) if self._wanted else None
 
     def evaluate(self, student: Sample, teacher: Teacher) -> dict[str, float]:
-        """Accuracy on held-out combinations, colours over the teacher's and, with more than `DIMENSIONS` prompts, the
-        Frechet distance to its pictures (`picture_frechet`); nothing without the bundled world.
+        """Accuracy on held-out combinations, and colours and sharpness over the teacher's. With more than `DIMENSIONS`
+        prompts, the Frechet distance to its pictures, too (`picture_frechet`). Nothing without the bundled world.
         """
         if not self._wanted:
             return {}
@@ -324,7 +324,8 @@ class PipelineTask:
         pictures = reference if student is teacher else self.pictures(student, prompts, 1)
         accuracy = {"accuracy": _accuracy(pictures, wanted), "teacher_accuracy": _accuracy(reference, wanted)}
         far = {"frechet": picture_frechet(pictures, reference)} if len(prompts) > DIMENSIONS else {}
-        return accuracy | far | colour_ratios(pictures, reference) | self._diversity(student, teacher)
+        looks = colour_ratios(pictures, reference) | {"sharpness": power_ratios(pictures, reference)["sharpness"]}
+        return accuracy | far | looks | self._diversity(student, teacher)
 
     def _diversity(self, student: Sample, teacher: Teacher) -> dict[str, float]:
         """The variety of pictures of one prompt over the teacher's; nothing if it is not asked for."""
