@@ -31,7 +31,7 @@ from .task import Task
 
 EXTRACTION_FILE = "extraction.json"
 PROMPTS, STEPS = 8, 8  # of the teacher's trajectories that layers' inputs are gathered on
-RIDGE = 1e-6  # of the mean squared input: directions that no prompt excites count a little, too
+RIDGE = 1e-3  # of the mean squared input: for directions that no prompt excites, and for sums in float32
 MOMENTS = 2 * 2**30  # bytes of second moments that are held at a time; more layers are further passes
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NAMED = 3  # layers in the summary
