@@ -28,11 +28,11 @@ def is_distilled(source: Path) -> bool:
     without a LoRA in it.
 
     Raises:
-        TDMError: a file that cannot be read.
+        TDMError: a file that cannot be read, or a whole model in a container that is not read here (.gguf, a pickle).
     """
     if source.is_dir():
         return not (source / STUDENT_FILE).is_file() and any((source / name).is_file() for name in (INDEX, _CONFIG))
-    return source.suffix == ".safetensors" and is_checkpoint(source)
+    return is_checkpoint(source)
 
 
 def distilled_weights(

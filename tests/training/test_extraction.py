@@ -326,6 +326,10 @@ def test_what_cannot_be_extracted_is_one_line(settings: Settings, bases: Callabl
     save_file({f"net.{name}": value for name, value in tiny.build("pixart").transformer.state_dict().items()},
               tmp_path / "names.safetensors")  # fmt: skip
     refused("diffusers reads no other single files", family="pixart", source="names.safetensors")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF rest")
+    refused("is a .gguf file, whose weights are quantised", source="model.gguf")
+    torch.save(dict(state), tmp_path / "model.ckpt")
+    refused("is a whole model in a pickle", source="model.ckpt")
     bare = {name: value.to(torch.bfloat16) for name, value in tiny.build("sd15").unet.state_dict().items()}
     save_file(bare, tmp_path / "base.safetensors")
     refused("base.safetensors is the base itself", source="base.safetensors")
