@@ -227,7 +227,11 @@ class Extraction:
         first: Role = next(iter(self.ranks))
         parts = sorted(self.parts, key=lambda part: -part.squared * part.left.get(first, 1.0))
         lines = [
-            {"tensor": p.name, "share_of_difference": p.squared / total, "left": p.left or 1.0}
+            {
+                "tensor": p.name,
+                "share_of_difference": p.squared / total,
+                "left": {role: p.left.get(role, 1.0) for role in self.ranks},
+            }
             | ({"left_of_outputs": p.outputs_left} if p.outputs_left else {})
             for p in parts
         ]
@@ -285,16 +289,15 @@ def extract(
             kernel = whole.shape[2:]
             layers[role][name] = Lora(A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *(1 for _ in kernel)))
         parts.append(part)
-    held = len(parts)
     for name in (name for name in base if name.removesuffix(".weight") not in widths):
         if (other := difference(base[name], distilled[name], f"{name} of {source}")) is not None:
             parts.append(Part(name, float(other.square().sum()), {}, {}))
     if not parts:
         raise TDMError(f"{source} is the base itself: no tensor differs, and there is nothing to extract")
-    if not held:
+    if idle := [role for role in of if not layers[role]]:
         raise TDMError(
-            f"{source} differs from the base in no layer that is trained, but in others such as {parts[0].name}; set "
-            f"{of[0]}.targets so that they are among them"
+            f"{source} differs from the base in no layer that the {idle[0]} trains, but in others such as "
+            f"{parts[0].name}; set {idle[0]}.targets so that they are among them"
         )
     extra = sorted(name for name in distilled if name not in base)
     return Extraction(source, config.extraction, {role: config.roles[role].rank for role in of}, layers, parts, extra)

@@ -185,7 +185,7 @@ def test_a_rank_too_small_leaves_what_is_reported(settings: Settings, tmp_path: 
             lost += tail
         assert facts["left"][role]["in_layers_with_an_adapter"] == pytest.approx(lost / total, rel=1e-5)
         assert facts["left"][role]["in_other_tensors"] == pytest.approx(8 * 0.3**2 / total, rel=1e-5)
-    assert parts["conv_in.bias"]["left"] == 1.0
+    assert parts["conv_in.bias"]["left"] == {"student": 1.0, "critic": 1.0}
     assert "1 tensors without an adapter, such as conv_in.bias" in facts["summary"]["student"]
     finished = read_run(run.out_dir)
     assert finished is not None
@@ -240,6 +240,17 @@ def test_the_difference_is_that_of_the_files_whatever_the_base_is_stored_in(
     pipe, updates = distilled("pixart", settings("pixart"))
     pipe.save_pretrained(tmp_path / "model")
     start = [f"start_from={tmp_path / 'model'}", "critic.start=teacher", f"memory.base={storage}"]
+    run = started([*settings("pixart"), *start], tmp_path / "run")
+    for layer, update in updates.items():
+        assert float((product(run, "student", layer) - update.flatten(1)).norm() / update.norm()) < 1e-5
+
+
+def test_a_base_and_a_checkpoint_of_pickles_are_read(settings: Settings, tmp_path: Path) -> None:
+    pipe, updates = distilled("pixart", settings("pixart"))
+    pipe.save_pretrained(tmp_path / "model", safe_serialization=False)
+    tiny.build("pixart").save_pretrained(tmp_path / "base", safe_serialization=False)
+    assert not list(tmp_path.rglob("transformer/*.safetensors"))
+    start = [f"start_from={tmp_path / 'model'}", "critic.start=teacher", f"task.model={tmp_path / 'base'}"]
     run = started([*settings("pixart"), *start], tmp_path / "run")
     for layer, update in updates.items():
         assert float((product(run, "student", layer) - update.flatten(1)).norm() / update.norm()) < 1e-5
@@ -307,7 +318,8 @@ def test_what_cannot_be_extracted_is_one_line(settings: Settings, bases: Callabl
     refused("has no transformer: it is not a model of the base's family", family="sd3")
     refused("is a UNet2DConditionModel, and the base's denoiser a SD3", family="sd3", source="model/unet")
     refused("model is another model than the base: .* is .* there, and .* in the base|lacks .* tensors", family="sdxl")
-    refused("differs from the base in no layer that is trained", "student.targets=[conv1]")
+    refused(r"in no layer that the student trains, .* set student.targets", "student.targets=[conv1]")
+    refused(r"in no layer that the critic trains, .* set critic", "critic.start=student", "critic.targets=[conv1]")
     refused("extraction", "extraction=qr")
 
     state = pipe.unet.state_dict()
