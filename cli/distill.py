@@ -30,6 +30,7 @@ then a smaller base (memory.base); `tdm estimate` says what a run will take befo
   tdm distill seed=1 updates=200 --out runs/short
   tdm distill sdxl 24gb task.prompts=prompts.txt student.lr=2e-4 --dry-run
   tdm distill unify --out runs/unified                 one student for 1, 2, 4 and 8 steps
+  tdm distill sdxl 24gb start_from=models/sdxl-turbo critic.start=student    from a model that is fast already
   tdm distill my.yaml 12gb
   tdm distill --resume --out runs/short
   torchrun --nproc-per-node 8 -m tdm.cli distill my.yaml

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TDMError, first_line
 
@@ -53,21 +53,82 @@ def variant_of(folder: str, component: str) -> str | None:
     Raises:
         TDMError: there are several variants, and none is fp16.
     """
-    names = [path.name for path in (Path(folder) / component).glob("*") if path.suffix in (".safetensors", ".bin")]
-    variants: set[str] = set()
-    for name in names:
-        stem, *more = name.removesuffix(".safetensors").removesuffix(".bin").split(".")
-        stem = stem.partition("-0")[0]  # of several files: model-00001-of-00002, model.fp16-00001-of-00002
-        if stem not in _STEMS:
-            continue
-        if not more:
-            return None
-        variants.add(more[0].partition("-0")[0])
-    if not variants:
+    variants = {variant for _, variant in _weights_in(Path(folder) / component)}
+    if not variants or None in variants:
         return None
     if "fp16" not in variants and len(variants) > 1:
-        raise TDMError(f"{folder}/{component} has its weights as {', '.join(sorted(variants))}; keep one of them")
+        names = ", ".join(sorted(filter(None, variants)))
+        raise TDMError(f"{folder}/{component} has its weights as {names}; keep one of them")
     return "fp16" if "fp16" in variants else variants.pop()
+
+
+def _weights_in(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """The files of weights in a component's folder, each with its variant."""
+    for path in sorted(folder.glob("*")):
+        if path.suffix not in (".safetensors", ".bin"):
+            continue
+        stem, *more = path.name.removesuffix(path.suffix).split(".")
+        # Of several files: model-00001-of-00002, model.fp16-00001-of-00002.
+        if stem.partition("-0")[0] in _STEMS:
+            yield path, more[0].partition("-0")[0] if more else None
+
+
+def weight_files(folder: str | Path, component: str = "") -> list[Path]:
+    """The files that a component's weights are read from: those of its `variant_of`, pickles only where there are no
+    .safetensors.
+
+    Args:
+        folder: of a pipeline on this machine, or of the component itself.
+        component: such as "unet"; "" for the folder of the component itself.
+
+    Raises:
+        TDMError: there are none, or several variants, and none is fp16.
+    """
+    variant = variant_of(str(folder), component)
+    paths = [path for path, kind in _weights_in(Path(folder) / component) if kind == variant]
+    if not paths:
+        raise TDMError(f"{Path(folder) / component} has no weights")
+    return [path for path in paths if path.suffix == ".safetensors"] or paths
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of files by name, each read when it is asked for, on the CPU in its own dtype.
+
+    Args:
+        files: .safetensors, or pickles, which are read with ``weights_only``.
+        prefix: of the names to have; they are given without it.
+
+    Raises:
+        TDMError: a file cannot be read, two have a tensor of one name, or the weights are quantised with scales.
+    """
+
+    def __init__(self, files: Iterable[Path], prefix: str = "") -> None:
+        self._prefix = prefix
+        self._files: dict[str, tuple[Path, Any]] = {}
+        for path in files:
+            with reading(str(path)):
+                if path.suffix == ".safetensors":
+                    content: Any = safe_open(path, "pt")
+                else:
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118 (a file, not a dict)
+            refuse_scales(str(path), names)
+            for name in (name.removeprefix(prefix) for name in names):
+                if name in self._files:
+                    raise TDMError(f"{path} and {self._files[name][0]} both have {name}; remove one of the files")
+                self._files[name] = path, content
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, content = self._files[name]
+        with reading(str(path)):
+            full = self._prefix + name
+            return content[full] if isinstance(content, dict) else content.get_tensor(full)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def load_network(network_class: Any, folder: str, component: str, dtype: torch.dtype) -> Any:

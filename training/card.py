@@ -24,6 +24,7 @@ from ..pipelines.families import Family, family_of_name
 from ..pipelines.scheduler import TDMScheduler
 from ..pipelines.students.recipe import StudentRecipe
 from .export import FinishedRun, Format, stage_notes
+from .extraction import EXTRACTION_FILE
 from .log import read_metrics
 from .measure import EXPLAINED
 from .objectives import method_of
@@ -257,6 +258,8 @@ def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:
         for i, text in enumerate(stage_notes(stages, run.step), 1):
             yield f"stage {i}", text
     yield "samples per update", str(c.batch_size)
+    if run.config.start_from is not None:
+        yield "started from", f"`{_without_paths(run.config.start_from)}`{_extraction(run)}"
     yield "prompts", run.recipe.notes["prompts"]
     if "weights" in run.recipe.notes:
         yield "weights", run.recipe.notes["weights"]
@@ -273,6 +276,12 @@ def _training_rows(run: FinishedRun) -> Iterable[tuple[str, str]]:
     yield "running mean", f"decay {c.ema.decay:g}"
     yield "precision", c.precision
     yield "seed", str(c.seed)
+
+
+def _extraction(run: FinishedRun) -> str:
+    """What the student's adapter left of a distilled checkpoint that the run started from, if it did."""
+    file = run.folder / EXTRACTION_FILE
+    return f": {json.loads(file.read_text(encoding='utf-8'))['summary']['student']}" if file.is_file() else ""
 
 
 def _settings(run: FinishedRun) -> str:

@@ -336,8 +336,15 @@ class DistillConfig:
     """Train whole copies of the network in float32 (two more of them, and their optimisers), not adapters."""
 
     start_from: str | None = None
-    """What student and critic begin with: checkpoint.pt of an earlier run, or a few-step LoRA as `TDMPipeline` loads it
-    (file, folder or hub repository; set critic.start). Rank and alpha are converted. None: the teacher."""
+    """What student and critic begin with: checkpoint.pt of an earlier run, a few-step LoRA as `TDMPipeline` loads it
+    (file, folder or hub repository), or a distilled checkpoint of the base's family (a pipeline's folder, its
+    denoiser's, or one .safetensors file), from which adapters are extracted. For the last two set critic.start. Rank
+    and alpha are converted. None: the teacher."""
+
+    extraction: Literal["activations", "svd"] = "activations"
+    """How an adapter is extracted from a distilled checkpoint (start_from). svd: nearest to the difference of the
+    weights. activations: nearest in the layers' outputs, for inputs that the teacher gives them as it draws 8 of the
+    run's prompts."""
 
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

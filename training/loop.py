@@ -14,10 +14,12 @@ import torch
 from torch.optim import Optimizer
 
 from ..errors import TDMError
+from ..files import writing
 from .batch import Batch, draw_batch
 from .checkpoint import read_for_resume, restore, save_checkpoint
 from .config import DistillConfig, Role, RoleConfig, TrajectoryConfig
 from .cost import micro_batches
+from .extraction import EXTRACTION_FILE
 from .log import Log
 from .objectives import objective_of
 from .optimizers import build_optimizer, learning_rate, set_learning_rate
@@ -75,7 +77,10 @@ def distill(
         _portions(stage.config, processes)
         _trajectories(task, stage)
     generator = torch.Generator().manual_seed(config.seed)
-    run = _begin(task, config, stages[0], out, generator)
+    roles = build_roles(task, stages[0].config, generator)
+    if not resume:  # a checkpoint has them
+        _start(roles, task, stages[0].config, out, processes, report)
+    run = _begin(task, config, stages[0], out, roles)
     payload = None
     if resume:
         payload = read_for_resume(checkpoint, config, task.identity(), report)
@@ -141,9 +146,22 @@ def _train(
     return False
 
 
-def _begin(task: Task, config: DistillConfig, stage: Stage, out: Path, generator: torch.Generator) -> Run:
+def _start(roles: Roles, task: Task, config: DistillConfig, out: Path, processes: Processes, report: Report) -> None:
+    """Give fresh roles the weights of ``config.start_from``, if it is set; the first process reads them."""
+    if processes.first:
+        with writing(out):
+            (out / EXTRACTION_FILE).unlink(missing_ok=True)
+    if config.start_from is None:
+        return
+    if processes.first and (extraction := start(roles, task, config, report)) is not None:
+        extraction.write(out / EXTRACTION_FILE)
+        for role in extraction.ranks:
+            report(f"start_from: {extraction.summary(role)}")
+    processes.from_first_([weight for role in ROLES for weight in roles.parameters(role)])
+
+
+def _begin(task: Task, config: DistillConfig, stage: Stage, out: Path, roles: Roles) -> Run:
     """The run before its first update."""
-    roles = build_roles(task, stage.config, generator)
     if config.memory.shard:
         shard(task.base, [weight for role in ROLES for weight in roles.parameters(role)])
     ema = Ema(roles, decay=stage.config.ema.decay, warmup=stage.config.ema.warmup)
@@ -298,7 +316,7 @@ def _targets(task: Task, config: RoleConfig) -> Sequence[str] | str:
 
 
 def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -> Roles:
-    """The task's base with fresh adapters (or copies), or those of ``config.start_from``.
+    """The task's base with fresh adapters (or copies): student and critic are the teacher.
 
     Every run has a student and a critic, also where the objective trains no critic: a checkpoint can then start any
     other run (``start_from``), and the random draws of a seed do not depend on the objective.
@@ -334,8 +352,6 @@ def build_roles(task: Task, config: DistillConfig, generator: torch.Generator) -
             **kind,
         )
     _tell_steps(roles, task, config.trajectory)
-    if config.start_from is not None:
-        start(roles, task, config)
     return roles
 
 

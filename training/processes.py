@@ -56,6 +56,19 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    @torch.no_grad()
+    def from_first_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by those of the first process.
+
+        Raises:
+            TDMError: another process has ended.
+        """
+        if self.size == 1:
+            return
+        with _fellows_live():
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor.data, 0)
+
     def any(self, here: bool, device: torch.device) -> bool:
         """Whether ``here`` is true in any process. With several of them this waits for the device.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .config import DistillConfig
 from .export import student_of, training_notes
 from .roles import STEPS, Ema, Roles
 from .stages import Stage, total_updates
-from .task import Task, Teacher
+from .task import Sample, Task, Teacher
 from .trajectory import Condition, Predict, Trajectory, sample, with_fresh_noise
 
 CRITIC_SEED = 1_000  # of the noise in Run.critic: not that of any task's previews
@@ -97,15 +97,7 @@ class Run:
         """Samples of the teacher with the stage's guidance on ``output.teacher_steps`` uniform steps."""
         w, shift = self.stage.config.objective.guidance_scale, self.stage.config.trajectory.shift
         grid = uniform_grid(self.config.output.teacher_steps, self.task.schedule, shift)
-
-        def draw(noise: Tensor, cond: Condition) -> Tensor:
-            null = self.task.null(cond)
-
-            def guided(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
-                return self.roles.guided_teacher(x, timesteps, cond, null, w)
-
-            return sample(guided, self.task.schedule, grid, noise, cond)
-
+        draw = guided_sampler(self.roles, self.task, w, grid)
         return Teacher(draw, {"guidance_scale": w, "timesteps": grid, "precision": self.roles.precision})
 
     @torch.no_grad()
@@ -135,6 +127,20 @@ class Run:
         now.
         """
         return every > 0 and (self.step % every == 0 or self.step == self.stage.end)
+
+
+def guided_sampler(roles: Roles, task: Task, guidance_scale: float, timesteps: Sequence[float]) -> Sample:
+    """Samples of the guided teacher on a grid of ``timesteps``."""
+
+    def draw(noise: Tensor, cond: Condition) -> Tensor:
+        null = task.null(cond)
+
+        def guided(x: Tensor, timesteps: Tensor, cond: Condition) -> tuple[Tensor, Tensor]:
+            return roles.guided_teacher(x, timesteps, cond, null, guidance_scale)
+
+        return sample(guided, task.schedule, timesteps, noise, cond)
+
+    return draw
 
 
 def _fresh(noise: Tensor, steps: int) -> Tensor:

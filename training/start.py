@@ -1,4 +1,6 @@
-"""What a run starts from (``start_from``): an earlier run's checkpoint, or a LoRA that `TDMPipeline` loads."""
+"""What a run starts from (``start_from``): an earlier run's checkpoint, a LoRA that `TDMPipeline` loads, or a distilled
+checkpoint of the base's family, from which a LoRA is extracted.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,14 @@ from torch import Tensor
 
 from ..errors import TDMError
 from ..pipelines.loras.average import reduce
-from ..pipelines.loras.pairs import Lora
+from ..pipelines.loras.pairs import Lora, state_dict_of
 from ..pipelines.students.locate import student_file
 from ..pipelines.students.unplaced import unplaced
 from .checkpoint import read_checkpoint
 from .config import DistillConfig, Role, RoleConfig
+from .distilled import distilled_weights, is_distilled
+from .extraction import Extraction, check_same_model, extract
+from .progress import Report, silent
 from .roles import ROLES, STEPS, Roles
 from .task import Task
 
@@ -31,13 +36,19 @@ def check_start(source: str) -> None:
     path = Path(source)
     if path.suffix in (".pt", ".safetensors", ".ckpt", ".bin") and not path.is_file():
         raise TDMError(f"start_from: no file {source}")
-    if not path.is_file():
+    if not path.is_file() and not (path.is_dir() and is_distilled(path)):
         _file_of(source)
 
 
-def start(roles: Roles, task: Task, config: DistillConfig) -> None:
+def start(roles: Roles, task: Task, config: DistillConfig, report: Report = silent) -> Extraction | None:
     """Give student and critic the weights that ``config.start_from`` names. They add the same to the base as before,
-    whatever rank and alpha are now.
+    whatever rank and alpha are now; of a distilled checkpoint as much of it as an adapter of the rank can.
+
+    Args:
+        report: takes the progress lines of an extraction.
+
+    Returns:
+        what an extraction held and left; None for anything else.
 
     Raises:
         TDMError: there is nothing to start from, it cannot be read, or does not fit the base, the targets or the rank.
@@ -47,10 +58,13 @@ def start(roles: Roles, task: Task, config: DistillConfig) -> None:
     try:
         if saved is not None:
             _from_checkpoint(roles, config, saved)
+        elif is_distilled(path := _place_of(config.start_from)):
+            return _from_distilled(roles, task, config, path, report)
         else:
-            _from_student(roles, task, config, config.start_from)
+            _from_student(roles, task, config, path)
     except TDMError as error:
         raise TDMError(f"start_from: {error}") from None
+    return None
 
 
 def _checkpoint(source: str) -> dict[str, Any] | None:
@@ -66,6 +80,12 @@ def _checkpoint(source: str) -> dict[str, Any] | None:
         except TDMError:
             raise error from None
         return None
+
+
+def _place_of(source: str) -> Path:
+    """The folder of a distilled checkpoint, or the file of that or of a student."""
+    path = Path(source)
+    return path if path.is_dir() and is_distilled(path) else student_file(source, {})
 
 
 def _file_of(source: str) -> Path:
@@ -89,19 +109,42 @@ def _from_checkpoint(roles: Roles, config: DistillConfig, saved: dict[str, Any])
         raise TDMError(f"{error}; critic.start=teacher begins a new critic") from None
 
 
-def _from_student(roles: Roles, task: Task, config: DistillConfig, source: str) -> None:
+def _from_student(roles: Roles, task: Task, config: DistillConfig, source: Path) -> None:
     """The LoRA of a student file, on the denoiser."""
     family = getattr(task, "family", None)
     if family is None or config.full_weights:
         raise TDMError(f"{source} is no checkpoint of a run; a student file is for adapters on a pipeline's network")
+    _require_critic_start(config, source)
+    layers = unplaced(source).place(family, {family.denoiser: task.base})[family.denoiser]
+    for role in ROLES if config.critic.start == "student" else ROLES[:1]:
+        load(roles, role, state_dict_of(layers), RoleConfig(alpha=None), config.roles[role])
+
+
+def _from_distilled(roles: Roles, task: Task, config: DistillConfig, source: Path, report: Report) -> Extraction | None:
+    """The weights of a distilled checkpoint: all of them for a run of whole weights, a LoRA of each role's rank
+    otherwise.
+    """
+    base_model = getattr(task, "base_model", None)
+    if base_model is None:
+        raise TDMError(f"{source} is a model of a pipeline, which this task does not distil")
+    _require_critic_start(config, source)
+    base = base_model.weights(base_model.family.denoiser)
+    distilled = distilled_weights(source, base_model, task.base, task.prediction_type)
+    of = ROLES if config.critic.start == "student" else ROLES[:1]
+    if config.full_weights:
+        check_same_model(base, distilled, source.name)
+        for role in of:
+            roles.load(role, {name: distilled.get(name, weight) for name, weight in roles.state(role).items()})
+        return None
+    extraction = extract(roles, task, config, of, (base, distilled), source.name, report)
+    for role, layers in extraction.layers.items():
+        load(roles, role, state_dict_of(layers), RoleConfig(alpha=None), config.roles[role])
+    return extraction
+
+
+def _require_critic_start(config: DistillConfig, source: Path) -> None:
     if config.critic.start == "checkpoint":
         raise TDMError(f"{source} has a student and no critic; set critic.start=student or critic.start=teacher")
-    layers = unplaced(_file_of(source)).place(family, {family.denoiser: task.base})[family.denoiser]
-    weights = {f"{name}.lora_{half}.weight": getattr(lora, half) for name, lora in layers.items() for half in "AB"}
-    as_it_is = RoleConfig(alpha=None)
-    load(roles, "student", weights, as_it_is, config.student)
-    if config.critic.start == "student":
-        load(roles, "critic", weights, as_it_is, config.critic)
 
 
 def load(roles: Roles, role: Role, weights: Mapping[str, Tensor], before: RoleConfig, now: RoleConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .pairs import Lora
 
@@ -20,6 +20,11 @@ def merge(network: nn.Module, layers: Mapping[str, Lora]) -> None:
     """
     for name, lora in layers.items():
         weight = network.get_parameter(f"{name}.weight")
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        A, B = (half.to(weight.device, wide).flatten(1) for half in lora)
-        weight.copy_(weight.to(wide) + (B @ A).reshape(weight.shape))
+        weight.copy_(merged(weight, lora))
+
+
+def merged(weight: Tensor, lora: Lora) -> Tensor:
+    """A layer's weight ``[out, in, ...]`` with ``B @ A`` of its LoRA, in float32 or better."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    A, B = (half.to(weight.device, wide).flatten(1) for half in lora)
+    return weight.to(wide) + (B @ A).reshape(weight.shape)

@@ -80,6 +80,17 @@ def test_two_processes_train_the_student_of_one(config, tmp_path, settings):
     assert torch.equal(one["generator"], two["generator"])
 
 
+def test_two_processes_start_from_what_the_first_of_them_reads(config, tmp_path):
+    alone(config, tmp_path / "first", "seed=1", "student.lr=1e-2", "critic.lr=1e-2")
+    start = f"start_from={tmp_path / 'first' / 'checkpoint.pt'}"
+    alone(config, tmp_path / "one", start)
+    returned, errors = torchrun(config, tmp_path / "two", start)
+    assert returned == 0, errors
+    one, two = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    assert furthest(one, two) < TOLERANCE
+    assert furthest(one, read_checkpoint(tmp_path / "first" / "checkpoint.pt")) > TOLERANCE
+
+
 @pytest.mark.parametrize("family", ["sd15", "sd3"])  # blocks within blocks, and a transformer
 def test_a_sharded_base_trains_the_same_student(family, bases, tmp_path):
     """Half of every weight in each process, with gradient checkpointing: what AdamW makes of the order of sums differs,

@@ -169,7 +169,7 @@ class Rehearsal:
         self.largest_block = _largest_block(self.task.base)
         self.offloads = can_offload(self.task.base)
         self.trajectory = Trajectory(config.trajectory, self.task.schedule)
-        self.config = replace(config, precision="fp32", start_from=None)  # autocast is put in here
+        self.config = replace(config, precision="fp32")  # autocast is put in here
         with task.device:
             self.roles = build_roles(self.task, self.config, torch.Generator())  # type: ignore[arg-type]
         self.trained = {role: sum(p.numel() for p in self.roles.parameters(role)) for role in ROLES}

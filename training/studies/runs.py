@@ -27,6 +27,7 @@ from ..progress import Report, print_line
 from ..roles import Ema
 from ..run import Run
 from ..stages import stages_of
+from ..start import start
 from ..tasks import build_task
 from ..trajectory import build_trajectories
 from .question import Question, is_of
@@ -327,6 +328,8 @@ def untrained(config: DistillConfig) -> Run:
     config = settled(task, config)
     stage = stages_of(config)[-1]
     roles = build_roles(task, stage.config, torch.Generator().manual_seed(config.seed))
+    if config.start_from is not None:
+        start(roles, task, stage.config)
     trajectories = build_trajectories(stage.config.trajectory, task.schedule)
     return Run(task, config, Path(), roles, trajectories, Ema(roles, decay=0.0), stage)
 

@@ -17,15 +17,24 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import PartialLoraError, TDMError
-from ...pipelines.base_weights import component_classes, components, left_out, load_network, reading, require_tokenizers
+from ...pipelines.base_weights import (
+    Weights,
+    component_classes,
+    components,
+    left_out,
+    load_network,
+    reading,
+    require_tokenizers,
+    weight_files,
+)
 from ...pipelines.bases import base_folder, family_of_base, network_without_weights, networks_without_weights
 from ...pipelines.families import Family
 from ...pipelines.loras.file import read_lora_file
-from ...pipelines.loras.merge import merge
-from ...pipelines.loras.pairs import Layers
+from ...pipelines.loras.merge import merge, merged
+from ...pipelines.loras.pairs import Layers, Lora
 from ...pipelines.loras.places import place
 from ...pipelines.students.locate import student_file
 from ..config import MemoryConfig
@@ -192,6 +201,16 @@ class BaseModel:
         pipe.set_progress_bar_config(disable=True)
         return pipe, dtype
 
+    def weights(self, component: str) -> Mapping[str, Tensor]:
+        """The weights of a component as its files have them, whatever the run stores the base in, LoRAs merged. Each
+        is read when it is asked for.
+
+        Raises:
+            TDMError: a file cannot be read, or a LoRA does not fit.
+        """
+        files = Weights(weight_files(self.folder, component))
+        return _WithLoras(files, [placed.get(component, {}) for placed in self._placed])
+
     def vae(self) -> Any:
         """The VAE in float32, which decodes large pictures in tiles and batches one by one, where it can."""
         vae = load_network(self._class("vae"), self.folder, "vae", torch.float32)
@@ -238,6 +257,26 @@ class BaseModel:
     def _merge_loras(self, component: str, network: nn.Module) -> None:
         for placed in self._placed:
             merge(network, placed.get(component, {}))
+
+
+class _WithLoras(Mapping[str, Tensor]):
+    """Weights by name, with LoRAs merged into each when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], loras: Sequence[Mapping[str, Lora]]) -> None:
+        self._weights, self._loras = weights, loras
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, layer = self._weights[name], name.removesuffix(".weight")
+        for placed in self._loras if layer != name else ():
+            if layer in placed:
+                weight = merged(weight, placed[layer])
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def _sha256(path: Path) -> str:
