@@ -152,7 +152,7 @@ def _rows(x: Tensor, layer: Any, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorDifference:
     """One tensor that differs.
 
     Attributes:
@@ -177,7 +177,7 @@ class Extraction:
         method: svd or activations.
         ranks: by role.
         layers: by role and layer, in float32.
-        parts: all tensors that differ.
+        differences: all tensors that differ.
         extra: names of tensors that the base does not have.
     """
 
@@ -185,23 +185,23 @@ class Extraction:
     method: str
     ranks: dict[Role, int]
     layers: dict[Role, dict[str, Lora]]
-    parts: list[Part]
+    differences: list[TensorDifference]
     extra: list[str]
 
     def left(self, role: Role) -> tuple[float, float]:
         """Two shares of the squared difference: what a role's adapter leaves of its own layers, and all that is in
         tensors without an adapter. Their sum is what the student lacks of the checkpoint.
         """
-        total = sum(part.squared for part in self.parts)
-        inside = sum(part.left[role] * part.squared for part in self.parts if role in part.left)
-        return inside / total, sum(part.squared for part in self.parts if role not in part.left) / total
+        total = sum(change.squared for change in self.differences)
+        inside = sum(change.left[role] * change.squared for change in self.differences if role in change.left)
+        return inside / total, sum(change.squared for change in self.differences if role not in change.left) / total
 
     def summary(self, role: Role) -> str:
         """One line about a role's adapter."""
         inside, outside = self.left(role)
-        held = sorted((p for p in self.parts if role in p.left), key=lambda p: -p.left[role] * p.squared)
-        without = sorted((p for p in self.parts if role not in p.left), key=lambda p: -p.squared)
-        worst = ", ".join(f"{part.name} ({_percent(part.left[role])} of its own)" for part in held[:_NAMED])
+        held = sorted((p for p in self.differences if role in p.left), key=lambda p: -p.left[role] * p.squared)
+        without = sorted((p for p in self.differences if role not in p.left), key=lambda p: -p.squared)
+        worst = ", ".join(f"{change.name} ({_percent(change.left[role])} of its own)" for change in held[:_NAMED])
         text = (
             f"of {self.source} a {role} of rank {self.ranks[role]} ({self.method}) leaves {_percent(inside + outside)} "
             f"of the squared difference from the base: {_percent(inside)} in the adapter's layers, most in {worst}"
@@ -219,7 +219,7 @@ class Extraction:
         Raises:
             TDMError: it cannot be written.
         """
-        total = sum(part.squared for part in self.parts)
+        total = sum(change.squared for change in self.differences)
         facts = {
             "source": self.source,
             "method": self.method,
@@ -228,7 +228,7 @@ class Extraction:
             "not_in_the_base": self.extra,
         }
         first: Role = next(iter(self.ranks))
-        parts = sorted(self.parts, key=lambda part: -part.squared * part.left.get(first, 1.0))
+        differences = sorted(self.differences, key=lambda change: -change.squared * change.left.get(first, 1.0))
         lines = [
             {
                 "tensor": p.name,
@@ -236,7 +236,7 @@ class Extraction:
                 "left": {role: p.left.get(role, 1.0) for role in self.ranks},
             }
             | ({"left_of_outputs": p.outputs_left} if p.outputs_left else {})
-            for p in parts
+            for p in differences
         ]
         head = json.dumps(facts, indent=1)[:-2]
         body = ",\n".join(f"  {json.dumps(line)}" for line in lines)
@@ -271,7 +271,7 @@ def extract(
     if lacking := [name for name in widths if f"{name}.weight" not in base]:
         raise TDMError(f"the files of the base have no {lacking[0]}.weight, whose adapter is to be extracted")
     layers: dict[Role, dict[str, Lora]] = {role: {} for role in of}
-    parts: list[Part] = []
+    differences: list[TensorDifference] = []
     progress = Progress("extracting adapters", len(widths), report)
     for name, moment in _with_moments(roles, task, config, widths):
         progress.add(1)
@@ -282,28 +282,30 @@ def extract(
         if widths[name] != D.shape[1]:
             raise TDMError(f"{name} is a convolution in groups, which is not extracted; leave it out of the targets")
         columns = directions(D, max(ranks[name].values()), C)
-        part = Part(name, squared(D), {}, {})
+        change = TensorDifference(name, squared(D), {}, {})
         for role, rank in ranks[name].items():
             A, B = (half.float() for half in lora_of(D, columns[:, :rank]))
             rest = D - B.to(D) @ A.to(D)
-            part.left[role] = squared(rest) / part.squared
+            change.left[role] = squared(rest) / change.squared
             if C is not None:
-                part.outputs_left[role] = squared(rest, C) / squared(D, C)
+                change.outputs_left[role] = squared(rest, C) / squared(D, C)
             kernel = whole.shape[2:]
             layers[role][name] = Lora(A.reshape(len(A), -1, *kernel), B.reshape(*B.shape, *(1 for _ in kernel)))
-        parts.append(part)
+        differences.append(change)
     for name in (name for name in base if name.removesuffix(".weight") not in widths):
         if (other := difference(base[name], distilled[name], f"{name} of {source}")) is not None:
-            parts.append(Part(name, float(other.square().sum()), {}, {}))
-    if not parts:
+            differences.append(TensorDifference(name, float(other.square().sum()), {}, {}))
+    if not differences:
         raise TDMError(f"{source} is the base itself: no tensor differs, and there is nothing to extract")
     if idle := [role for role in of if not layers[role]]:
         raise TDMError(
             f"{source} differs from the base in no layer that the {idle[0]} trains, but in others such as "
-            f"{parts[0].name}; set {idle[0]}.targets so that they are among them"
+            f"{differences[0].name}; set {idle[0]}.targets so that they are among them"
         )
     extra = sorted(name for name in distilled if name not in base)
-    return Extraction(source, config.extraction, {role: config.roles[role].rank for role in of}, layers, parts, extra)
+    return Extraction(
+        source, config.extraction, {role: config.roles[role].rank for role in of}, layers, differences, extra
+    )
 
 
 def check_same_model(base: Mapping[str, Tensor], distilled: Mapping[str, Tensor], source: str) -> None:

@@ -172,7 +172,7 @@ def test_a_rank_too_small_leaves_what_is_reported(settings: Settings, tmp_path: 
     start = [f"start_from={tmp_path / 'model'}", "critic.start=student", "extraction=svd", "critic.rank=3"]
     run = started([*settings("sd15"), *start, "student.rank=2"], tmp_path / "run")
     facts = facts_of(run)
-    parts = {part["tensor"]: part for part in facts["tensors"]}
+    by_name = {entry["tensor"]: entry for entry in facts["tensors"]}
     total = sum(float(update.square().sum()) for update in updates.values()) + 8 * 0.3**2
     for role, rank in (("student", 2), ("critic", 3)):
         lost = 0.0
@@ -181,11 +181,11 @@ def test_a_rank_too_small_leaves_what_is_reported(settings: Settings, tmp_path: 
             best = u[:, :rank] * s[:rank] @ v[:rank]
             assert float((product(run, role, layer) - best).norm() / best.norm()) < 1e-5
             tail = float(s[rank:].square().sum())
-            assert parts[layer]["left"][role] == pytest.approx(tail / float(s.square().sum()), rel=1e-5, abs=1e-9)
+            assert by_name[layer]["left"][role] == pytest.approx(tail / float(s.square().sum()), rel=1e-5, abs=1e-9)
             lost += tail
         assert facts["left"][role]["in_layers_with_an_adapter"] == pytest.approx(lost / total, rel=1e-5)
         assert facts["left"][role]["in_other_tensors"] == pytest.approx(8 * 0.3**2 / total, rel=1e-5)
-    assert parts["conv_in.bias"]["left"] == {"student": 1.0, "critic": 1.0}
+    assert by_name["conv_in.bias"]["left"] == {"student": 1.0, "critic": 1.0}
     assert "1 tensors without an adapter, such as conv_in.bias" in facts["summary"]["student"]
     finished = read_run(run.out_dir)
     assert finished is not None
