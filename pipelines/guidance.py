@@ -54,7 +54,8 @@ def guidance_of_teacher(recipe: StudentRecipe, call: inspect.BoundArguments) -> 
     Returns:
         What the call does not name itself.
     """
-    arguments, known, taught = call.arguments, call.signature.parameters, {}
+    arguments, known = call.arguments, call.signature.parameters
+    taught: dict[str, Any] = {}
     text = recipe.teacher_negative_prompt
     named = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
     if text is not None and "negative_prompt" in known and not named:

@@ -32,7 +32,7 @@ from ..loop import build_roles
 from ..objectives import objective_of
 from ..objectives.passes import teacher_passes
 from ..processes import Processes
-from ..roles import ROLES, Role, Roles
+from ..roles import ROLES, GuidedOutput, Role, Roles
 from ..tasks.base_storage import can_offload
 from ..tasks.pipeline import PipelineTaskConfig, sizes_of
 from ..trajectory import Trajectory
@@ -117,7 +117,7 @@ class TaskWithoutWeights:
         self.family, self.pipe = pipeline_without_weights(config.model)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
         self.targets, self.time_embedder = self.family.lora_targets, self.family.time_embedder
-        self.guided_output = None  # a normalisation makes no pass
+        self.guided_output: GuidedOutput | None = None  # a normalisation makes no pass
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
         self.schedule, self.prediction_type = scheduler.schedule, scheduler.config.prediction_type
         self.size = max(sizes_of(config, self.family, self.pipe), key=lambda size: size.height * size.width)

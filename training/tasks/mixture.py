@@ -22,6 +22,7 @@ from ...pipelines.schedule import NoiseSchedule, predict_output
 from ..best import Metric
 from ..metrics import energy_distance
 from ..preview import Preview
+from ..roles import GuidedOutput
 from ..task import Sample, Teacher
 from ..trajectory import Condition, Trajectory
 
@@ -140,7 +141,7 @@ class MixtureTask:
 
     base: nn.Module
     targets: Sequence[str] | str = ("inner", "hidden1", "hidden2", "outer")
-    guided_output = None
+    guided_output: GuidedOutput | None = None
     time_embedder = "inner"  # which also sees x: the vector of a step count is added to both
     device: torch.device = torch.device("cpu")
     measure = Metric("energy", higher_is_better=False)

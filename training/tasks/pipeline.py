@@ -34,6 +34,7 @@ from ..metrics.distances import DIMENSIONS, picture_frechet
 from ..pictures import cached_pictures
 from ..preview import Preview, picture_ratios
 from ..progress import Progress, Report, print_line
+from ..roles import GuidedOutput
 from ..task import Sample, Teacher
 from ..trajectory import Trajectory
 from ..worlds.stickers.scene import Scene
@@ -154,9 +155,9 @@ class PipelineTask:
         self.prediction_type: PredictionType = scheduler.config.prediction_type
         flow = self.schedule.kind == "flow"
         self.guidance_norm = norm_of_family(self.family, config.guidance_norm, flow=flow)
-        self.guided_output = self.guidance_norm and functools.partial(
-            self.guidance_norm, token_norms=self.family.token_norms
-        )
+        self.guided_output: GuidedOutput | None = None
+        if self.guidance_norm is not None:
+            self.guided_output = functools.partial(self.guidance_norm, token_norms=self.family.token_norms)
         self.sizes = sizes_of(config, self.family, self.pipe)
         self.size = self.sizes[0]
         self.latent_shape = self.family.latent_shape(self.pipe, self.size)
