@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
@@ -20,6 +19,7 @@ from ..errors import BaseNotFoundError, TDMError, first_line
 from .bundled import BUNDLED, BUNDLED_TEACHER, bundled_path
 from .families import Family, TeacherCall, family_of_pipeline
 from .loras.encoders import adaptable_encoders
+from .outlines import network_without_weights, published_configs
 
 BUNDLED_TEACHER_CALL = TeacherCall(steps=50, guidance_scale=3.0)  # how its student was distilled and is measured
 
@@ -125,18 +125,23 @@ def pipeline_without_weights(base: str, **hub: Any) -> tuple[Family, Any]:
     return family, pipeline(**components)
 
 
-def network_without_weights(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
-    """A component of a base on the meta device, from its config: class `name` of `library` ("diffusers" or
-    "transformers").
+def outline(base: str) -> tuple[Family, Any, str]:
+    """(family, pipeline without weights, whose configs were read) of a base, for its sizes and shapes.
+
+    A folder, and a hub repository whose configs are in the hub's cache, is read itself. For a published base that is
+    not there, its configs that are shipped here are read, and no hub is asked.
+
+    Raises:
+        TDMError: as `pipeline_without_weights`.
     """
-    network_class = getattr(importlib.import_module(library), name)
-    if library == "diffusers":
-        config = network_class.load_config(folder, subfolder=component, **hub)
-        with torch.device("meta"):
-            return network_class.from_config(config)
-    config = network_class.config_class.from_pretrained(folder, subfolder=component, **hub)
-    with torch.device("meta"):
-        return network_class(config)
+    shipped = published_configs(base)
+    try:
+        family, pipeline = pipeline_without_weights(base, **({} if shipped is None else {"local_files_only": True}))
+    except TDMError:
+        if shipped is None:
+            raise
+        return *pipeline_without_weights(str(shipped)), f"published configs of {base}, shipped with tdm"
+    return family, pipeline, f"configs of {base}"
 
 
 def _read_index(base: str, hub: dict[str, Any]) -> tuple[str, Family, Any]:
