@@ -2,10 +2,11 @@
 
 python -m tdm.tests.training.full_size sd15 sdxl --out runs/full-size     (make proof-cpu)
 
-For each base: its shipped configs, bf16 random weights, real tokenizer classes with a vocabulary of bytes. Then two
-updates with adapters of rank 16 and one sample at a time, each in a fresh process; the student is exported, loaded with
-`TDMPipeline` and draws. Printed are the peak resident memory and the estimate, the passes that ran and those that
-`training/cost.py` counts, and the seconds of an update by part. SDXL needs 12 GB of main memory and 7 GB of disk.
+For each base: its published configs, random weights in bf16, tokenizers of the real classes with a vocabulary of bytes.
+It is distilled for two updates with adapters of rank 16, one sample each, in a process of its own. The student is
+exported, loaded with `TDMPipeline`, and draws. Printed are the peak resident memory and the estimate's, the passes that
+ran and those that `training/cost.py` counts, and the seconds of the processor by part of an update. SDXL needs 9 GB of
+main memory and 7 GB of disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -21,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +77,7 @@ def write_random_base(family: str, folder: Path) -> None:
 
 
 class Watch:
-    """Seconds and samples of each part of an update, from outside: the roles' predictions, backward passes and
+    """Seconds of the processor and samples of each part of an update: the roles' predictions, backward passes and
     optimisers of one run. A prediction without a gradient is the student's roll-out or the critic's score.
     """
 
@@ -83,9 +86,9 @@ class Watch:
         self.samples: Counter[str] = Counter()
 
     def _timed(self, part: str, call: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         out = call()
-        self.seconds[part] += time.perf_counter() - start
+        self.seconds[part] += time.process_time() - start
         return out
 
     @contextmanager
@@ -136,19 +139,25 @@ def run(family: str, folder: Path, more: list[str]) -> dict[str, Any]:
     from tdm.training.tasks import build_task
 
     config = load_config(family, settings(folder / "base", folder, *more))
-    watch, ends = Watch(), []
+    watch = Watch()
     task = build_task(config.task, config.memory, "cpu")
     loaded = _peak()
     with watch.watching():
-        start = time.perf_counter()
-        distill(task, config, folder / "run", on_update=lambda _: ends.append(time.perf_counter()))
+        ends = [_clocks()]
+        distill(task, config, folder / "run", on_update=lambda _: ends.append(_clocks()))
     return {
         "loaded": loaded,
         "peak": _peak(),
-        "seconds": [end - begin for begin, end in zip([start, *ends], ends, strict=False)],
+        "seconds": [now[0] - before[0] for before, now in pairwise(ends)],
+        "wall": [now[1] - before[1] for before, now in pairwise(ends)],
         "parts": {part: seconds / UPDATES for part, seconds in watch.seconds.items()},
         "passes": {part: samples / (UPDATES * config.batch_size) for part, samples in watch.samples.items()},
     }
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds of the processor that this process has used, and seconds of the wall."""
+    return time.process_time(), time.perf_counter()
 
 
 def _peak() -> int:
@@ -181,6 +190,7 @@ def measure(family: str, folder: Path, more: list[str]) -> str:
     if not (folder / "base").exists():
         _alone("base", family, folder)
     shutil.rmtree(folder / "run", ignore_errors=True)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
     took = _alone("run", family, folder, more)
     assert tdm(["export", str(folder / "run")]) == 0
     drawn = _alone("draw", family, folder)
@@ -188,25 +198,33 @@ def measure(family: str, folder: Path, more: list[str]) -> str:
     config = load_config(family, settings(folder / "base", folder, *more))
     estimate, counted = Estimator("cpu")(config), passes(config)
     memory = ", ".join(f"{part} {size / GIB:.2f}" for part, size in estimate.memory.items())
+    counted_parts = {
+        "roll-out": counted.prefix, "student": counted.student, "critic": counted.critic,
+        "teacher": counted.teacher, "score": counted.score,
+    }  # fmt: skip
     parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in sorted(took["parts"].items(), key=lambda p: -p[1]))
-    ran = {part: took["passes"].get(part, 0.0) for part in ("roll-out", "student", "critic", "teacher", "score")}
+    passes_ran = ", ".join(f"{part} {took['passes'].get(part, 0):g} ({n:g})" for part, n in counted_parts.items())
+    seconds, wall = (", ".join(f"{value:.0f}" for value in took[clock]) for clock in ("seconds", "wall"))
     return "\n".join(
         [
-            f"{family}, {SIZE} x {SIZE}, {estimate.parameters:,} weights, {' '.join(more)}",
-            f"  memory    {took['peak'] / GIB:.2f} GiB at the peak ({took['loaded'] / GIB:.2f} before the first update); "
-            f"estimate {estimate.total / GIB:.2f} ({memory}): {estimate.total / took['peak'] - 1:+.1%}",
-            f"  passes    {ran}; counted {counted}",
-            f"  seconds   {took['seconds']} an update; of their mean {parts}",
-            f"  FLOPs     {estimate.flops_per_update / 1e12:.2f} T an update",
-            f"  student   {drawn}",
+            f"{family}, {SIZE} x {SIZE}, {estimate.parameters:,} weights {' '.join(more)}",
+            f"  memory   {took['peak'] / GIB:.2f} GiB at the peak, {estimate.total / GIB:.2f} estimated "
+            f"({estimate.total / took['peak'] - 1:+.1%}): {memory}",
+            f"  passes   of a sample in an update, and their mean by cost.py: {passes_ran}",
+            f"  seconds  of the processor in each update {seconds} (of the wall {wall}); in the mean {parts}",
+            f"  FLOPs    {estimate.flops_per_update / 1e12:.1f} T an update",
+            f"  student  {drawn}",
         ]
     )
 
 
 def _alone(part: str, family: str, folder: Path, more: Sequence[str] = ()) -> Any:
-    """What one part of the work returns, done by a process of its own."""
+    """What one part of the work returns, done by a process of its own that gives freed memory back."""
     command = [sys.executable, "-m", "tdm.tests.training.full_size", family, "--out", str(folder.parent)]
-    done = subprocess.run([*command, "--part", part, "--set", *more], stdout=subprocess.PIPE, text=True, check=True)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(
+        [*command, "--part", part, "--set", *more], stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -219,16 +237,15 @@ def main() -> None:
     parser.add_argument("--part", choices=("base", "run", "draw"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     for family in args.families:
-        folder = args.out / family
-        if args.part is None:
-            print(measure(family, folder, args.set), flush=True)
-            continue
-        parts = {
-            "base": lambda: write_random_base(family, folder / "base"),
-            "run": lambda: run(family, folder, args.set),
-            "draw": lambda: draw(folder),
-        }
-        print(json.dumps(parts[args.part]()))
+        print(_part(args.part, family, args.out / family, args.set), flush=True)
+
+
+def _part(part: str | None, family: str, folder: Path, more: list[str]) -> str:
+    if part is None:
+        return measure(family, folder, more)
+    if part == "base":
+        return json.dumps(write_random_base(family, folder / "base"))
+    return json.dumps(run(family, folder, more) if part == "run" else draw(folder))
 
 
 if __name__ == "__main__":

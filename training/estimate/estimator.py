@@ -22,7 +22,7 @@ from ..objectives.passes import Passes
 from ..presets import MEMORY
 from ..settings import load_config
 from ..stages import stages_of
-from ..tasks.base_storage import compute_dtype
+from ..tasks.base_storage import compute_dtype, storage_on
 from .rehearsal import Course, Rehearsal, TaskWithoutWeights
 
 GIB = 2**30
@@ -60,7 +60,7 @@ GPUS = {
     )
 }
 
-# Bytes of a weight of a linear layer, where they are fewer than it is computed in. nf4 has a scale for every 64 weights,
+# Bytes of a linear layer's weight, where they are fewer than it is computed in. nf4 has a scale for every 64 weights,
 # in 8 bits itself.
 _SMALL: dict[Storage, float] = {"fp8": 1, "int8": 1, "llm_int8": 1, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of an optimiser's state for a weight
@@ -68,10 +68,11 @@ _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of an optimiser
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimate of one configuration on ``processes`` devices of a kind, "cuda" or "cpu". Of several stages it is that of the one that takes
+    """The estimate of one configuration on ``processes`` devices. Of several stages it is that of the one that takes
     most memory. `run_flops` and `stages` are of the whole run.
 
     Attributes:
+        device: "cuda" or "cpu".
         shapes: whose configs the base's sizes are from.
         batch_size: samples of an update, over all processes.
         run_flops: FLOPs of the whole run, on all devices together.
@@ -156,6 +157,8 @@ class Estimator:
 
     def _stage(self, config: DistillConfig, processes: int) -> Estimate:
         """The estimate of one stage's settings."""
+        if self.device == "cpu":
+            storage_on(config.memory, torch.device("cpu"))  # which refuses what is for a GPU
         micro, count = micro_batch_size(config, processes), micro_batches(config, processes)
         key, rehearsal = self._rehearsal(config)
         course = self._course(key, rehearsal, micro, count)
