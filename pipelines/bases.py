@@ -125,18 +125,21 @@ def pipeline_without_weights(base: str, **hub: Any) -> tuple[Family, Any]:
     return family, pipeline(**components)
 
 
-def outline(base: str) -> tuple[Family, Any, str]:
+def outline(base: str, **hub: Any) -> tuple[Family, Any, str]:
     """(family, pipeline without weights, whose configs were read) of a base, for its sizes and shapes.
 
     A folder, and a hub repository whose configs are in the hub's cache, is read itself. For a published base that is
-    not there, its configs that are shipped here are read, and no hub is asked.
+    not there, its configs that are shipped here are read. No hub is asked for them.
+
+    Args:
+        base, hub: as in `networks_without_weights`.
 
     Raises:
         TDMError: as `pipeline_without_weights`.
     """
     shipped = published_configs(base)
     try:
-        family, pipeline = pipeline_without_weights(base, **({} if shipped is None else {"local_files_only": True}))
+        family, pipeline = pipeline_without_weights(base, **hub | ({"local_files_only": True} if shipped else {}))
     except TDMError:
         if shipped is None:
             raise

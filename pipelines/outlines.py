@@ -23,7 +23,7 @@ def published_configs(base: str | os.PathLike[str]) -> Path | None:
     a folder of that name is on this machine.
     """
     folder = CONFIGS / base
-    return folder if (folder / "model_index.json").is_file() and not Path(base).exists() else None
+    return folder if folder in published_bases().values() and not Path(base).exists() else None
 
 
 @functools.cache
