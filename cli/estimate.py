@@ -107,6 +107,7 @@ def table(estimate: Estimate, gpus: list[Gpu] | None = None) -> str:
         "memory, GiB" + (" on each device" if estimate.processes > 1 else ""),
         *(f"  {part:10} {size / GIB:7.2f}  {details[part]}" for part, size in estimate.memory.items()),
         f"  {'total':10} {estimate.total / GIB:7.2f}  and up to {estimate.prompt / 1e6:.2f} MB of main memory a prompt",
+        f"  {'encoding':10} {estimate.encoding / GIB:7.2f}  before that, while prompts are encoded: the text encoders",
         *_stages(estimate),
     ]
     if estimate.device == "cpu":
@@ -154,8 +155,13 @@ def _flops(count: float) -> str:
 
 
 def _advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
-    from ..training.estimate.estimator import presets_that_fit, what_to_lower
+    from ..training.estimate.estimator import GIB, USABLE, presets_that_fit, what_to_lower
 
+    if estimate.encoding > USABLE * gpu.memory * GIB:
+        return (
+            f"does not fit {gpu.name}: the text encoders take {estimate.encoders / GIB:.2f} GiB while prompts are "
+            "encoded; encode on a larger GPU and bring its task.cache"
+        )
     lower = what_to_lower(estimator, estimate.config, gpu, estimate.processes)
     fitting = presets_that_fit(estimator, estimate.config, gpu, estimate.processes)
     advice = f"it would with {' '.join(lower)}" if lower else "nothing that can be lowered is enough"

@@ -98,8 +98,8 @@ def networks_without_weights(base: str, **hub: Any) -> tuple[Family, dict[str, n
 
 
 def pipeline_without_weights(base: str, **hub: Any) -> tuple[Family, Any]:
-    """(family, pipeline) of a base: denoiser and VAE on the meta device, the true scheduler and tokenizers, no text
-    encoders. It answers every question about sizes and shapes, and cannot draw.
+    """(family, pipeline) of a base: networks on the meta device, the true scheduler and tokenizers. It answers every
+    question about sizes and shapes, and cannot draw.
 
     Args:
         base, hub: as in `networks_without_weights`.
@@ -167,7 +167,7 @@ def _component_without_weights(
 ) -> Any:
     if library is None or class_name is None:
         return None
-    if name in (family.denoiser, "vae"):
+    if name in (family.denoiser, "vae") or name.startswith("text_encoder"):
         return network_without_weights(library, class_name, folder, name, hub)
     if name == "scheduler" or name.startswith("tokenizer"):
         if Path(folder).is_dir() and not (Path(folder) / name).is_dir():  # transformers makes an empty tokenizer then

@@ -166,13 +166,17 @@ def _peak() -> int:
 
 
 def draw(folder: Path) -> dict[str, Any]:
-    """One picture of the exported student."""
+    """One picture of the exported student, as `TDMPipeline` draws it."""
     from tdm import TDMPipeline
+    from tdm.pipelines.students.file import read_student
 
-    pipe = TDMPipeline.from_pretrained(folder / "base", student=folder / "run" / STUDENT_FILE, dtype=torch.bfloat16)
-    start = time.perf_counter()
+    file = folder / "run" / STUDENT_FILE
+    pipe = TDMPipeline.from_pretrained(folder / "base", student=file, dtype=torch.bfloat16)
+    start, calls = time.process_time(), []
+    pipe.denoiser.register_forward_hook(lambda *_: calls.append(1))
     image = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0)).images[0]
-    return {"size": image.size, "seconds": time.perf_counter() - start, "layers": len(pipe.student.layers)}
+    layers = sum(map(len, read_student(file).layers.values()))
+    return {"layers": layers, "calls": len(calls), "size": image.size, "seconds": time.process_time() - start}
 
 
 # ---------------------------------------------------------------------- all of it
@@ -192,6 +196,7 @@ def measure(family: str, folder: Path, more: list[str]) -> str:
     shutil.rmtree(folder / "run", ignore_errors=True)
     shutil.rmtree(folder / "cache", ignore_errors=True)
     took = _alone("run", family, folder, more)
+    (folder / "run.json").write_text(json.dumps(took), encoding="utf-8")
     assert tdm(["export", str(folder / "run")]) == 0
     drawn = _alone("draw", family, folder)
 
@@ -213,7 +218,8 @@ def measure(family: str, folder: Path, more: list[str]) -> str:
             f"  passes   of a sample in an update, and their mean by cost.py: {passes_ran}",
             f"  seconds  of the processor in each update {seconds} (of the wall {wall}); in the mean {parts}",
             f"  FLOPs    {estimate.flops_per_update / 1e12:.1f} T an update",
-            f"  student  {drawn}",
+            f"  student  {drawn['layers']} layers; drew {drawn['size']} in {drawn['calls']} calls, "
+            f"{drawn['seconds']:.0f} s of the processor",
         ]
     )
 

@@ -23,6 +23,7 @@ from ..presets import MEMORY
 from ..settings import load_config
 from ..stages import stages_of
 from ..tasks.base_storage import compute_dtype, storage_on
+from ..tasks.prompt_cache import encoder_dtype
 from .rehearsal import Course, Rehearsal, TaskWithoutWeights
 
 GIB = 2**30
@@ -80,7 +81,8 @@ class Estimate:
         parameters: of the frozen base.
         trained: by role.
         flops: of one sample's pass, by name; see ``Course``.
-        memory: bytes on each device by part, at the peak.
+        memory: bytes on each device by part, at the peak of an update.
+        encoders: bytes of the text encoders on a device, which are there before, while prompts are encoded.
         prompt: bytes of one prompt's condition, which waits in main memory.
     """
 
@@ -93,6 +95,7 @@ class Estimate:
     trained: dict[str, int]
     flops: Mapping[str, float]
     memory: dict[str, float]
+    encoders: float
     prompt: int
     batch_size: int
     run_flops: float
@@ -100,8 +103,13 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Bytes on each device at the peak."""
+        """Bytes on each device at the peak of an update."""
         return sum(self.memory.values())
+
+    @property
+    def encoding(self) -> float:
+        """Bytes on a device while prompts are encoded: a text encoder's activations are small next to it."""
+        return self.encoders + self.memory["context"]
 
     @property
     def flops_per_update(self) -> float:
@@ -122,7 +130,7 @@ class Estimate:
 
     def fits(self, gpu: Gpu) -> bool:
         """Whether each device has room, by the assumed ``USABLE`` share."""
-        return self.total <= USABLE * gpu.memory * GIB
+        return max(self.total, self.encoding) <= USABLE * gpu.memory * GIB
 
 
 def _flops_per_sample(p: Passes, flops: Mapping[str, float]) -> float:
@@ -181,6 +189,7 @@ class Estimator:
             trained={str(role): n for role, n in rehearsal.trained.items()},
             flops=course.flops,
             memory=memory,
+            encoders=rehearsal.task.encoder_weights * encoder_dtype(torch.device(self.device)).itemsize,
             prompt=sum(value.nbytes for value in rehearsal.task.conditions(1).values()),
             batch_size=config.batch_size,
             run_flops=config.batch_size

@@ -111,6 +111,10 @@ def _attention(
 class TaskWithoutWeights:
     """``Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
 
+    Attributes:
+        shapes: whose configs the sizes are from.
+        encoder_weights: of all text encoders.
+
     Raises:
         TDMError: another task than a pipeline, or what ``PipelineTask`` would refuse about base and size.
     """
@@ -122,6 +126,8 @@ class TaskWithoutWeights:
         self.dtype = dtype
         self.family, self.pipe, self.shapes = outline(config.model)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part]
+        self.encoder_weights = sum(map(_numel, encoders))
         self.targets, self.time_embedder = self.family.lora_targets, self.family.time_embedder
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
         self.schedule, self.prediction_type = scheduler.schedule, scheduler.config.prediction_type
