@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(table(estimate, [gpu] if gpu else None))
     if gpu is not None and not estimate.fits(gpu):
-        print(_advice(estimator, estimate, gpu))
+        print(advice(estimator, estimate, gpu))
     if gpu is not None and args.batch:
         print(_batch(estimator, estimate, gpu))
 
@@ -154,7 +154,8 @@ def _flops(count: float) -> str:
     return f"{count / 1e6:.3g} MFLOP"
 
 
-def _advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
+def advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
+    """A line that says why a configuration does not fit a GPU, and what to do."""
     from ..training.estimate.estimator import GIB, USABLE, presets_that_fit, what_to_lower
 
     if estimate.encoding > USABLE * gpu.memory * GIB:
@@ -164,8 +165,8 @@ def _advice(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:
         )
     lower = what_to_lower(estimator, estimate.config, gpu, estimate.processes)
     fitting = presets_that_fit(estimator, estimate.config, gpu, estimate.processes)
-    advice = f"it would with {' '.join(lower)}" if lower else "nothing that can be lowered is enough"
-    return f"does not fit {gpu.name}; {advice}; presets that fit: {', '.join(fitting) or 'none'}"
+    smaller = f"it would with {' '.join(lower)}" if lower else "nothing that can be lowered is enough"
+    return f"does not fit {gpu.name}; {smaller}; presets that fit: {', '.join(fitting) or 'none'}"
 
 
 def _batch(estimator: Estimator, estimate: Estimate, gpu: Gpu) -> str:

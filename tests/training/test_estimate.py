@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tdm.bench.memory import LiveMemory
-from tdm.cli.estimate import table
+from tdm.cli.estimate import advice, table
 from tdm.errors import TDMError
 from tdm.pipelines.bases import pipeline_without_weights
 from tdm.pipelines.families import Size
@@ -242,6 +242,18 @@ def test_an_estimate_for_a_cpu_is_of_what_a_cpu_computes(
     with LiveMemory() as memory:
         update(roles, config, draw, optimizers, Processes())
     assert estimate.memory["update"] == pytest.approx(memory.peak, rel=0.03)
+
+
+def test_text_encoders_must_fit_too() -> None:
+    """PixArt's T5 is larger than all that an update takes."""
+    estimator = Estimator()
+    estimate = estimator(read_settings(["pixart", "12gb", "task.height=512", "task.width=512"]))
+    assert estimate.encoders == 2 * 4_762_310_656
+    assert estimate.total < 0.4 * estimate.encoding
+    small = Gpu("small", 0.99 * estimate.encoding / GIB / USABLE, 1)
+    assert not estimate.fits(small)
+    assert "does not fit small: the text encoders take 8.87 GiB" in advice(estimator, estimate, small)
+    assert estimate.fits(Gpu("card", 1.01 * estimate.encoding / GIB / USABLE, 1))
 
 
 def test_a_cpu_refuses_what_is_for_a_gpu(bases: Bases) -> None:
