@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
@@ -21,6 +20,7 @@ from .base_weights import component_classes, left_out
 from .bundled import BUNDLED, BUNDLED_TEACHER, bundled_path
 from .families import Family, TeacherCall, family_of_pipeline
 from .loras.encoders import adaptable_encoders
+from .outlines import network_without_weights, published_configs
 
 BUNDLED_TEACHER_CALL = TeacherCall(steps=50, guidance_scale=3.0)  # how its student was distilled and is measured
 
@@ -103,8 +103,8 @@ def networks_without_weights(base: str, **hub: Any) -> tuple[Family, dict[str, n
 
 
 def pipeline_without_weights(base: str, **hub: Any) -> tuple[Family, Any]:
-    """(family, pipeline) of a base: denoiser and VAE on the meta device, the true scheduler and tokenizers, no text
-    encoders. It answers every question about sizes and shapes, and cannot draw.
+    """(family, pipeline) of a base: networks on the meta device, the true scheduler and tokenizers. It answers every
+    question about sizes and shapes, and cannot draw.
 
     Args:
         base, hub: as in `networks_without_weights`.
@@ -129,18 +129,26 @@ def pipeline_without_weights(base: str, **hub: Any) -> tuple[Family, Any]:
     return family, pipeline(**components)
 
 
-def network_without_weights(library: str, name: str, folder: str, component: str, hub: dict[str, Any]) -> nn.Module:
-    """A component of a base on the meta device, from its config: class `name` of `library` ("diffusers" or
-    "transformers").
+def outline(base: str, **hub: Any) -> tuple[Family, Any, str]:
+    """(family, pipeline without weights, whose configs were read) of a base, for its sizes and shapes.
+
+    A folder, and a hub repository whose configs are in the hub's cache, is read itself. For a published base that is
+    not there, its configs that are shipped here are read. No hub is asked for them.
+
+    Args:
+        base, hub: as in `networks_without_weights`.
+
+    Raises:
+        TDMError: as `pipeline_without_weights`.
     """
-    network_class = getattr(importlib.import_module(library), name)
-    if library == "diffusers":
-        config = network_class.load_config(folder, subfolder=component, **hub)
-        with torch.device("meta"):
-            return network_class.from_config(config)
-    config = network_class.config_class.from_pretrained(folder, subfolder=component, **hub)
-    with torch.device("meta"):
-        return network_class(config)
+    shipped = published_configs(base)
+    try:
+        family, pipeline = pipeline_without_weights(base, **hub | ({"local_files_only": True} if shipped else {}))
+    except TDMError:
+        if shipped is None:
+            raise
+        return *pipeline_without_weights(str(shipped)), f"published configs of {base}, shipped with tdm"
+    return family, pipeline, f"configs of {base}"
 
 
 def _read_index(base: str, hub: dict[str, Any]) -> tuple[str, Family, Any]:
@@ -161,7 +169,7 @@ def _reading_config(component: str, base: str) -> Iterator[None]:
 def _component_without_weights(
     family: Family, name: str, library: str, class_name: str, folder: str, hub: dict[str, Any]
 ) -> Any:
-    if name in (family.denoiser, "vae"):
+    if name in (family.denoiser, "vae") or name.startswith("text_encoder"):
         return network_without_weights(library, class_name, folder, name, hub)
     if name == "scheduler" or name.startswith("tokenizer"):
         if Path(folder).is_dir() and not (Path(folder) / name).is_dir():  # transformers makes an empty tokenizer then

@@ -236,6 +236,25 @@ def test_estimate_says_what_fits_and_what_to_lower(capsys: pytest.CaptureFixture
     assert "needs a --gpu" in refused(["estimate", "--batch"], capsys)
 
 
+def test_estimate_of_a_base_that_is_not_here_says_whose_shapes_it_took(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "pixart", "12gb"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nshapes       published configs of PixArt-alpha/PixArt-XL-2-1024-MS, shipped with tdm\n" in printed
+    assert "encoding      9.47" in printed
+    assert main(["estimate", "bundled"]) == 0
+    assert "\nshapes       configs of bundled\n" in capsys.readouterr().out
+    assert "cannot read the base 'nobody/nothing'" in refused(["estimate", "sdxl", "task.model=nobody/nothing"], capsys)
+
+
+def test_estimate_for_a_cpu_is_of_main_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "bundled", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "fp32" in printed
+    assert "Python and its libraries" in printed
+    assert "rtx" not in printed
+    assert "--gpu and --gpus are for GPUs" in refused(["estimate", "--device", "cpu", "--gpu", "h100"], capsys)
+
+
 def test_distil_then_generate_with_the_new_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     short = ["updates=2", "batch_size=4", "output.preview_every=0", "output.evaluate_every=0", "critic.head_start=0"]

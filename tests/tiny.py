@@ -73,12 +73,17 @@ def _bytes_vocab(endings: tuple[str, ...], special: tuple[str, ...]) -> dict[str
     return {piece: i for i, piece in enumerate([*pieces, *special])}
 
 
-def _clip(projection: int | None = None) -> tuple[Any, Any]:
+def clip_tokenizer(longest: int) -> transformers.CLIPTokenizer:
+    """A CLIP tokenizer that spells every prompt in bytes, and reads this many tokens of it."""
     # CLIP finds the end of a prompt by its id: the specials must come last.
     vocab = _bytes_vocab(("", "</w>"), ("<|startoftext|>", "<|endoftext|>"))
-    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=32)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=longest)
+
+
+def _clip(projection: int | None = None) -> tuple[Any, Any]:
+    tokenizer = clip_tokenizer(32)
     config = transformers.CLIPTextConfig(
-        vocab_size=len(vocab),
+        vocab_size=len(tokenizer),
         hidden_size=8,
         intermediate_size=16,
         num_hidden_layers=2,

@@ -69,7 +69,7 @@ def distill(
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise TDMError(f"{out} already holds a run; resume it, or choose another folder")
-    config = settled(task, config)
+    config = settled(config, task.device.type)
     if processes.first and config.precision == "bf16" and best_precision(task.device.type) == "fp32":
         report(f"note: this {task.device.type} has no bf16 units: precision=bf16 is no faster than fp32 here")
     stages = stages_of(config)
@@ -289,11 +289,10 @@ def _portions(config: DistillConfig, processes: Processes) -> int:
     return processes.size * micro_batches(config, processes.size)
 
 
-def settled(task: Task, config: DistillConfig) -> DistillConfig:
-    """The configuration with the precision that ``auto`` means here, so that a checkpoint says which it was."""
+def settled(config: DistillConfig, device: str) -> DistillConfig:
+    """The configuration with the precision that ``auto`` means on a device, so that a checkpoint says which it was."""
     if config.precision != "auto":
         return config
-    device = task.device.type
     fp32 = device == "cpu" and config.memory.gradient_checkpointing
     return replace(config, precision="fp32" if fp32 else best_precision(device))
 

@@ -49,11 +49,12 @@ def read_settings(settings: Sequence[str], report: Report = print_line) -> Disti
 def _preset_of(model: str, report: Report) -> str:
     """The name of the preset for a base, that of its family."""
     from ..pipelines.bases import BUNDLED, base_folder, family_of_base  # diffusers, which no other setting needs
+    from ..pipelines.outlines import published_configs
 
     model = os.path.expanduser(model.strip("'\""))
     if model == BUNDLED:
         return BUNDLED
-    family = family_of_base(base_folder(model)).name
+    family = family_of_base(str(published_configs(model) or base_folder(model))).name
     report(f"{model} is a base of {family}: the preset {family} is taken, with the settings given in its place")
     return family
 

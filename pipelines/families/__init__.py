@@ -14,7 +14,16 @@ from ...errors import TDMError
 if TYPE_CHECKING:
     from .base import Condition, Family, Size, TeacherCall
 
-__all__ = ["Condition", "Family", "Size", "TeacherCall", "check_family_name", "family_of_name", "family_of_pipeline"]
+__all__ = [
+    "FAMILY_NAMES",
+    "Condition",
+    "Family",
+    "Size",
+    "TeacherCall",
+    "check_family_name",
+    "family_of_name",
+    "family_of_pipeline",
+]
 
 # Stock pipeline -> class, whose name in lower case is the family's and its module's. Modules are imported when they are
 # asked for: they need torch, and what a student file says of itself is read without.
@@ -32,6 +41,7 @@ _CLASSES = {
     "QwenImagePipeline": "QwenImage",
     "Krea2Pipeline": "Krea2",
 }
+FAMILY_NAMES = tuple(dict.fromkeys(name.lower() for name in _CLASSES.values()))
 _PIPELINES = {name.lower(): pipeline for pipeline, name in reversed(_CLASSES.items())}
 
 

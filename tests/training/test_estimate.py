@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,20 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 from tdm.bench.memory import LiveMemory
+from tdm.cli.estimate import advice, table
 from tdm.errors import TDMError
 from tdm.pipelines.bases import pipeline_without_weights
 from tdm.pipelines.families import Size
+from tdm.pipelines.outlines import published_bases
 from tdm.tests import tiny
-from tdm.tests.training.outlines import outline_folder
-from tdm.training.batch import draw_batch
+from tdm.tests.training.base_tasks import task_of
+from tdm.training.batch import Batch, draw_batch
 from tdm.training.config import DistillConfig
 from tdm.training.estimate.estimator import CONTEXT, GIB, USABLE, Estimator, Gpu, largest_micro_batch, what_to_lower
-from tdm.training.estimate.rehearsal import AsOnGpu, Rehearsal, TaskWithoutWeights
+from tdm.training.estimate.rehearsal import AsOn, Rehearsal, TaskWithoutWeights
+from tdm.training.loop import build_roles
 from tdm.training.objectives import objective_of
+from tdm.training.presets import MEMORY
 from tdm.training.processes import Processes
 from tdm.training.roles import ROLES
-from tdm.training.settings import load_config
+from tdm.training.settings import load_config, read_settings
 from tdm.training.stages import stages_of
+from tdm.training.trajectory import Trajectory
 from tdm.training.update import update
 from torch import nn
 from torch.optim import SGD
@@ -147,37 +153,28 @@ def test_what_to_lower_is_just_enough(bases: Bases) -> None:
     assert estimator(replace(config, micro_batch_size=micro)).fits(gpu)
     assert not estimator(replace(config, micro_batch_size=2 * micro)).fits(gpu)
     assert largest_micro_batch(estimator, config, gpu) == micro
-    assert what_to_lower(estimator, config, Gpu("none", 0.9 * CONTEXT / GIB, 1)) is None
-
-
-@pytest.mark.parametrize(("family", "billions"), [("sdxl", 2.567), ("sd3", 2.03), ("pixart", 0.611), ("flux", 11.90)])
-def test_full_size_bases_have_their_published_number_of_weights(family: str, billions: float, tmp_path: Path) -> None:
-    kind, pipe = pipeline_without_weights(str(outline_folder(family, tmp_path)))
-    denoiser = getattr(pipe, kind.denoiser)
-    assert sum(p.numel() for p in denoiser.parameters()) / 1e9 == pytest.approx(billions, abs=0.06)
-    assert all(p.device.type == "meta" for p in denoiser.parameters())
-    assert kind.latent_shape(pipe, kind.default_size(pipe))[-2:] == (128, 128)
+    assert what_to_lower(estimator, config, Gpu("none", 0.9 * CONTEXT["cuda"] / GIB, 1)) is None
 
 
 def test_a_tokenizer_that_the_base_names_and_lacks_is_said(tmp_path: Path) -> None:
     """transformers would make an empty tokenizer, whose prompts have no maximum length."""
-    index = outline_folder("sdxl", tmp_path) / "model_index.json"
+    index = Path(shutil.copytree(published_bases()["sdxl"], tmp_path / "base")) / "model_index.json"
     named = {"tokenizer": ["transformers", "CLIPTokenizer"]}
     index.write_text(json.dumps({**json.loads(index.read_text()), **named}))
     with pytest.raises(TDMError, match=r"the config of tokenizer of the base .* \(there is no folder tokenizer\)"):
-        pipeline_without_weights(str(tmp_path))
+        pipeline_without_weights(str(tmp_path / "base"))
 
 
 def test_on_a_gpu_products_are_half_and_norms_single() -> None:
     x, w = torch.empty(2, 8, device="meta"), torch.empty(4, 8, device="meta")
     q = torch.empty(1, 2, 64, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    with AsOnGpu(bf16=True), LiveMemory("meta") as memory:
+    with AsOn("cuda", bf16=True), LiveMemory("meta") as memory:
         assert nn.functional.linear(x, w).dtype == torch.bfloat16
         assert nn.functional.layer_norm(x.bfloat16(), (8,)).dtype == torch.float32
         out = nn.functional.scaled_dot_product_attention(q, q, q)
         assert memory.live < 2 * 64 * 64 * 2  # no matrix of scores is kept
         out.sum().backward()
-    with AsOnGpu(bf16=False):
+    with AsOn("cuda", bf16=False):
         assert nn.functional.linear(x, w).dtype == torch.float32
 
 
@@ -220,3 +217,58 @@ def test_an_estimate_of_stages_adds_up(bases: Bases) -> None:
     assert each[0].run_flops == 3 * each[0].flops_per_update
     assert 5 * each[1].flops_per_update < each[1].run_flops < 7 * each[1].flops_per_update  # two of the critic alone
     assert estimate.total == max(one.total for one in each)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("storage", ["auto", "bf16"])
+def test_an_estimate_for_a_cpu_is_of_what_a_cpu_computes(
+    storage: str, precision: str, bases: Bases, tmp_path: Path
+) -> None:
+    """The real update on the CPU, under its own autocast, holds what the rehearsal says."""
+    config = settings("pixart", bases("pixart"), f"memory.base={storage}", f"precision={precision}", "batch_size=4")
+    estimate = Estimator("cpu")(config)
+    assert estimate.memory["base"] == (4 if storage == "auto" else 2) * estimate.parameters
+    assert estimate.memory["context"] == CONTEXT["cpu"]
+    (tmp_path / "prompts.txt").write_text(tiny.PROMPT)
+    task = task_of("pixart", bases("pixart"), f"{tmp_path}/prompts.txt", config.memory, cache=str(tmp_path))
+    roles, trajectory = build_roles(task, config, torch.Generator()), Trajectory(config.trajectory, task.schedule)
+    optimizers = {role: SGD(roles.parameters(role), lr=0.1) for role in ROLES}
+
+    def draw(student: bool) -> list[Batch]:
+        cond, null = (task.family.blank(task.pipe, 4, task.size) for _ in range(2))
+        shape = (4, *task.latent_shape)
+        return [draw_batch(trajectory, cond, null, shape, torch.Generator(), student=student)]
+
+    with LiveMemory() as memory:
+        update(roles, config, draw, optimizers, Processes())
+    assert estimate.memory["update"] == pytest.approx(memory.peak, rel=0.03)
+
+
+def test_text_encoders_must_fit_too() -> None:
+    """PixArt's T5 is larger than all that an update takes."""
+    estimator = Estimator()
+    estimate = estimator(read_settings(["pixart", "12gb", "task.height=512", "task.width=512"]))
+    assert estimate.encoders == 2 * 4_762_310_656
+    assert estimate.total < 0.4 * estimate.encoding
+    small = Gpu("small", 0.99 * estimate.encoding / GIB / USABLE, 1)
+    assert not estimate.fits(small)
+    assert "does not fit small: the text encoders take 8.87 GiB" in advice(estimator, estimate, small)
+    assert estimate.fits(Gpu("card", 1.01 * estimate.encoding / GIB / USABLE, 1))
+
+
+def test_a_cpu_refuses_what_is_for_a_gpu(bases: Bases) -> None:
+    with pytest.raises(TDMError, match="offload is for a GPU"):
+        Estimator("cpu")(settings("pixart", bases("pixart"), "memory.offload=true"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_preset_is_estimated_offline_in_every_memory_class(family: str) -> None:
+    estimator, totals = Estimator(), {}
+    for memory in (None, *MEMORY):
+        settings = read_settings([family, *([memory] if memory else [])])
+        estimate = estimator(settings, 8 if memory in ("node", "nodes") else 1)
+        printed = table(estimate)
+        assert f"shapes       published configs of {settings.task['model']}, shipped with tdm" in printed
+        totals[memory] = estimate.total
+    assert totals["12gb"] <= totals["16gb"] <= totals["24gb"] < totals[None]

@@ -10,20 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from ..config import DistillConfig, MemoryConfig, Storage
 from ..cost import head_start_passes, micro_batch_size, micro_batches, passes
+from ..loop import settled
 from ..objectives import objective_of
 from ..objectives.passes import Passes
 from ..presets import MEMORY
 from ..settings import load_config
 from ..stages import stages_of
+from ..tasks.base_storage import compute_dtype, storage_on
+from ..tasks.prompt_cache import encoder_dtype
 from .rehearsal import Course, Rehearsal, TaskWithoutWeights
 
 GIB = 2**30
-CONTEXT = 0.6 * GIB  # CUDA's context and the workspaces of its libraries: assumed
+CONTEXT = {  # what is there besides tensors
+    "cuda": 0.6 * GIB,  # CUDA's context and the workspaces of its libraries: assumed
+    "cpu": 0.6 * GIB,  # Python, torch, diffusers and the workspaces of oneDNN: measured, docs/measurements.md
+}
 USABLE = 0.95  # of a GPU's memory, the rest is lost between blocks: assumed
 UTILISATION = (0.25, 0.5)  # of a GPU's peak, that training such networks reaches: assumed
 
@@ -54,17 +61,9 @@ GPUS = {
     )
 }
 
-# Bytes of a weight: of linear layers, and of all else. nf4 has a scale for every 64 weights, in 8 bits itself.
-_BYTES: dict[Storage, tuple[float, float]] = {
-    "auto": (2, 2),
-    "fp32": (4, 4),
-    "bf16": (2, 2),
-    "fp16": (2, 2),
-    "fp8": (1, 2),
-    "int8": (1, 2),
-    "llm_int8": (1, 2),
-    "nf4": (0.5 + 1 / 64 + 4 / 64 / 256, 2),
-}
+# Bytes of a linear layer's weight, where they are fewer than it is computed in. nf4 has a scale for every 64 weights,
+# in 8 bits itself.
+_SMALL: dict[Storage, float] = {"fp8": 1, "int8": 1, "llm_int8": 1, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}
 _MOMENTS = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256}  # bytes of an optimiser's state for a weight
 
 
@@ -74,23 +73,29 @@ class Estimate:
     most memory. `run_flops` and `stages` are of the whole run.
 
     Attributes:
+        device: "cuda" or "cpu".
+        shapes: whose configs the base's sizes are from.
         batch_size: samples of an update, over all processes.
         run_flops: FLOPs of the whole run, on all devices together.
         stages: each stage's name, updates and estimate; none for a run without stages.
         parameters: of the frozen base.
         trained: by role.
         flops: of one sample's pass, by name; see ``Course``.
-        memory: bytes on each device by part, at the peak.
+        memory: bytes on each device by part, at the peak of an update.
+        encoders: bytes of the text encoders on a device, which are there before, while prompts are encoded.
         prompt: bytes of one prompt's condition, which waits in main memory.
     """
 
     config: DistillConfig
     processes: int
+    device: str
+    shapes: str
     passes: Passes
     parameters: int
     trained: dict[str, int]
     flops: Mapping[str, float]
     memory: dict[str, float]
+    encoders: float
     prompt: int
     batch_size: int
     run_flops: float
@@ -98,8 +103,13 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Bytes on each device at the peak."""
+        """Bytes on each device at the peak of an update."""
         return sum(self.memory.values())
+
+    @property
+    def encoding(self) -> float:
+        """Bytes on a device while prompts are encoded: a text encoder's activations are small next to it."""
+        return self.encoders + self.memory["context"]
 
     @property
     def flops_per_update(self) -> float:
@@ -120,7 +130,7 @@ class Estimate:
 
     def fits(self, gpu: Gpu) -> bool:
         """Whether each device has room, by the assumed ``USABLE`` share."""
-        return self.total <= USABLE * gpu.memory * GIB
+        return max(self.total, self.encoding) <= USABLE * gpu.memory * GIB
 
 
 def _flops_per_sample(p: Passes, flops: Mapping[str, float]) -> float:
@@ -130,9 +140,14 @@ def _flops_per_sample(p: Passes, flops: Mapping[str, float]) -> float:
 
 
 class Estimator:
-    """Estimates configurations, and rehearses only what has not been rehearsed yet."""
+    """Estimates configurations, and rehearses only what has not been rehearsed yet.
 
-    def __init__(self) -> None:
+    Args:
+        device: "cuda" for GPUs, or "cpu" for this machine.
+    """
+
+    def __init__(self, device: Literal["cuda", "cpu"] = "cuda") -> None:
+        self.device = device
         self._rehearsals: dict[str, Rehearsal] = {}
         self._courses: dict[tuple[str, int, int], Course] = {}
 
@@ -150,6 +165,8 @@ class Estimator:
 
     def _stage(self, config: DistillConfig, processes: int) -> Estimate:
         """The estimate of one stage's settings."""
+        if self.device == "cpu":
+            storage_on(config.memory, torch.device("cpu"))  # which refuses what is for a GPU
         micro, count = micro_batch_size(config, processes), micro_batches(config, processes)
         key, rehearsal = self._rehearsal(config)
         course = self._course(key, rehearsal, micro, count)
@@ -160,16 +177,19 @@ class Estimator:
             "adapters": 4.0 * (trained + rehearsal.trained["student"]),
             "optimisers": _MOMENTS[config.memory.optimizer] * stepped,  # AdamW makes its moments at the first step
             "update": course.peak + _unpacked(rehearsal, config.memory),
-            "context": CONTEXT,
+            "context": CONTEXT[self.device],
         }
         return Estimate(
             config=config,
             processes=processes,
+            device=self.device,
+            shapes=rehearsal.task.shapes,
             passes=(p := passes(config, processes)),
             parameters=sum(shape.numel() for _, shape in rehearsal.shapes),
             trained={str(role): n for role, n in rehearsal.trained.items()},
             flops=course.flops,
             memory=memory,
+            encoders=rehearsal.task.encoder_weights * encoder_dtype(torch.device(self.device)).itemsize,
             prompt=sum(value.nbytes for value in rehearsal.task.conditions(1).values()),
             batch_size=config.batch_size,
             run_flops=config.batch_size
@@ -184,13 +204,14 @@ class Estimator:
         return self._rehearsal(config)[1].offloads
 
     def _rehearsal(self, config: DistillConfig) -> tuple[str, Rehearsal]:
-        dtype = torch.float32 if config.memory.base == "fp32" else torch.bfloat16
+        dtype = compute_dtype(config.memory.base, torch.device(self.device))
+        precision = config.precision if self.device == "cuda" else settled(config, self.device).precision
         memory = MemoryConfig(gradient_checkpointing=config.memory.gradient_checkpointing)
         same = replace(config, batch_size=1, micro_batch_size=None, memory=memory)
         key = f"{dtype} {same}"
         if key not in self._rehearsals:
             task = TaskWithoutWeights(config.task, dtype)
-            self._rehearsals[key] = Rehearsal(same, task, bf16=config.precision != "fp32")
+            self._rehearsals[key] = Rehearsal(same, task, precision != "fp32", self.device)
         return key, self._rehearsals[key]
 
     def _course(self, key: str, rehearsal: Rehearsal, samples: int, count: int) -> Course:
@@ -211,7 +232,8 @@ class Estimator:
 
 def _base_bytes(rehearsal: Rehearsal, memory: MemoryConfig, processes: int) -> float:
     """The frozen base on one device. A base in main memory (offload) or spread over processes comes block by block."""
-    linear, other = _BYTES[memory.base]
+    other = rehearsal.task.dtype.itemsize
+    linear = _SMALL.get(memory.base, other)
     whole = sum(shape.numel() * (linear if kind == "linear" else other) for kind, shape in rehearsal.shapes)
     if memory.offload:
         return _in_passing(rehearsal, memory, whole)
@@ -226,11 +248,11 @@ def _in_passing(rehearsal: Rehearsal, memory: MemoryConfig, whole: float) -> flo
 
 
 def _unpacked(rehearsal: Rehearsal, memory: MemoryConfig) -> float:
-    """Weights of a smaller base in the 16 bits that they are multiplied in."""
-    sizes = [2.0 * shape.numel() for kind, shape in rehearsal.shapes if kind == "linear"]
+    """Weights of a smaller base in the dtype that they are multiplied in."""
+    sizes = [rehearsal.task.dtype.itemsize * shape.numel() for kind, shape in rehearsal.shapes if kind == "linear"]
     if memory.base == "fp8":
         return _in_passing(rehearsal, memory, sum(sizes))
-    return max(sizes, default=0.0) if memory.base in ("int8", "llm_int8", "nf4") else 0.0
+    return max(sizes, default=0) if memory.base in ("int8", "llm_int8", "nf4") else 0.0
 
 
 def lighter(config: DistillConfig, processes: int = 1, *, offload: bool = True) -> Iterator[tuple[str, DistillConfig]]:
@@ -248,7 +270,7 @@ def lighter(config: DistillConfig, processes: int = 1, *, offload: bool = True) 
         ("memory.optimizer=adamw8bit", {"optimizer": "adamw8bit"}),
     ]
     for base in smaller:
-        if _BYTES[base] < _BYTES[config.memory.base]:
+        if _SMALL[base] < _SMALL.get(config.memory.base, 2):
             changes.append((f"memory.base={base}", {"base": base}))
     if offload:
         changes.append(("memory.offload=true", {"offload": True}))

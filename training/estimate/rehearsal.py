@@ -1,7 +1,7 @@
 """An update on tensors without data: the training code itself on the meta device, to see what it will cost.
 
 Nothing is loaded and nothing is computed, but every operator runs, with its shapes and dtypes, and so the FLOPs and the
-memory that tensors hold are those of the real run. Two things of a GPU have no counterpart there and are put in: its
+memory that tensors hold are those of the real run. Two things of a device have no counterpart there and are put in: its
 autocast, and its attention, which never holds the matrix of scores.
 """
 
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from ...bench.memory import LiveMemory
 from ...errors import TDMError
-from ...pipelines.bases import pipeline_without_weights
+from ...pipelines.bases import outline
 from ...pipelines.families import Condition
 from ...pipelines.scheduler import TDMScheduler
 from ..batch import Batch, draw_batch
@@ -43,7 +43,7 @@ _ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu  # keeps what eve
 register_flop_formula(_ATTENTION, get_raw=True)(sdpa_flop)  # torch counts only those of GPUs
 register_flop_formula(_ATEN._scaled_dot_product_flash_attention_for_cpu_backward, get_raw=True)(sdpa_backward_flop)
 
-# What CUDA's autocast runs in bfloat16 and in float32 (at::autocast), as far as networks here call it.
+# What autocast runs in bfloat16, and on CUDA in float32 (at::autocast), as far as networks here call it.
 _HALF: set[Any] = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, torch.einsum, torch.matmul, torch.bmm, torch.mm,
     torch.baddbmm, torch.addmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm, F.scaled_dot_product_attention,
@@ -55,12 +55,18 @@ _SINGLE: set[Any] = {
 }  # fmt: skip
 
 
-class AsOnGpu(TorchFunctionMode):
-    """Inside, tensors on the meta device are computed as on a GPU: attention fused, and autocast if ``bf16``."""
+class AsOn(TorchFunctionMode):
+    """Inside, tensors on the meta device are computed as on a device: attention fused, and autocast if ``bf16``.
 
-    def __init__(self, bf16: bool) -> None:
+    Args:
+        device: "cuda", or "cpu", where attention is in float32 under autocast (see `Bf16OnCpu`).
+    """
+
+    def __init__(self, device: str, *, bf16: bool) -> None:
         super().__init__()
         self.bf16 = bf16
+        self.half = _HALF if device == "cuda" else _HALF - {F.scaled_dot_product_attention}
+        self.single = _SINGLE if device == "cuda" else {F.scaled_dot_product_attention}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,8 +76,8 @@ class AsOnGpu(TorchFunctionMode):
                 return _engine_run_backward(
                     (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
-        if self.bf16 and (func in _HALF or func in _SINGLE):
-            wanted = torch.bfloat16 if func in _HALF else torch.float32
+        if self.bf16 and (func in self.half or func in self.single):
+            wanted = torch.bfloat16 if func in self.half else torch.float32
 
             def cast(value: Any) -> Any:
                 if isinstance(value, list | tuple):
@@ -105,6 +111,10 @@ def _attention(
 class TaskWithoutWeights:
     """``Task`` of a pipeline without weights, for a rehearsal: conditions are blank, and nothing can be drawn.
 
+    Attributes:
+        shapes: whose configs the sizes are from.
+        encoder_weights: of all text encoders.
+
     Raises:
         TDMError: another task than a pipeline, or what ``PipelineTask`` would refuse about base and size.
     """
@@ -114,8 +124,10 @@ class TaskWithoutWeights:
             raise TDMError(f"only task.name=pipeline can be estimated, not {section.get('name')!r}")
         config = from_dict(PipelineTaskConfig, section, "task.")
         self.dtype = dtype
-        self.family, self.pipe = pipeline_without_weights(config.model)
+        self.family, self.pipe, self.shapes = outline(config.model)
         self.base: nn.Module = getattr(self.pipe, self.family.denoiser).to(dtype)
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part]
+        self.encoder_weights = sum(map(_numel, encoders))
         self.targets, self.time_embedder = self.family.lora_targets, self.family.time_embedder
         self.guided_output: GuidedOutput | None = None  # a normalisation makes no pass
         scheduler = TDMScheduler.from_config(self.pipe.scheduler.config)
@@ -155,6 +167,7 @@ class Rehearsal:
         config: of the run.
         task: with or without weights; on the meta device nothing is computed.
         bf16: under autocast.
+        device: whose arithmetic it is, "cuda" or "cpu".
 
     Attributes:
         shapes: of the frozen base's weights, see `shapes_of`.
@@ -163,8 +176,8 @@ class Rehearsal:
         trained: numbers of trained weights by role.
     """
 
-    def __init__(self, config: DistillConfig, task: TaskWithoutWeights, bf16: bool) -> None:
-        self.task, self.bf16 = task, bf16
+    def __init__(self, config: DistillConfig, task: TaskWithoutWeights, bf16: bool, device: str = "cuda") -> None:
+        self.task, self.as_on = task, AsOn(device, bf16=bf16)
         self.shapes = shapes_of(self.task.base)
         self.largest_block = _largest_block(self.task.base)
         self.offloads = can_offload(self.task.base)
@@ -198,7 +211,7 @@ class Rehearsal:
 
         once = replace(self.config, critic=replace(self.config.critic, per_student=1, skip_above=None))
         leash = self.config.critic.leash > 0
-        with AsOnGpu(self.bf16), _Tally(self.roles, self.task.device.type, leash=leash) as tally:
+        with self.as_on, _Tally(self.roles, self.task.device.type, leash=leash) as tally:
             update(self.roles, once, draw, optimizers, Processes())
         tally.samples["student_backward"] = shape[0]
         guided = self.config.objective.guided_critic

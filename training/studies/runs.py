@@ -325,7 +325,7 @@ def references(question: Question, pictures: Path) -> list[StudyRun]:
 def untrained(config: DistillConfig) -> Run:
     """A run before its first update: its student is the base on the student's grid."""
     task = build_task(config.task, config.memory, device())
-    config = settled(task, config)
+    config = settled(config, task.device.type)
     stage = stages_of(config)[-1]
     roles = build_roles(task, stage.config, torch.Generator().manual_seed(config.seed))
     if config.start_from is not None:

@@ -30,12 +30,13 @@ from ...pipelines.base_weights import (
     require_tokenizers,
     weight_files,
 )
-from ...pipelines.bases import base_folder, family_of_base, network_without_weights, networks_without_weights
+from ...pipelines.bases import base_folder, family_of_base, networks_without_weights
 from ...pipelines.families import Family
 from ...pipelines.loras.file import read_lora_file
 from ...pipelines.loras.merge import merge, merged
 from ...pipelines.loras.pairs import Layers, Lora
 from ...pipelines.loras.places import place
+from ...pipelines.outlines import network_without_weights
 from ...pipelines.students.locate import student_file
 from ..config import MemoryConfig
 from .base_storage import load_denoiser

@@ -41,7 +41,7 @@ from ..worlds.stickers.scene import Scene
 from ..worlds.stickers.verify import verify
 from .base_model import BaseModel
 from .base_storage import storage_on
-from .prompt_cache import PromptCache, TextEncoders, build_cache
+from .prompt_cache import PromptCache, TextEncoders, build_cache, encoder_dtype
 from .prompts import STICKERS, held_out, training_prompts
 
 PREVIEWS = 4  # prompts
@@ -408,7 +408,7 @@ def encode_prompts(
     base: BaseModel, prompts: list[str], root: Path, device: torch.device, report: Report, negative_prompt: str = ""
 ) -> PromptCache:
     """The cache of these prompts in ``root``, built now if it is not there or not whole."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = encoder_dtype(device)
     cache = PromptCache(root, base.encoder_identity(dtype), prompts, negative_prompt)
 
     @contextmanager

@@ -39,6 +39,11 @@ SHARD = 256  # prompts per file
 BATCH = 32  # prompts per call of the encoders
 
 
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """What text encoders compute in on a device."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 class TextEncoders(NamedTuple):
     """What a family's text encoders give: `encode_text`, `encode_null`, `too_long` and `text_limit` of `Family`, on
     loaded encoders.
