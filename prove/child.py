@@ -135,7 +135,7 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """A GPU's memory is not left to a process that nobody waits for."""
+    """A process without a parent must not keep a GPU's memory."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

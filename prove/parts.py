@@ -149,7 +149,7 @@ def preset_row(work: Workplace, base: Base, memory: str) -> Result:
     plain = work.job(base, memory, out, updates)
     config = load_config(plain.configs, plain.settings)
     every = total_updates(config) // 4
-    # Two micro batches show all that a larger batch needs, but for its time.
+    # Two micro batches take the memory of a larger batch, in less time.
     batch = f"batch_size={2 * micro_batch_size(config)}"
     job = work.job(base, memory, out, updates, batch, f"output.checkpoint_every={every}", "output.keep=2")
     estimate = work.estimate(job)
@@ -190,7 +190,7 @@ def _same(work: Workplace, before: dict[str, Any], again: dict[str, Any]) -> str
     far = distance(again["ema"]["weights"], before["ema"]["weights"])
     if work.machine.kind == "cpu" or before["step"] != again["step"] or far > FAR[work.machine.kind]:
         raise TDMError(f"the resumed run differs from the killed one in update {before['step']}, by {far:.2g}")
-    return f"but for rounding ({far:.1g} of the student; a GPU promises no more)"
+    return f"except for rounding ({far:.1g} of the student; a GPU promises no more)"
 
 
 # ---------------------------------------------------------------------- several processes

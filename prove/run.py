@@ -109,7 +109,7 @@ def prove(
     begun = time.monotonic()
     for i, row in enumerate(todo):
         left = f"  ETA {duration((time.monotonic() - begun) / i * (len(todo) - i))}" if i else ""
-        report(f"{row}: row {i + 1} of {len(todo)}{left}")
+        report(f"{row} ({row.weights}): row {i + 1} of {len(todo)}{left}")
         shutil.rmtree(scratch, ignore_errors=True)  # an interrupted row starts again
         start = time.monotonic()
         try:

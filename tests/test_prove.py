@@ -14,13 +14,17 @@ import pytest
 import torch
 from tdm.cli import main
 from tdm.errors import TDMError
+from tdm.prove.bases import Base
 from tdm.prove.child import DiedError, in_child
 from tdm.prove.compare import distance, equal
-from tdm.prove.jobs import machine
+from tdm.prove.jobs import Machine, machine
+from tdm.prove.parts import NotAvailableError, Workplace, cards_row, preset_row, storage_row
+from tdm.prove.record import GIB
 from tdm.prove.run import PARTS
 from tdm.tests.commands import refused
 from tdm.tests.processes import start
 from tdm.tests.training.base_tasks import configs_of
+from tdm.training.estimate.estimator import Estimator
 from torchao.optim.subclass_8bit import OptimState8bit
 
 Bases = Callable[[str], Path]
@@ -103,7 +107,7 @@ def test_only_what_is_missing_is_run_again(
     kept = [line for i, line in enumerate(whole) if i not in missing]
     record.write_text("\n".join([*kept, whole[missing[0]][:40]]))
     assert prove(tmp_path / "out", *proved[1]) == 0
-    shown = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines() if ": row " in line]
+    shown = [line.partition(" (")[0] for line in capsys.readouterr().err.splitlines() if ": row " in line]
     assert shown == ["bench pixart", "bench cogvideox"]
     again = record.read_text().splitlines()
     assert again[: len(kept)] == kept
@@ -184,6 +188,37 @@ def test_with_a_gpu_a_child_is_a_fresh_process(tmp_path: Path, monkeypatch: pyte
     """Fork is not for processes that have asked a GPU what it can do."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert in_child(machine, "cpu", log=tmp_path / "log").kind == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(device: str, kind: str | None, tmp_path: Path) -> None:
+    work = on_gpu(tmp_path, device, 10 * GIB)
+    assert (work.gpu and (work.gpu.name, work.gpu.memory)) == (kind and (kind, 10))
+
+
+def test_what_a_gpu_cannot_do_is_not_available(bases: Bases, tmp_path: Path) -> None:
+    work = on_gpu(tmp_path, "NVIDIA GeForce RTX 3060", GIB // 2)
+    base = Base("sd15", str(bases("sd15")), "sd15", random=False)
+    with pytest.raises(NotAvailableError, match=r"does not fit: 0\.6 of 0\.5 GiB, by tdm estimate"):
+        preset_row(work, base, "12gb")
+    with pytest.raises(NotAvailableError, match="NCCL needs two GPUs"):
+        cards_row(work, base, shard=True)
+    with pytest.raises(NotAvailableError, match="this base has convolutions"):
+        storage_row(work, base, "offload")
+    assert not (tmp_path / "logs").exists()  # no process was started
+
+
+def on_gpu(folder: Path, device: str, memory: int) -> Workplace:
+    here = Machine(device, "cuda", 1, memory, "")
+    return Workplace(here, "cuda", folder, 4, ("task.height=16", "task.width=16"), Estimator())
 
 
 def test_checkpoints_are_compared_to_the_last_bit() -> None:
