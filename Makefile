@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 export TRANSFORMERS_VERBOSITY ?= error
 export DIFFUSERS_VERBOSITY ?= error
 
-.PHONY: demo test test-slow lint types eval bench proof-cpu teacher clean
+.PHONY: demo test test-slow lint types eval bench gpu proof-cpu teacher clean
 
 demo: .venv/demo
 	$(BIN)/tdm generate --compare --force --out outputs/demo.png \
@@ -37,6 +37,11 @@ bench: .venv/demo
 proof-cpu: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tdm.tests.training.full_size sd15 sdxl --out runs/full-size
 
+# On a machine with a GPU; BASES="DIR DIR" are folders of real bases. Stopped at any moment, it goes on with what is missing.
+gpu: .venv/gpu
+	$(BIN)/python -c 'import torch; assert torch.version.cuda, "torch in .venv is built without CUDA; install a build with it there"'
+	$(BIN)/tdm prove --device cuda $(if $(BASES),--bases $(BASES))
+
 # Hours on CPUs. Stopped at any moment, it begins the part it was in again, the denoiser at its last checkpoint.
 teacher: .venv/demo runs/teacher/vae-decoder.json
 	$(BIN)/python -m tdm.training.worlds.teacher.denoiser --out runs/teacher
@@ -58,6 +63,10 @@ runs/teacher/vae-decoder.json: runs/teacher/vae.json
 
 .venv/test: .venv/demo
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/gpu: .venv/demo
+	$(BIN)/pip install -q -c constraints.txt -e ".[quant]"
 	touch $@
 
 # A real ComfyUI server in the user's cache, 2.1 GB: see tests/comfyui/install.py. Where it cannot be installed, its tests say

@@ -198,29 +198,58 @@ HEADER = (
 )
 
 
-def rows(
-    name: str, pipe: TDMPipeline, call: dict[str, Any], *, repeats: int, device: torch.device, compiled: bool
-) -> list[str]:
-    """The three rows of one model, as lines of a markdown table under `HEADER`.
+@dataclass(frozen=True)
+class Measured:
+    """What one run of a model cost.
 
-    Seconds are medians over rounds; "over bare" is the median of the ratios within each round.
+    Attributes:
+        calls: of the denoiser.
+        seconds: the median over rounds.
+        over_bare: the median of the ratios to the bare networks within each round.
+        peak: bytes beyond the weights: of the device, or on a CPU of the tensors that operators created. None where it
+            was not measured.
+        steps, rest: what the pipeline did outside the networks; None for the bare networks.
     """
+
+    calls: int
+    seconds: float
+    over_bare: float
+    peak: int | None
+    steps: Cost | None = None
+    rest: Cost | None = None
+
+    def row(self, model: str, run: str) -> str:
+        """A line of the Markdown table under `HEADER`."""
+        cells = [model, run, str(self.calls), f"{self.seconds:.3f}", f"{self.over_bare:.3f}"]
+        cells.append("" if self.peak is None else f"{self.peak / 1e6:.1f}")
+        if self.steps is None or self.rest is None:
+            cells += [""] * 5
+        else:
+            counts = (self.steps.operators, self.steps.copies, self.steps.reads, self.steps.allocations)
+            cells += [str(count) for count in (*counts, self.rest.operators)]
+        return f"| {' | '.join(cells)} |"
+
+
+def measure(
+    pipe: TDMPipeline, call: dict[str, Any], *, repeats: int, device: torch.device, compiled: bool
+) -> dict[str, Measured]:
+    """The three runs of one model, by name: "TDMPipeline", "stock pipeline" and "bare networks"."""
     stock, runs = runs_of(pipe, call)
     owners = {"TDMPipeline": pipe, "stock pipeline": stock}
     counts = {run: count(owner, runs[run]) for run, owner in owners.items()}
     if compiled:
         pipe.denoiser.compile()
     times = seconds(runs, repeats, device)
-    lines = []
+    measured = {}
     for run, spent in times.items():
-        ratio = statistics.median(a / b for a, b in zip(spent, times["bare networks"], strict=True))
-        peak = peak_on(device, runs[run]) if device.type == "cuda" else counts[run].peak if run in counts else None
-        cells = [name, run, str(counts.get(run, counts["TDMPipeline"]).calls[pipe.family.denoiser])]
-        cells += [f"{statistics.median(spent):.3f}", f"{ratio:.3f}", f"{peak / 1e6:.1f}" if peak is not None else ""]
-        if run in counts:
-            steps, rest = counts[run].costs["steps"], counts[run].costs["rest"]
-            cells += [str(n) for n in (steps.operators, steps.copies, steps.reads, steps.allocations, rest.operators)]
-        else:
-            cells += [""] * 5
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        counted = counts.get(run)
+        peak = peak_on(device, runs[run]) if device.type == "cuda" else counted.peak if counted else None
+        measured[run] = Measured(
+            calls=(counted or counts["TDMPipeline"]).calls[pipe.family.denoiser],
+            seconds=statistics.median(spent),
+            over_bare=statistics.median(a / b for a, b in zip(spent, times["bare networks"], strict=True)),
+            peak=peak,
+            steps=counted.costs["steps"] if counted else None,
+            rest=counted.costs["rest"] if counted else None,
+        )
+    return measured

@@ -1,12 +1,11 @@
-"""The command line: ``tdm app | generate | distill | estimate | export | eval | study | bench | info | convert |
-timesteps | average``."""
+"""The command line: ``tdm app | generate | distill | estimate | export | eval | study | bench | prove | info |
+convert | timesteps | average``."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import io
-import logging
 import os
 import sys
 import warnings
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..chatter import hush
 from ..errors import NO_STRICT, PartialLoraError, TDMError
 from ..training.launcher import launched, leave
 
@@ -29,14 +29,12 @@ TDM: pictures in 4 network calls from a student distilled by Trajectory Distribu
   tdm eval                                                    measure teacher and student
   tdm study                                                   questions about the method, answered by training
   tdm bench                                                   what a call costs beyond its network calls
+  tdm prove                                                   the first hour on a card, as one table
   tdm info FILE                                               what a LoRA file or a released student is
   tdm convert FILE --out student.safetensors                  a LoRA of any layout as a student file
   tdm timesteps                                               the best timesteps for 2, 4 and 8 steps
   tdm average FILE FILE --out student.safetensors             the mean of several students
 """
-
-# On import they print remarks about kernels for other machines and about each other, which would bury our output.
-CHATTY = ("torchao", "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,7 +75,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import app, average, bench, convert, distill, estimate, evaluate, export, generate, info, study, timesteps
+    from . import (
+        app,
+        average,
+        bench,
+        convert,
+        distill,
+        estimate,
+        evaluate,
+        export,
+        generate,
+        info,
+        prove,
+        study,
+        timesteps,
+    )
 
     parser = Parser(
         prog="tdm", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -94,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         "eval": evaluate,
         "study": study,
         "bench": bench,
+        "prove": prove,
         "info": info,
         "convert": convert,
         "timesteps": timesteps,
@@ -115,7 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a wrong input, 130 when interrupted, 141 when unread.
+    """Run the command line; returns the exit code: 0, 1 if a part of the work failed, 2 for a wrong input, 130 when
+    interrupted, 141 when unread.
 
     One process of several, as a launcher starts them, ends here, and so does the demo (`leave`).
     """
@@ -130,15 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
     for stream in (sys.stdout, sys.stderr):  # a name that the console's code page cannot write must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")  # diffusers' own call of the hub's library
     try:
         args = build_parser().parse_args(argv)
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
     except TDMError as error:
         text = f"{error.reason}; {NO_STRICT}" if isinstance(error, PartialLoraError) else str(error)
@@ -151,4 +164,4 @@ def _run(argv: Sequence[str] | None) -> int:
         # `tdm ... | head` has seen enough: what is still buffered must not go there when Python ends, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return 0
+    return code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from ..errors import TDMError
 from .common import quiet
@@ -44,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     import diffusers
     import torch
 
-    from ..bench.measure import HEADER, rows
+    from ..bench.machine import processor
+    from ..bench.measure import HEADER, measure
     from ..bench.models import MODELS, build, check_steps
 
     known = ["bundled", *MODELS]
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         check_steps(name, args.steps)
     quiet()
     device, dtype = torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
-    where = torch.cuda.get_device_name() if gpu else f"{_cpu()}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if gpu else f"{processor()}, {torch.get_num_threads()} threads"
     flags = "".join(f" --{flag}" for flag in ("tiny", "compile") if getattr(args, flag))
     print(
         f"`tdm bench --models {','.join(names)}{flags} --steps {args.steps} --repeats {args.repeats}` on {where}; "
@@ -65,18 +65,6 @@ def run(args: argparse.Namespace) -> None:
     print(HEADER)
     for name in names:
         pipe, call = build(name, tiny=args.tiny, device=device, dtype=dtype, steps=args.steps)
-        lines = rows(name, pipe, call, repeats=args.repeats, device=device, compiled=args.compile)
-        print("\n".join(lines), flush=True)
+        measured = measure(pipe, call, repeats=args.repeats, device=device, compiled=args.compile)
+        print("\n".join(cost.row(name, run) for run, cost in measured.items()), flush=True)
         del pipe
-
-
-def _cpu() -> str:
-    """The processor's name."""
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    import platform
-
-    return platform.processor() or platform.machine()

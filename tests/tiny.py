@@ -431,7 +431,7 @@ def _zimage() -> DiffusionPipeline:
         n_kv_heads=2,
         cap_feat_dim=TEXT_DIM,
         axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
+        axes_lens=[1024, 32, 32],  # a prompt may have 512 tokens
     )
     for token in (transformer.x_pad_token, transformer.cap_pad_token):  # the class leaves them uninitialised
         torch.nn.init.zeros_(token)

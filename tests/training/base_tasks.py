@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +37,14 @@ def trained(run: Run) -> FinishedRun:
     finished = read_run(run.out_dir)
     assert finished is not None
     return finished
+
+
+def configs_of(base: Path, folder: Path) -> Path:
+    """A copy of a base's configs in ``folder``, laid out as those of published bases: no weights, no tokenizers."""
+    named = json.loads((base / "model_index.json").read_text())
+    kept = {name: entry for name, entry in named.items() if not name.startswith("tokenizer")}
+    for name, entry in kept.items():
+        if isinstance(entry, list) and entry[0] is not None:
+            shutil.copytree(base / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "model_index.json").write_text(json.dumps(kept))
+    return folder

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...bench.machine import processor
 from ...errors import TDMError
 from ...files import replacing, user_cache, writing
 from ..config import DistillConfig
@@ -341,13 +341,5 @@ def device() -> str:
 
 def machine() -> str:
     """What a run ran on, in a few words."""
-    name = torch.cuda.get_device_name() if device() == "cuda" else _processor()
+    name = torch.cuda.get_device_name() if device() == "cuda" else processor()
     return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} threads"
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()

@@ -39,7 +39,8 @@ from ...pipelines.loras.places import place
 from ...pipelines.outlines import network_without_weights
 from ...pipelines.students.locate import student_file
 from ..config import MemoryConfig
-from .base_storage import load_denoiser
+from .base_storage import stored
+from .prompt_cache import TextEncoders
 
 _TEXT = ("text_encoder", "tokenizer")
 
@@ -170,6 +171,22 @@ class BaseModel:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    @contextmanager
+    def encoders(self, device: torch.device, dtype: torch.dtype, negative_prompt: str = "") -> Iterator[TextEncoders]:
+        """What the text encoders make of prompts and of the negative one, for the length of a `with`.
+
+        Raises:
+            TDMError: as in `text_encoders`.
+        """
+        with self.text_encoders(device, dtype) as pipe:
+            family = self.family
+            yield TextEncoders(
+                lambda texts: family.encode_text(pipe, texts),
+                lambda: family.encode_null(pipe, negative_prompt),
+                lambda texts: family.too_long(pipe, texts),
+                family.text_limit(pipe)[1],
+            )
+
     # ------------------------------------------------------------------ denoiser and VAE
 
     def whole(self, dtype: torch.dtype) -> Any:
@@ -194,7 +211,8 @@ class BaseModel:
         """
         name = self.family.denoiser
         merge_loras = functools.partial(self._merge_loras, name) if self.loras else None
-        denoiser, dtype = load_denoiser(self._class(name), self.folder, name, memory, device, merge_loras)
+        load = functools.partial(load_network, self._class(name), self.folder, name)
+        denoiser, dtype = stored(load, memory, device, merge_loras)
         vae = self._without_weights("vae")
         absent = {part: None for part in self._classes if part not in (name, "vae", "scheduler")}
         pipe = self._assembled(dtype, **{**absent, name: denoiser, "vae": vae})

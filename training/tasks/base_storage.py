@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ...errors import TDMError
-from ...pipelines.base_weights import load_network
 from ..config import MemoryConfig, Storage
 
 _PLAIN: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,10 +43,8 @@ def compute_dtype(storage: Storage, device: torch.device) -> torch.dtype:
     return _PLAIN.get(storage, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def load_denoiser(
-    network_class: Any,
-    folder: str,
-    subfolder: str,
+def stored(
+    load: Callable[[torch.dtype], Any],
     memory: MemoryConfig,
     device: torch.device,
     merge_loras: Callable[[nn.Module], None] | None = None,
@@ -55,16 +52,17 @@ def load_denoiser(
     """The frozen denoiser of a base on its device, and the dtype that it computes in.
 
     Args:
-        network_class: of diffusers.
-        folder, subfolder: where its weights are.
+        load: the network with weights of a dtype, in main memory.
+        memory: how it is stored.
+        device: where it computes.
         merge_loras: changes the weights before they are made smaller.
 
     Raises:
-        TDMError: the storage does not work here, the network cannot be offloaded, or as `load_network`.
+        TDMError: the storage does not work here, the network cannot be offloaded, or what ``load`` raises.
     """
     storage = storage_on(memory, device)
     dtype = compute_dtype(storage, device)
-    network = load_network(network_class, folder, subfolder, dtype)
+    network = load(dtype)
     network.eval().requires_grad_(False)
     if merge_loras is not None:
         merge_loras(network)

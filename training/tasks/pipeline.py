@@ -6,8 +6,7 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from ..worlds.stickers.scene import Scene
 from ..worlds.stickers.verify import verify
 from .base_model import BaseModel
 from .base_storage import storage_on
-from .prompt_cache import PromptCache, TextEncoders, build_cache, encoder_dtype
+from .prompt_cache import PromptCache, build_cache, encoder_dtype
 from .prompts import STICKERS, held_out, training_prompts
 
 PREVIEWS = 4  # prompts
@@ -119,6 +118,7 @@ class PipelineTask:
         memory: how the base is stored.
         device: where it computes.
         report: takes the progress lines.
+        base: in the place of the one that ``config`` names.
 
     Raises:
         TDMError: an unsupported base or storage, a size or LoRA that does not fit it, or a prompt file that is missing
@@ -131,11 +131,12 @@ class PipelineTask:
         memory: MemoryConfig | None = None,
         device: str | torch.device = "cpu",
         report: Report = print_line,
+        base: BaseModel | None = None,
     ) -> None:
         self.config, self.device, self._report = config, torch.device(device), report
         self._memory = memory = memory or MemoryConfig()
         self._storage = storage_on(memory, self.device)  # refused here, before anything is read
-        self.base_model = BaseModel.find(config.model, config.loras)
+        self.base_model = base or BaseModel.find(config.model, config.loras)
         self.family = self.base_model.family
         self.prompts = training_prompts(config.prompts, config.prompt_count)
         measured = config.evaluate if config.prompts == STICKERS else 0
@@ -411,18 +412,7 @@ def encode_prompts(
     dtype = encoder_dtype(device)
     cache = PromptCache(root, base.encoder_identity(dtype), prompts, negative_prompt)
 
-    @contextmanager
-    def encoders() -> Iterator[TextEncoders]:
-        with base.text_encoders(device, dtype) as pipe:
-            family = base.family
-            yield TextEncoders(
-                lambda texts: family.encode_text(pipe, texts),
-                lambda: family.encode_null(pipe, negative_prompt),
-                lambda texts: family.too_long(pipe, texts),
-                family.text_limit(pipe)[1],
-            )
-
-    build_cache(cache, encoders, report)
+    build_cache(cache, lambda: base.encoders(device, dtype, negative_prompt), report)
     if cache.cut:
         limit = f"{cache.cut:,} of {len(cache.prompts):,} prompts are longer than the {cache.limit} tokens"
         report(f"note: {limit} that the text encoder reads, and are cut there")
