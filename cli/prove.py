@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bases", nargs="+", type=Path, default=[], metavar="DIR", help="folders of bases, or folders that hold some")
     add("--families", metavar="NAMES", help="of sdxl, sd3 and so on, with commas (default: all)")
     add("--memory", metavar="CLASSES", help="of 12gb, 16gb, 24gb, node, with commas (default: all)")
-    add("--only", metavar="PARTS", help="of bench, presets, cards, storage, with commas (default: all)")
+    add("--only", metavar="SECTIONS", help="of bench, presets, cards, storage, with commas (default: all)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--updates", type=int, default=UPDATES, help=f"of each run in presets, at least 4 (default {UPDATES})")
     add("--out", type=Path, default=Path("outputs/prove"), help="folder of the results (default outputs/prove)")
@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
     terminal_line(f"tdm prove: looks at this machine; the table will be {args.out / 'prove.md'}")
     from ..pipelines.families import FAMILY_NAMES
     from ..prove.bases import bases_for
+    from ..prove.checks import Workplace
     from ..prove.child import in_child
     from ..prove.jobs import machine
-    from ..prove.parts import Workplace
-    from ..prove.run import CLASSES, PARTS, plan, prove
+    from ..prove.run import CLASSES, SECTIONS, plan, prove
     from ..training.estimate.estimator import Estimator
     from ..training.folder import held
     from ..training.launcher import launched
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     if launched():
         raise TDMError("tdm prove starts its own processes: run it without torchrun")
-    parts, families = _among("--only", args.only, PARTS), _among("--families", args.families, FAMILY_NAMES)
+    sections, families = _among("--only", args.only, SECTIONS), _among("--families", args.families, FAMILY_NAMES)
     load_config(families[0], args.settings)  # a mistyped setting is refused before anything runs
     classes = _among("--memory", args.memory, CLASSES)
     bases = bases_for(families, args.bases)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         work = Workplace(
             here, args.device or here.kind, folder, args.updates, tuple(args.settings), Estimator(here.kind)
         )
-        rows = plan(bases, parts, classes, args.updates, args.settings)
+        rows = plan(bases, sections, classes, args.updates, args.settings)
         try:
             lines = prove(rows, work, _command(args), fresh=args.fresh, retry=args.retry)
         except KeyboardInterrupt:

@@ -13,7 +13,7 @@ FAR = {"cpu": 0.05, "cuda": 0.5}
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two parts of checkpoints are the same, bit for bit."""
+    """Whether two values of checkpoints are the same, bit for bit."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple):

@@ -14,8 +14,7 @@ from ..training.presets import MEMORY
 from ..training.progress import Report, duration, print_line
 from ..training.settings import load_config
 from .bases import Base, by_size
-from .child import DiedError
-from .parts import (
+from .checks import (
     COMPILED,
     STORAGES,
     NotAvailableError,
@@ -26,33 +25,34 @@ from .parts import (
     preset_row,
     storage_row,
 )
+from .child import DiedError
 from .record import Line, Result, Row, add, read, table
 
-PARTS = ("bench", "presets", "cards", "storage")
+SECTIONS = ("bench", "presets", "cards", "storage")
 CLASSES = tuple(name for name in MEMORY if not load_config(name).memory.shard)  # that one device can have
 Show = Callable[[Workplace], Result]
 
 
 def plan(
-    bases: Sequence[Base], parts: Sequence[str], memory: Sequence[str], updates: int, settings: Sequence[str]
+    bases: Sequence[Base], sections: Sequence[str], memory: Sequence[str], updates: int, settings: Sequence[str]
 ) -> dict[Row, Show]:
-    """The rows of some parts, and what shows each.
+    """The rows of some sections, and what shows each.
 
     Args:
         bases: of "presets", from small to large; the smallest is that of "cards" and "storage".
-        parts: of `PARTS`.
+        sections: of `SECTIONS`.
         memory: of `CLASSES`.
         updates: of a run in "presets".
         settings: of every run.
     """
     random, given = "random weights", tuple(settings)
     rows: dict[Row, Show] = {}
-    sizes = by_size(bases) if set(parts) != {"bench"} else {}
-    if "bench" in parts:
+    sizes = by_size(bases) if set(sections) != {"bench"} else {}
+    if "bench" in sections:
         for model in ("bundled", *MODELS):
             weights = "bundled" if model == "bundled" else random
             rows[Row("bench", model, weights)] = functools.partial(bench_row, model=model)
-    if "presets" in parts:
+    if "presets" in sections:
         for base in sizes:
             for name in memory:
                 row = Row("presets", f"{base.family} {name}", base.weights, (f"updates={updates}", *given))
@@ -60,10 +60,10 @@ def plan(
     base = next((base for base, size in sizes.items() if size), None)
     if base is None:
         return rows
-    if "cards" in parts:
+    if "cards" in sections:
         for shard, name in ((False, "data parallel"), (True, "sharded base")):
             rows[Row("cards", name, base.weights, given)] = functools.partial(cards_row, base=base, shard=shard)
-    if "storage" in parts:
+    if "storage" in sections:
         for storage in STORAGES:
             row = Row("storage", storage, base.weights, given)
             rows[row] = functools.partial(storage_row, base=base, storage=storage)

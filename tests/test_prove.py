@@ -15,12 +15,12 @@ import torch
 from tdm.cli import main
 from tdm.errors import TDMError
 from tdm.prove.bases import Base
+from tdm.prove.checks import NotAvailableError, Workplace, cards_row, preset_row, storage_row
 from tdm.prove.child import DiedError, in_child
 from tdm.prove.compare import distance, equal
 from tdm.prove.jobs import Machine, machine
-from tdm.prove.parts import NotAvailableError, Workplace, cards_row, preset_row, storage_row
 from tdm.prove.record import GIB
-from tdm.prove.run import PARTS
+from tdm.prove.run import SECTIONS
 from tdm.tests.commands import refused
 from tdm.tests.processes import start
 from tdm.tests.training.base_tasks import configs_of
@@ -160,7 +160,7 @@ def test_a_broken_base_is_a_failed_row_and_the_rest_goes_on(bases: Bases, tmp_pa
         (["--updates", "3"], "at least 4"),
         (["sdxl"], "sdxl is no setting"),
         (["--families", "sdlx"], "--families has no 'sdlx'"),
-        (["--only", "everything"], f"known: {', '.join(PARTS)}"),
+        (["--only", "everything"], f"known: {', '.join(SECTIONS)}"),
         (["--memory", "nodes"], "--memory has no 'nodes'"),
         (["--device", "cuda:99"], "leave it out for the best there is"),
         (["--bases", "{tmp}"], "no model_index.json"),

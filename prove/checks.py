@@ -184,8 +184,8 @@ def _same(work: Workplace, before: dict[str, Any], again: dict[str, Any]) -> str
     Raises:
         TDMError: they differ, where they must not: a CPU promises a resume that is exact.
     """
-    parts = ("step", "adapters", "ema", "optimizers", "generator")
-    if all(equal(before[part], again[part]) for part in parts):
+    states = ("step", "adapters", "ema", "optimizers", "generator")
+    if all(equal(before[state], again[state]) for state in states):
         return "bit for bit"
     far = distance(again["ema"]["weights"], before["ema"]["weights"])
     if work.machine.kind == "cpu" or before["step"] != again["step"] or far > FAR[work.machine.kind]:
