@@ -31,7 +31,7 @@ With --gpu it says what to lower if it does not fit, and which memory preset wou
 """
 
 HEAP = (
-    "glibc keeps freed memory: a run was seen to take half as much again. With MALLOC_MMAP_THRESHOLD_=1048576 in its\n"
+    "glibc keeps freed memory: a run was seen to take half as much again. With MALLOC_MMAP_THRESHOLD_=131072 in its\n"
     "environment it gives that back, for a third more time"
 )
 

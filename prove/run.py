@@ -57,16 +57,16 @@ def plan(
             for name in memory:
                 row = Row("presets", f"{base.family} {name}", base.weights, (f"updates={updates}", *given))
                 rows[row] = functools.partial(preset_row, base=base, memory=name)
-    base = next((base for base, size in sizes.items() if size), None)
-    if base is None:
+    smallest = next((base for base, size in sizes.items() if size), None)
+    if smallest is None:
         return rows
     if "cards" in sections:
         for shard, name in ((False, "data parallel"), (True, "sharded base")):
-            rows[Row("cards", name, base.weights, given)] = functools.partial(cards_row, base=base, shard=shard)
+            rows[Row("cards", name, smallest.weights, given)] = functools.partial(cards_row, base=smallest, shard=shard)
     if "storage" in sections:
         for storage in STORAGES:
-            row = Row("storage", storage, base.weights, given)
-            rows[row] = functools.partial(storage_row, base=base, storage=storage)
+            row = Row("storage", storage, smallest.weights, given)
+            rows[row] = functools.partial(storage_row, base=smallest, storage=storage)
         rows[Row("storage", "compile", f"{random}, {COMPILED}")] = compile_row
     return rows
 

@@ -227,7 +227,7 @@ def measure(family: str, folder: Path, more: list[str]) -> str:
 def _alone(part: str, family: str, folder: Path, more: Sequence[str] = ()) -> Any:
     """What one part of the work returns, done by a process of its own that gives freed memory back."""
     command = [sys.executable, "-m", "tdm.tests.training.full_size", family, "--out", str(folder.parent)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     done = subprocess.run(
         [*command, "--part", part, "--set", *more], stdout=subprocess.PIPE, text=True, check=True, env=environment
     )
