@@ -67,7 +67,7 @@ def update(student: nn.Module, critic: nn.Module, optimizers: list[AdamW], k: in
     b = (tau**2 - (r * m) ** 2).sqrt()
     x_tau = r * x_m.detach() + b * xi  # noised from the trajectory's state x_m, not from x0
     x0_target = (x_tau[0] - tau[0] ** 2 * xi[0] / b[0]) / (1 - tau[0])  # as the score of x_tau given x_m is -xi / b
-    weight = (b[0] / tau[0]) ** 2 * (1 / tau[0] ** 2).clamp(max=5)
+    weight = ((1 - m) * b[0] / tau[0]) ** 2 * (1 / tau[0] ** 2).clamp(max=5)
     loss = descend(critic, optimizers[1], (weight * (critic(x_tau[0], tau[0]) - x0_target) ** 2).mean())
     with torch.no_grad():  # the student's x0 moves along the teacher's minus the critic's
         x0_teacher, x0_critic = teacher(x_tau[1], tau[1]), critic(x_tau[1], tau[1])

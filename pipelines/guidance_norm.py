@@ -18,20 +18,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from ..errors import TDMError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what a student file says of itself is read without torch
+    from torch import Tensor
+
     from .families import Family
+
+    TokenNorms = Callable[[Tensor], Tensor]
 
 ARGUMENTS = {"rescale": "guidance_rescale", "norm_limit": "cfg_normalization"}  # of the stock pipelines that have it
 AMOUNTS = {"rescale": "from 0 to 1, such as rescale@0.7", "norm_limit": "above 0, such as norm_limit@1"}
 NAMES = (*ARGUMENTS, "token_norm", "zero_star")
-
-TokenNorms = Callable[[Tensor], Tensor]
-"""The norm of each token of an output ``[B, ...]``, in a shape that broadcasts to it."""
 
 
 def guided(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
@@ -76,7 +74,7 @@ class GuidanceNorm:
 
         Args:
             guidance_scale: a number, or a tensor that broadcasts to ``[B, ...]``.
-            token_norms: of the network's family.
+            token_norms: `Family.token_norms` of the network's family.
         """
         if self.name == "zero_star":
             uncond = best_scale(cond, uncond) * uncond
@@ -142,6 +140,8 @@ def zero_star(pipe: Any, family: Family) -> Iterator[None]:
     """For the length of a `with`, a stock pipeline's guided calls have CFG-Zero*: the unconditional output of its
     network is scaled before the pipeline gets it. Each step must call the network with both halves of guidance.
     """
+    import torch
+
     halves = family.guidance_halves
     # A network that predicts a variance, too, has it in further channels.
     known = (slice(None), slice(0, family.latent_channels(pipe)))
@@ -159,7 +159,7 @@ def zero_star(pipe: Any, family: Family) -> Iterator[None]:
         cond, uncond = (second, first) if halves == "negative first" else (first, second)
         uncond = best_scale(cond[known], uncond[known]) * uncond
         both = torch.cat([uncond, cond] if halves == "negative first" else [cond, uncond])
-        return (both if isinstance(result, Tensor) else list(both), *output[1:])
+        return (both if isinstance(result, torch.Tensor) else list(both), *output[1:])
 
     hook = getattr(pipe, family.denoiser).register_forward_hook(scale)
     try:

@@ -89,7 +89,7 @@ def test_wheel_holds_the_code_the_configs_and_the_bundled_model(clone: Path, tmp
     assert {f"tdm/{n}" for n in code} <= names
     assert {f"tdm/{n}" for n in tracked() if n.startswith(("bundled/", "training/configs/"))} <= names
     configs = {f"tdm/{n}" for n in tracked() if n.startswith("pipelines/base_configs/") and n.endswith(".json")}
-    assert len(configs) == 54
+    assert len(configs) == 59
     assert configs <= names
     assert not [n for n in names if n.startswith("tdm/tests")]
     where = run("import tdm; print(tdm.__file__)", PYTHONPATH=str(tmp_path / "site"))

@@ -34,7 +34,7 @@ PINS = {
         "transformer_blocks.0.ff.net.2": "blocks.0.ff_out",
     },
     "wan": {
-        "blocks.39.attn1.to_q": "blocks.39.self_attn.q",
+        "blocks.29.attn1.to_q": "blocks.29.self_attn.q",
         "blocks.0.attn2.to_v": "blocks.0.cross_attn.v",
         "blocks.0.attn2.to_out.0": "blocks.0.cross_attn.o",
         "blocks.0.ffn.net.0.proj": "blocks.0.ffn.0",

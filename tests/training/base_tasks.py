@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tdm.pipelines.base_weights import component_classes
 from tdm.tests import tiny
 from tdm.training.config import MemoryConfig
 from tdm.training.export import FinishedRun, read_run
@@ -43,8 +44,7 @@ def configs_of(base: Path, folder: Path) -> Path:
     """A copy of a base's configs in ``folder``, laid out as those of published bases: no weights, no tokenizers."""
     named = json.loads((base / "model_index.json").read_text())
     kept = {name: entry for name, entry in named.items() if not name.startswith("tokenizer")}
-    for name, entry in kept.items():
-        if isinstance(entry, list) and entry[0] is not None:
-            shutil.copytree(base / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    for name in component_classes(kept):
+        shutil.copytree(base / name, folder / name, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / "model_index.json").write_text(json.dumps(kept))
     return folder

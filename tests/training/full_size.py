@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tdm.pipelines.base_weights import component_classes
 from tdm.pipelines.outlines import network_without_weights, published_bases
 from tdm.pipelines.students.recipe import STUDENT_FILE
 from tdm.tests.tiny import clip_tokenizer
@@ -62,8 +63,8 @@ def write_random_base(family: str, folder: Path) -> None:
     shapes = published_bases()[family]
     index = json.loads((shapes / "model_index.json").read_text(encoding="utf-8"))
     shutil.copytree(shapes, folder)
-    for component, entry in list(index.items()):
-        if not isinstance(entry, list) or component == "scheduler":
+    for component, entry in component_classes(index).items():
+        if component == "scheduler":
             continue
         random_network(*entry, shapes, component).save_pretrained(folder / component)
         if component.startswith("text_encoder"):

@@ -70,8 +70,8 @@ def negative_prompt_of(config: PipelineTaskConfig, family: Family) -> str:
     """
     if config.negative_prompt != "base":
         return config.negative_prompt or ""
-    if family.publishednegative_prompt_of is None:
+    if family.published_negative_prompt is None:
         raise TDMError(
             f"task.negative_prompt=base: no negative prompt is published for {family.name}; write one, or leave it out"
         )
-    return family.publishednegative_prompt_of
+    return family.published_negative_prompt
