@@ -57,7 +57,7 @@ def _check_task(config: DistillConfig) -> str:
     from ..pipelines.bases import base_folder
     from ..training.estimate.estimator import Estimator
     from ..training.from_plain import from_dict
-    from ..training.tasks.pipeline import PipelineTaskConfig
+    from ..training.tasks.pipeline_settings import PipelineTaskConfig
     from ..training.tasks.prompts import training_prompts
     from .estimate import table
 

@@ -24,7 +24,8 @@ from ..training.log import read_metrics
 from ..training.loop import distill
 from ..training.processes import joined
 from ..training.settings import load_config
-from ..training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from ..training.tasks.pipeline import PipelineTask
+from ..training.tasks.pipeline_settings import PipelineTaskConfig
 from ..training.tasks.random_base import RandomBase
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has no other, and ends a process with it at once

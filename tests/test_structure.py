@@ -20,7 +20,8 @@ from tdm.tests.test_package import tracked
 from tdm.training.export import export_merged, read_run
 from tdm.training.loop import distill
 from tdm.training.settings import load_config
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 
 ROOT = Path(os.path.realpath(Path(tdm.__file__).parent))
 PRODUCT = [Path(n) for n in tracked() if n.endswith(".py") and not n.startswith(("tests/", "docs/", "examples/"))]

@@ -23,7 +23,7 @@ from .config import (
 )
 from .objectives import OBJECTIVES
 from .tasks.mixture import MixtureTaskConfig
-from .tasks.pipeline import PipelineTaskConfig
+from .tasks.pipeline_settings import PipelineTaskConfig
 
 WIDTH = 100  # columns
 SECTIONS: dict[str, tuple[type, ...]] = {

@@ -13,7 +13,8 @@ from tdm.training.config import MemoryConfig
 from tdm.training.export import FinishedRun, read_run
 from tdm.training.progress import Report, print_line
 from tdm.training.run import Run
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 
 PROMPTS = ["a red cube", "two stars above a tree", "a cat"]
 

@@ -18,7 +18,8 @@ from tdm.training.export import export_student, read_run
 from tdm.training.loop import distill
 from tdm.training.roles import ROLES
 from tdm.training.settings import load_config
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 
 from .base_tasks import PROMPTS, task_of
 

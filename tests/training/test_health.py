@@ -23,7 +23,8 @@ from tdm.training.preview import picture_ratios
 from tdm.training.run import Callback
 from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 from tdm.training.trajectory import Condition
 from tdm.training.worlds.teacher.data import pictures
 from torch.nn import functional as F

@@ -24,7 +24,8 @@ from tdm.training.from_plain import from_dict
 from tdm.training.loop import distill
 from tdm.training.settings import load_config
 from tdm.training.studies.runs import untrained
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 from torch import Tensor
 
 from .base_tasks import task_of

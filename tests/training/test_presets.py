@@ -8,7 +8,7 @@ from tdm.tests import tiny
 from tdm.training.from_plain import from_dict
 from tdm.training.presets import BEHIND, MEMORY, OBJECTIVES, presets
 from tdm.training.settings import load_config
-from tdm.training.tasks.pipeline import PipelineTaskConfig
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 
 
 def test_every_preset_is_sound_and_says_what_it_is_for() -> None:

@@ -19,7 +19,8 @@ from tdm.training import progress
 from tdm.training.loop import distill
 from tdm.training.settings import load_config
 from tdm.training.tasks import prompt_cache
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 from tdm.training.tasks.prompt_cache import PromptCache, TextEncoders, build_cache
 from torch import nn
 from transformers import PreTrainedModel

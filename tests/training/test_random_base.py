@@ -9,7 +9,8 @@ import pytest
 import torch
 from tdm.tests import tiny
 from tdm.training.config import MemoryConfig
-from tdm.training.tasks.pipeline import PipelineTask, PipelineTaskConfig
+from tdm.training.tasks.pipeline import PipelineTask
+from tdm.training.tasks.pipeline_settings import PipelineTaskConfig
 from tdm.training.tasks.random_base import RandomBase
 
 from .base_tasks import PROMPTS, configs_of, task_of

@@ -34,8 +34,7 @@ from ..objectives.passes import teacher_passes
 from ..processes import Processes
 from ..roles import ROLES, GuidedOutput, Role, Roles
 from ..tasks.base_storage import can_offload
-from ..tasks.pipeline import PipelineTaskConfig
-from ..tasks.settings_on_base import sizes_of
+from ..tasks.pipeline_settings import PipelineTaskConfig, sizes_of
 from ..trajectory import Trajectory
 from ..update import update
 

@@ -35,7 +35,8 @@ def build_task(
         mixture = from_dict(MixtureTaskConfig, section, "task.")
         return MixtureTask(mixture.kind, mixture.width, mixture.samples)
     if name == "pipeline":
-        from .pipeline import PipelineTask, PipelineTaskConfig
+        from .pipeline import PipelineTask
+        from .pipeline_settings import PipelineTaskConfig
 
         return PipelineTask(from_dict(PipelineTaskConfig, section, "task."), memory, device, report)
     raise TDMError(f"task.name must be 'pipeline' or 'mixture', not {name!r}")

@@ -1,16 +1,72 @@
-"""What the settings of a task mean on its base: sizes, sampler and negative prompt."""
+"""The settings of a task on a pipeline, and what they mean on its base: sizes, sampler and negative prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from ...errors import TDMError
+from ...pipelines.bases import BUNDLED
 from ...pipelines.families import Family, Size
 from ...pipelines.scheduler import TDMScheduler
+from .prompts import STICKERS
 
-if TYPE_CHECKING:
-    from .pipeline import PipelineTaskConfig
+
+@dataclass(frozen=True)
+class PipelineTaskConfig:
+    """The ``task`` section of a configuration that distils a pipeline (name=pipeline)."""
+
+    name: str = "pipeline"
+    """The kind of task."""
+
+    model: str = BUNDLED
+    """Folder or hub id of the base, or the bundled one."""
+
+    loras: tuple[str, ...] = ()
+    """LoRAs to merge into the base first, each a path or path@strength. The teacher has them."""
+
+    prompts: str = STICKERS
+    """A text file with one prompt a line, or the grammar of the bundled world."""
+
+    prompt_count: int = 4096
+    """How many of the grammar's prompts. A file is used whole."""
+
+    cache: str | None = None
+    """Folder of what is made once and shared by runs: prompts/, encoded, and pictures/, the teacher's in previews and
+    evaluations. None: ~/.cache/tdm."""
+
+    negative_prompt: str | None = None
+    """What the teacher's guidance leads away from. None: the empty prompt. base: what the base's authors publish (Wan).
+    """
+
+    guidance_norm: str | None = None
+    """How the teacher's guidance is normalised, as its pipeline can do it. rescale@0.7: of Stable Diffusion, by
+    standard deviation. norm_limit@1: of Z-Image. zero_star: CFG-Zero*, of flow models. None: as the base's own pipeline
+    has it, which is token_norm for Qwen-Image, and none for others."""
+
+    height: int | None = None
+    """Height in pixels. None: the size that the model was made for."""
+
+    width: int | None = None
+    """Width in pixels. None: the size that the model was made for."""
+
+    num_frames: int | None = None
+    """Frames of a video. None: as many as the model was made for."""
+
+    sizes: tuple[tuple[int, ...], ...] | None = None
+    """Several sizes, each [height, width] or [height, width, num_frames]. Each update draws one. The student's own is
+    the first."""
+
+    embedded_guidance: float | None = None
+    """The guidance scale that a guidance-distilled network (FLUX.1-dev) gets as an input. None: its default."""
+
+    evaluate: int = 64
+    """Held-out prompts per evaluation (the bundled world only)."""
+
+    diversity: int = 0
+    """Of these, the prompts that are drawn from four noises each, to compare their variety with the teacher's. The
+    teacher's pictures of them take longest, and are kept."""
 
 
 def sizes_of(config: PipelineTaskConfig, family: Family, pipe: Any) -> list[Size]:
