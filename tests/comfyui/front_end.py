@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Route
+from playwright.sync_api import Browser, ConsoleMessage, Route, TimeoutError, expect
 
 from .server import Graph, PromptError
 
@@ -99,10 +100,17 @@ class FrontEnd:
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
 
     def open_template(self, name: str) -> str:
-        """Open one of the pack's workflows as a user does, in the template browser; what it then complains about."""
-        self.browse_templates()
-        self.page.get_by_test_id(f"template-workflow-{name}").click()
-        self.page.get_by_test_id("topbar-workflow-tabs").get_by_text(name).wait_for()
+        """Open one of the pack's workflows as a user does, in the template browser; what it then complains about. A
+        front end that is still busy may drop a click, which a user then makes again.
+        """
+        tab = self.page.get_by_test_id("topbar-workflow-tabs").get_by_text(name)
+        for _ in range(4):
+            self.browse_templates()
+            self.page.get_by_test_id(f"template-workflow-{name}").click()
+            with contextlib.suppress(TimeoutError):
+                tab.wait_for(timeout=30_000)
+                break
+        expect(tab).to_be_visible()
         self.page.wait_for_timeout(1000)  # it looks for models when all else is there
         overlay = self.page.get_by_test_id("error-overlay")
         return overlay.inner_text() if overlay.count() else ""
