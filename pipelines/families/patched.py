@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Family, Size
+from .base import Family, Size, for_vae
 
 
 class PatchedFamily(Family):
@@ -32,6 +32,17 @@ class PatchedFamily(Family):
 
     def unpack(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:
         return from_patches(latents, size.height // pipe.vae_scale_factor, size.width // pipe.vae_scale_factor)
+
+
+class VideoVaeFamily(PatchedFamily):
+    """What Qwen-Image and Krea 2 share: also a VAE of videos, to which a picture is one frame."""
+
+    def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
+        frames = self.unscale(pipe.vae, for_vae(pipe.vae, latents).unsqueeze(2))
+        return pipe.vae.decode(frames, return_dict=False)[0][:, :, 0]
+
+    def _vae_latents(self, vae: Any, pictures: Tensor) -> Tensor:
+        return vae.encode(pictures.unsqueeze(2)).latent_dist.mode().squeeze(2)
 
 
 def patches(latents: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import JOINT_ATTENTION, Condition, Size, TeacherCall, for_vae, longest_text, text_options, zeros
-from .patched import PatchedFamily, from_patches, patches
+from .base import JOINT_ATTENTION, Condition, Size, TeacherCall, longest_text, text_options, zeros
+from .patched import VideoVaeFamily, from_patches, patches
 
 
-class QwenImage(PatchedFamily):
+class QwenImage(VideoVaeFamily):
     """A joint transformer on 2 x 2 patches of a video VAE's latents, Qwen2.5-VL text."""
 
     name = "qwenimage"
@@ -60,10 +60,3 @@ class QwenImage(PatchedFamily):
             return_dict=False,
         )[0]
         return from_patches(output, height, width)
-
-    def pixels(self, pipe: Any, latents: Tensor, size: Size) -> Tensor:  # noqa: ARG002
-        frames = self.unscale(pipe.vae, for_vae(pipe.vae, latents).unsqueeze(2))
-        return pipe.vae.decode(frames, return_dict=False)[0][:, :, 0]
-
-    def _vae_latents(self, vae: Any, pictures: Tensor) -> Tensor:
-        return vae.encode(pictures.unsqueeze(2)).latent_dist.mode().squeeze(2)
