@@ -46,19 +46,19 @@ class Row:
     """What is to be shown.
 
     Attributes:
-        part: "bench", "presets", "cards" or "storage".
+        section: "bench", "presets", "cards" or "storage".
         name: what of it.
         weights: of which base.
         settings: what else it depends on.
     """
 
-    part: str
+    section: str
     name: str
     weights: str
     settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.part} {self.name}"
+        return f"{self.section} {self.name}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from tdm.training.cost import micro_batches, passes
 from tdm.training.loop import distill
 from tdm.training.losses import spread_loss
 from tdm.training.objectives.matching import student_step
-from tdm.training.objectives.variety import _teacher_state, anchor_grid, variety_loss, x0_towards
+from tdm.training.objectives.towards import teacher_ode
+from tdm.training.objectives.variety import anchor_grid, variety_loss, x0_towards
 from tdm.training.settings import load_config
 from tdm.training.tasks.mixture import MixtureTask
 from tdm.training.trajectory import Trajectory, build_trajectories
@@ -37,7 +38,8 @@ def test_the_anchor_leads_to_the_end_of_the_teachers_ode(schedule: NoiseSchedule
             return gaussian.predict(x, timesteps, cond)
 
     roles: Any = Roles()
-    state = _teacher_state(roles, trajectory, grid, x, {}, {}, 1.0)
+    levels = schedule.alpha_sigma(torch.tensor(grid, dtype=torch.float64))
+    state = teacher_ode(roles, grid[:-1], levels, x, {}, {}, lambda _timesteps: 1.0)
     clean = gaussian.end(x, start)
     alpha, sigma = (expand(level, x) for level in schedule.alpha_sigma(end))
     spread = ((alpha * gaussian.std).square() + sigma.square()).sqrt()

@@ -9,6 +9,8 @@ Both start from states of the student's own trajectory, so neither needs picture
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from ..batch import Batch
 from ..config import DistillConfig, ObjectiveConfig
 from ..losses import regression_loss
 from ..roles import Roles
-from ..trajectory import Trajectory
+from ..trajectory import Condition, Trajectory
 from .guidance import guidance_at
 from .matching import CriticForward, Metrics, StudentStep
 from .passes import Passes, prefix_passes, step_counts, teacher_passes
@@ -82,11 +84,34 @@ def _ode_end(roles: Roles, config: ObjectiveConfig, batch: Batch, x: Tensor, sta
     x = x[on_device]
     cond, null = ({key: value[on_device] for key, value in c.items()} for c in (batch.cond, batch.null))
     grid = ode_grid(batch.trajectory, stage, config.ode_steps)
-    alphas, sigmas = grid_pairs(batch.trajectory.schedule, grid)
-    for i, t in enumerate(grid):
-        timesteps = torch.full((len(x),), t, dtype=torch.float64)
-        w = guidance_at(config, batch.trajectory, timesteps, None if batch.scale is None else batch.scale[here])
-        x0, eps = roles.guided_teacher(x, timesteps, cond, null, w)
+
+    def w(timesteps: Tensor) -> float | Tensor:
+        return guidance_at(config, batch.trajectory, timesteps, None if batch.scale is None else batch.scale[here])
+
+    return teacher_ode(roles, grid, grid_pairs(batch.trajectory.schedule, grid), x, cond, null, w)
+
+
+@torch.no_grad()
+def teacher_ode(
+    roles: Roles,
+    timesteps: Sequence[float],
+    levels: tuple[Tensor, Tensor],
+    x: Tensor,
+    cond: Condition,
+    null: Condition,
+    guidance_scale: Callable[[Tensor], float | Tensor],
+) -> Tensor:
+    """Where guided steps of the teacher's ODE take the states ``x`` ``[B, ...]``.
+
+    Args:
+        timesteps: K, a step from each.
+        levels: alphas and sigmas ``[K + 1]``, where each step starts and the last one ends.
+        guidance_scale: of timesteps ``[B]``.
+    """
+    alphas, sigmas = levels
+    for i, t in enumerate(timesteps):
+        here = torch.full((len(x),), t, dtype=torch.float64)
+        x0, eps = roles.guided_teacher(x, here, cond, null, guidance_scale(here))
         x = ddim_step(x0, eps, float(alphas[i + 1]), float(sigmas[i + 1]))
     return x
 

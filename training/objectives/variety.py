@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...pipelines.schedule import ddim_step, shift_sigma, unshift_sigma
+from ...pipelines.schedule import shift_sigma, unshift_sigma
 from ..batch import Batch
 from ..config import DistillConfig
 from ..losses import regression_loss, spread_loss
@@ -19,6 +19,7 @@ from ..roles import Roles
 from ..trajectory import Trajectory
 from .matching import StudentStep
 from .passes import step_counts, teacher_passes
+from .towards import teacher_ode
 
 
 def variety_loss(roles: Roles, config: DistillConfig, batch: Batch, step: StudentStep) -> Tensor | None:
@@ -37,7 +38,9 @@ def variety_loss(roles: Roles, config: DistillConfig, batch: Batch, step: Studen
     if objective.anchor and len(batch.trajectory) > 1:
         cond, null = ({key: value[first] for key, value in c.items()} for c in (batch.cond, batch.null))
         grid = anchor_grid(batch.trajectory, objective.anchor_steps)
-        state = _teacher_state(roles, batch.trajectory, grid, step.x[first], cond, null, objective.guidance_scale)
+        levels = batch.trajectory.schedule.alpha_sigma(torch.tensor(grid, dtype=torch.float64))
+        scale = objective.guidance_scale
+        state = teacher_ode(roles, grid[:-1], levels, step.x[first], cond, null, lambda _timesteps: scale)
         target = x0_towards(batch.trajectory, grid, step.x[first], state)
         terms.append(objective.anchor * regression_loss(x0, target, kind=objective.rho, c=objective.huber_c))
     if objective.spread:
@@ -55,25 +58,6 @@ def anchor_grid(trajectory: Trajectory, steps: int) -> list[float]:
     inner = shift_sigma(torch.linspace(start, end, steps + 1, dtype=torch.float64)[1:-1], shift) * n
     inner = inner if schedule.kind == "flow" else inner.round()
     return list(dict.fromkeys([float(trajectory.timesteps[0]), *inner.tolist(), float(trajectory.timesteps[1])]))
-
-
-@torch.no_grad()
-def _teacher_state(
-    roles: Roles,
-    trajectory: Trajectory,
-    grid: list[float],
-    x: Tensor,
-    cond: dict[str, Tensor],
-    null: dict[str, Tensor],
-    guidance_scale: float,
-) -> Tensor:
-    """Where the guided teacher's ODE takes the states ``x`` ``[B, ...]`` along a grid."""
-    alphas, sigmas = trajectory.schedule.alpha_sigma(torch.tensor(grid, dtype=torch.float64))
-    for i, t in enumerate(grid[:-1]):
-        timesteps = torch.full((len(x),), t, dtype=torch.float64)
-        x0, eps = roles.guided_teacher(x, timesteps, cond, null, guidance_scale)
-        x = ddim_step(x0, eps, float(alphas[i + 1]), float(sigmas[i + 1]))
-    return x
 
 
 def x0_towards(trajectory: Trajectory, grid: list[float], x: Tensor, state: Tensor) -> Tensor:
