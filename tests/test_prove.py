@@ -54,7 +54,7 @@ def proved(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return folder / "out", arguments
 
 
-def test_every_part_has_its_rows_in_the_table(proved: tuple[Path, list[str]]) -> None:
+def test_every_section_has_its_rows_in_the_table(proved: tuple[Path, list[str]]) -> None:
     out, _ = proved
     ok = [f"bench {model}" for model in ("bundled", "sdxl", "sd3", "pixart", "cogvideox")]
     ok += ["presets pixart 12gb", "presets sd15 12gb", "cards data parallel", "cards sharded base"]
@@ -70,7 +70,7 @@ def test_every_part_has_its_rows_in_the_table(proved: tuple[Path, list[str]]) ->
 
 def test_the_table_says_whose_weights_they_were(proved: tuple[Path, list[str]], bases: Bases) -> None:
     weights = {
-        line["row"]["name"]: line["row"]["weights"] for line in lines(proved[0]) if line["row"]["part"] != "bench"
+        line["row"]["name"]: line["row"]["weights"] for line in lines(proved[0]) if line["row"]["section"] != "bench"
     }
     shapes = f"random, in the shapes of {proved[0].parent / 'shapes'}"
     assert weights.pop("sd15 12gb") == str(bases("sd15"))
@@ -81,7 +81,7 @@ def test_the_table_says_whose_weights_they_were(proved: tuple[Path, list[str]], 
 def test_runs_are_killed_and_make_the_same_update_again(proved: tuple[Path, list[str]]) -> None:
     out, _ = proved
     for line in lines(out):
-        if line["row"]["part"] == "presets":
+        if line["row"]["section"] == "presets":
             result = line["result"]
             assert "killed after update 4, resumed from 2: update 3 is the same bit for bit" in result["text"]
             assert result["seconds"] > 0
@@ -92,7 +92,7 @@ def test_runs_are_killed_and_make_the_same_update_again(proved: tuple[Path, list
 
 def test_two_processes_train_the_student_of_one(proved: tuple[Path, list[str]]) -> None:
     for line in lines(proved[0]):
-        if line["row"]["part"] == "cards":
+        if line["row"]["section"] == "cards":
             assert "gloo, two processes: " in line["result"]["text"]
 
 
