@@ -41,7 +41,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def states(out: Path) -> dict[str, str]:
-    return {f"{line['row']['part']} {line['row']['name']}": line["result"]["state"] for line in lines(out)}
+    return {f"{line['row']['section']} {line['row']['name']}": line["result"]["state"] for line in lines(out)}
 
 
 @pytest.fixture(scope="module")
